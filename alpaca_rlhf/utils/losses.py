@@ -1,0 +1,95 @@
+"""The four losses: tensors in, sums out.
+
+Each returns a *sum* over trained tokens (or pairs), in fp32. The caller divides by the count of the
+whole optimizer step, all micro-batches and ranks together, so accumulating uneven micro-batches
+gives the gradient of one big batch (see `training_loop.optimizer_step`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+# exp of a larger log-ratio is no policy gradient but an accident; what is clamped is counted.
+MAX_LOG_RATIO = 20.0
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the negative log-likelihood, in nats, of the labels that are not -100.
+
+    Args:
+        logits: [B, T, V]; position t predicts the token at t + 1.
+        labels: [B, T], -100 where nothing is trained.
+    """
+    shifted = labels[:, 1:].flatten()
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), shifted, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Sum over pairs of -log sigmoid(chosen - rejected) (Ouyang et al. 2022, eq. 1).
+
+    Args:
+        chosen: [B] scores of the preferred replies.
+        rejected: [B] scores of the others.
+    """
+    return -F.logsigmoid(chosen.float() - rejected.float()).sum()
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), summed over the mask.
+
+    Args:
+        logprobs: [B, R] under the policy that is trained.
+        old_logprobs: [B, R] under the policy that sampled.
+        advantages: [B, R].
+        mask: [B, R], 1 on response tokens.
+        clip: epsilon.
+
+    Returns:
+        The sum, and sums over the mask (the maximum for `ratio_max`): `clip_fraction`, `approx_kl`
+        (k3 of the update, nats), `ratio_mean`, `ratio_max`, `clamped`.
+    """
+    mask = mask.float()
+    raw = (logprobs.float() - old_logprobs.float()) * mask
+    log_ratio = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    with torch.no_grad():
+        stats = {
+            "clip_fraction": ((clipped > plain) * mask).sum(),
+            "approx_kl": ((ratio - 1.0 - log_ratio) * mask).sum(),
+            "ratio_mean": (ratio * mask).sum(),
+            "ratio_max": (ratio * mask).max(),
+            "clamped": ((raw.abs() > MAX_LOG_RATIO) * mask).sum(),
+        }
+    return (torch.maximum(plain, clipped) * mask).sum(), stats
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the larger of the plain and the clipped squared error, summed over the mask.
+
+    Args:
+        values: [B, R] of the critic that is trained.
+        old_values: [B, R] of the rollout.
+        returns: [B, R].
+        mask: [B, R].
+        clip: how far a value may move from the rollout's before its error is held.
+
+    Returns:
+        The sum, and the sum over the mask of `clip_fraction`.
+    """
+    mask = mask.float()
+    values, old_values = values.float(), old_values.float()
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    plain = (values - returns).square()
+    clipped = (held - returns).square()
+    stats = {"clip_fraction": ((clipped > plain) * mask).sum().detach()}
+    return 0.5 * (torch.maximum(plain, clipped) * mask).sum(), stats
