@@ -1,0 +1,183 @@
+"""Processes and devices: the only room that knows which device this is and how many ranks there are.
+
+Everything works the same in a single plain process: it becomes rank 0 of a world of one.
+"""
+
+import contextlib
+import errno
+import os
+import random
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from alpaca_rlhf.utils.errors import UserError
+
+
+def initialize(seed: int) -> None:
+    """Join the process group (or found one of a single process) and seed every generator.
+
+    Every rank gets the same seed: what differs by rank (sampling) takes a generator of its own.
+    """
+    import deepspeed
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    deepspeed.utils.logger.setLevel("WARNING")
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in alone.items()}, MASTER_ADDR="127.0.0.1")
+    if not on_cpu():
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def on_cpu() -> bool:
+    """Whether this machine has no accelerator."""
+    return get_accelerator().device_name() == "cpu"
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """auto, fp32, bf16 or fp16 -> dtype; auto is bf16 where the accelerator has it, else fp32.
+
+    Raises:
+        UserError: fp16 on a CPU, or bf16 on an accelerator without it.
+    """
+    bf16 = not on_cpu() and get_accelerator().is_bf16_supported()
+    if name == "auto":
+        return torch.bfloat16 if bf16 else torch.float32
+    if name == "fp16" and on_cpu():
+        raise UserError("--dtype fp16: a CPU does not train in fp16; take fp32 or bf16")
+    if name == "bf16" and not (bf16 or on_cpu()):
+        raise UserError("--dtype bf16: this accelerator has no bf16; take fp16 or fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def rank() -> int:
+    """This process's number in the world."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that speaks and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over ranks, on every rank; the argument is left as it is."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The maximum of a tensor over ranks, on every rank; the argument is left as it is."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values, op=op)
+    return values
+
+
+def gather_rows(rows: list) -> list:
+    """Lists of picklable rows of every rank, joined in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return rows
+    parts: list = [None] * world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """One process of each node runs the body first; the others then find what it has written."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def say(message: str) -> None:
+    """A line on the console, from rank 0."""
+    if is_main():
+        sys.stdout.write(message + "\n")
+        sys.stdout.flush()
+
+
+def memory_gb() -> float:
+    """Peak memory of this rank so far in GB: the accelerator's, or the process's on a CPU."""
+    if on_cpu():
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return get_accelerator().max_memory_allocated() / 1e9
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run an entry point: a user's mistake ends in one line and exit code 2, a full disk in one.
+
+    Rank 0 speaks first; the launcher ends the others as soon as rank 0 is gone, so what all ranks
+    would say is said once.
+    """
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        _last_words(f"error: {error}")
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the output or cache folder"
+        _last_words(f"error: no space left on the disk of {where}; free some and start again")
+        code = 1
+    except Exception:
+        _last_words(traceback.format_exc())
+        code = 1
+    if dist.is_initialized() and code == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of a broken collective must not keep a failed process alive.
+    os._exit(code) if code else None
+
+
+def _last_words(message: str) -> None:
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(3)
+        message = f"[rank {os.environ['RANK']}] {message}"
+    sys.stderr.write(message.rstrip() + "\n")

@@ -1,0 +1,75 @@
+"""ZeRO stage, offload, precision and batch sizes -> DeepSpeed's configuration."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alpaca_rlhf.utils.errors import UserError
+
+MAX_GRAD_NORM = 1.0
+
+
+def make(
+    *,
+    zero_stage: int,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    world_size: int,
+    offload: bool = False,
+    overrides: str | None = None,
+) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`.
+
+    Args:
+        zero_stage: 0 to 3.
+        dtype: precision of the weights that compute.
+        micro_batch_size: rows a rank takes through one backward pass.
+        accumulation_steps: backward passes of an optimizer step.
+        world_size: number of ranks.
+        offload: optimizer state, and under ZeRO-3 the weights, in host memory.
+        overrides: path of a JSON file merged over the result.
+
+    Raises:
+        UserError: the file contradicts a batch size or the ZeRO stage given by flags.
+    """
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    if zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": micro_batch_size * accumulation_steps * world_size,
+        "gradient_clipping": MAX_GRAD_NORM,
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16, "loss_scale_window": 100},
+    }
+    if overrides:
+        _merge(config, json.loads(Path(overrides).read_text()), overrides)
+    return config
+
+
+_BY_FLAGS = {
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "stage",
+}
+
+
+def _merge(config: dict[str, Any], extra: dict[str, Any], path: str) -> None:
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            _merge(config[key], value, path)
+        elif key in _BY_FLAGS and value not in ("auto", config[key]):
+            raise UserError(
+                f"--deepspeed_config {path}: {key} is {value}, but the flags give {config[key]}; "
+                f"take {key} out of the file"
+            )
+        elif value != "auto":
+            config[key] = value

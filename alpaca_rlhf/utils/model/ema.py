@@ -1,0 +1,49 @@
+"""Exponential moving average of the weights that train, in fp32, on every ZeRO stage."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Each rank keeps the average of what it holds: whole tensors, or its shards under ZeRO-3.
+
+    Args:
+        model: its trainable parameters are averaged.
+        decay: share of the old average that stays at an update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._decay = decay
+        self._average = [_held(p).detach().float().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average = decay * average + (1 - decay) * weight."""
+        for parameter, average in zip(self._parameters, self._average, strict=True):
+            average.lerp_(_held(parameter).float(), 1.0 - self._decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model with the averages as its weights; on leaving it has its own again."""
+        own = [_held(p).detach().clone() for p in self._parameters]
+        try:
+            self._put(self._average)
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            if hasattr(parameter, "ds_tensor"):
+                # A gathered copy would hide the shard that is about to change.
+                parameter.partition()
+            _held(parameter).copy_(value)
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data

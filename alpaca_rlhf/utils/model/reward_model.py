@@ -1,0 +1,107 @@
+"""The reward model and the critic: a sequence classifier with one label, read at every token.
+
+It is loaded and saved as `LlamaForSequenceClassification` (or the family's own), so any tool can
+read it; here its head is applied to every position, since the critic needs them all and the score
+is read by the mask, not by comparing ids with pad.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from alpaca_rlhf.utils import rl_math
+from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_config, load_model
+from alpaca_rlhf.utils.model.lora import unwrapped
+
+STATISTICS_FILE = "score_statistics.json"
+
+
+class TokenScorer(nn.Module):
+    """A scalar for every position of a sequence: value of the state, or score at the last token.
+
+    Args:
+        model: a sequence classifier with one label, or the same with an adapter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values [B, T], in fp32, of ids and mask [B, T] padded on either side."""
+        classifier = unwrapped(self.model)
+        decoder = getattr(classifier, classifier.base_model_prefix)
+        hidden = decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=rl_math.position_ids(attention_mask),
+            use_cache=False,
+        )[0]
+        return classifier.score(hidden).squeeze(-1).float()
+
+
+def scores(scorer: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Score [B] of whole sequences [B, T]: the value at each row's last real token."""
+    return rl_math.gather_last(scorer(input_ids, attention_mask), attention_mask)
+
+
+def is_reward_model(path: str, options: LoadOptions) -> bool:
+    """Whether `path` holds a sequence classifier with one label."""
+    config = load_config(path, options)
+    names = config.architectures or [""]
+    return names[0].endswith("ForSequenceClassification") and config.num_labels == 1
+
+
+def load_reward_model(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: LoadOptions,
+    ds_config: dict[str, Any],
+) -> nn.Module:
+    """A sequence classifier with one label.
+
+    From a causal LM the head is new, drawn from N(0, 1 / (d + 1)) with d the hidden size (Stiennon
+    et al. 2020; "N implementation details", 2023); from a reward model it is the saved one.
+    """
+    new_head = not is_reward_model(path, options)
+    model = load_model(
+        AutoModelForSequenceClassification, path, tokenizer, options, ds_config,
+        num_labels=1, pad_token_id=tokenizer.pad_token_id,
+    )
+    if new_head:
+        weight = model.score.weight
+        std = 1.0 / math.sqrt(model.config.hidden_size + 1)
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0), torch.no_grad():
+            if weight.numel():
+                nn.init.normal_(weight, std=std)
+    return model
+
+
+def save_statistics(folder: Path, mean: float, std: float, count: int) -> None:
+    """Keep mean and deviation of the scores of held-out chosen replies beside the model."""
+    record = {"mean": mean, "std": std, "count": count}
+    (folder / STATISTICS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_statistics(folder: str) -> tuple[float, float]:
+    """Mean and standard deviation saved with a reward model.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    path = Path(folder) / STATISTICS_FILE
+    try:
+        record = json.loads(path.read_text())
+        return float(record["mean"]), float(record["std"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--reward_normalization checkpoint: {path} is missing or broken; run step 2 again, "
+            "or take --reward_normalization reference"
+        ) from error

@@ -1,0 +1,51 @@
+"""Parameter groups, the optimizer for the device, and the learning-rate schedule."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+BETAS = (0.9, 0.95)
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, lora_learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of what trains: adapters with their own rate, matrices with decay, the rest without.
+
+    Biases and norm weights (one dimension) are never decayed. Empty groups are left out.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "lora": {"lr": lora_learning_rate, "weight_decay": weight_decay, "params": []},
+        "decay": {"lr": learning_rate, "weight_decay": weight_decay, "params": []},
+        "no_decay": {"lr": learning_rate, "weight_decay": 0.0, "params": []},
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # Under ZeRO-3 a parameter's own shape is that of its shard.
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        kind = "lora" if "lora_" in name else "decay" if dimensions > 1 else "no_decay"
+        groups[kind]["params"].append(parameter)
+    return [{"name": kind, **group} for kind, group in groups.items() if group["params"]]
+
+
+def create_optimizer(
+    groups: list[dict[str, Any]], offload: bool = False, eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    """AdamW with betas (0.9, 0.95): torch's fused one, or DeepSpeed's for offloaded state."""
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, betas=BETAS, eps=eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, betas=BETAS, eps=eps, fused=True)
+
+
+def create_scheduler(
+    optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule counted in optimizer steps."""
+    return get_scheduler(
+        kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max(1, total_steps)
+    )

@@ -1,0 +1,213 @@
+"""The epoch loop that steps 1 and 2 share, and the one place where an optimizer step is taken."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.data import samplers
+from alpaca_rlhf.utils.tracking import Tracker
+
+Stats = dict[str, Tensor]
+
+
+class Batch(Protocol):
+    """What an objective is computed from; its weight is what its loss is a sum over."""
+
+    def weight(self) -> int:
+        """Number of trained tokens, or pairs."""
+
+    def to(self, device: torch.device) -> Any:
+        """The batch on a device."""
+
+
+Objective = Callable[[Any], tuple[Tensor, Stats]]
+Collate = Callable[[list[dict[str, Any]]], Any]
+
+
+def optimizer_step(
+    engine: deepspeed.DeepSpeedEngine,
+    micro_batches: Sequence[Any],
+    objective: Objective,
+    total_weight: Tensor,
+) -> dict[str, float] | None:
+    """One optimizer step from micro-batches of any sizes, on any number of ranks.
+
+    The gradient is that of sum(loss) / total_weight over all micro-batches and ranks: of one big
+    batch. (DeepSpeed averages gradients over ranks, hence the factor; its own division by the
+    number of micro-batches would make a mean of means.)
+
+    Args:
+        engine: takes the step.
+        micro_batches: of this rank; every rank has the same number.
+        objective: batch -> (sum of losses, sums or maxima (`*_max`) for the record).
+        total_weight: what the loss is a sum over, all micro-batches and ranks together.
+
+    Returns:
+        `loss` and the record's means (maxima) over the whole step, or None when the loss of a
+        micro-batch is not finite on some rank: then nothing is changed.
+    """
+    sums: Stats = {}
+    for i, batch in enumerate(micro_batches):
+        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        loss, stats = objective(batch)
+        bad = (~torch.isfinite(loss.detach())).float()
+        if distributed.max_over_ranks(bad).item():
+            _forget_gradients(engine)
+            return None
+        engine.backward(loss / total_weight * distributed.world_size(), scale_wrt_gas=False)
+        engine.step()
+        for name, value in {"loss": loss.detach(), **stats}.items():
+            value = value.detach().double()
+            if name not in sums:
+                sums[name] = value
+            else:
+                largest = name.endswith("_max")
+                sums[name] = torch.maximum(sums[name], value) if largest else sums[name] + value
+    return _over_ranks(sums, total_weight)
+
+
+def _forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    engine.zero_grad()
+    if hasattr(engine.optimizer, "zero_grad"):
+        engine.optimizer.zero_grad()
+
+
+def _over_ranks(sums: Stats, total_weight: Tensor) -> dict[str, float]:
+    maxima = {name: value for name, value in sums.items() if name.endswith("_max")}
+    plain = {name: value for name, value in sums.items() if name not in maxima}
+    means = distributed.sum_over_ranks(torch.stack(list(plain.values()))) / total_weight
+    result = dict(zip(plain, means.tolist(), strict=True))
+    if maxima:
+        largest = distributed.max_over_ranks(torch.stack(list(maxima.values())))
+        result |= dict(zip(maxima, largest.tolist(), strict=True))
+    return result
+
+
+def global_weight(micro_batches: Sequence[Batch]) -> Tensor:
+    """What the losses of an optimizer step are sums over, of all ranks together."""
+    mine = sum(batch.weight() for batch in micro_batches)
+    return distributed.sum_over_ranks(
+        torch.tensor(float(mine), dtype=torch.float64, device=distributed.device())
+    ).clamp(min=1)
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Global norm of the last step's gradient, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else math.nan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train.
+
+    Attributes:
+        epochs: passes over the data.
+        max_steps: optimizer steps after which to stop, or None.
+        batch_size: rows of a micro-batch.
+        accumulation_steps: micro-batches of an optimizer step.
+        seed: of the order of rows.
+        eval_interval: optimizer steps between measurements; 0 measures before and after only.
+    """
+
+    epochs: int
+    max_steps: int | None
+    batch_size: int
+    accumulation_steps: int
+    seed: int
+    eval_interval: int = 0
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps that training on so many rows takes."""
+        world = distributed.world_size()
+        batches = len(samplers.rank_batches(list(range(rows)), self.batch_size, 0, world))
+        steps = math.ceil(batches / self.accumulation_steps) * self.epochs
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+
+def train(
+    engine: deepspeed.DeepSpeedEngine,
+    rows: Sequence[dict[str, Any]],
+    collate: Collate,
+    objective: Objective,
+    plan: Plan,
+    tracker: Tracker,
+    evaluate: Callable[[], dict[str, float]],
+) -> None:
+    """Train on every row of every epoch, in an order of its own each time.
+
+    Raises:
+        FloatingPointError: the loss was not finite.
+    """
+    total = plan.total_steps(len(rows))
+    step, seen, started = 0, Counter[str](), time.perf_counter()
+    for epoch in range(plan.epochs):
+        order = samplers.shuffled(len(rows), plan.seed, epoch)
+        batches = samplers.rank_batches(
+            order, plan.batch_size, distributed.rank(), distributed.world_size()
+        )
+        for start in range(0, len(batches), plan.accumulation_steps):
+            if step == total:
+                return
+            chosen = batches[start : start + plan.accumulation_steps]
+            micro = [
+                collate([rows[i] for i in batch]).to(distributed.device()) for batch in chosen
+            ]
+            engine.train()
+            weight = global_weight(micro)
+            metrics = optimizer_step(engine, micro, objective, weight)
+            if metrics is None:
+                raise FloatingPointError(
+                    f"the loss is not finite at step {step + 1}; lower the learning rate"
+                )
+            step += 1
+            seen["weight"] += int(weight)
+            metrics["grad_norm"] = gradient_norm(engine)
+            metrics["lr"] = engine.get_lr()[0]
+            metrics["epoch"] = epoch + start / len(batches)
+            metrics["weight_per_second"] = seen["weight"] / (time.perf_counter() - started)
+            metrics["memory_gb"] = distributed.memory_gb()
+            if plan.eval_interval and step % plan.eval_interval == 0 and step < total:
+                metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
+            tracker.log(metrics, step)
+
+
+@torch.no_grad()
+def evaluate_sums(
+    engine: deepspeed.DeepSpeedEngine,
+    rows: Sequence[dict[str, Any]],
+    collate: Collate,
+    measure: Callable[[Any], list[list[float]]],
+    batch_size: int,
+    max_batches: int | None = None,
+) -> list[list[float]]:
+    """Rows of numbers for held-out data, one row for each of `rows` (in no certain order).
+
+    Args:
+        engine: put into evaluation mode and back.
+        rows: held-out rows; all ranks hold the same.
+        collate: rows -> batch.
+        measure: batch -> one list of numbers for each row.
+        batch_size: rows of a batch.
+        max_batches: stop after so many on each rank.
+    """
+    training = engine.module.training
+    engine.eval()
+    numbers: list[list[float]] = []
+    batches = samplers.covering_batches(
+        len(rows), batch_size, distributed.rank(), distributed.world_size()
+    )
+    for indices, counts in batches[:max_batches]:
+        measured = measure(collate([rows[i] for i in indices]).to(distributed.device()))
+        if counts:
+            numbers += measured
+    engine.train(training)
+    return distributed.gather_rows(numbers)
