@@ -1,0 +1,147 @@
+"""Step 1, supervised fine-tuning: a causal LM learns to write the chosen replies.
+
+    python alpaca_rlhf/training_model/my_deepspeed.py \\
+        alpaca_rlhf/training_model/step1_supervised_finetuning/main.py --output_dir output/actor
+"""
+
+import math
+from functools import partial
+
+import deepspeed
+import torch
+
+from alpaca_rlhf.utils import arguments, checkpoint, distributed, losses, training_loop
+from alpaca_rlhf.utils.arguments import Step1Arguments
+from alpaca_rlhf.utils.data import preprocessing, raw_datasets
+from alpaca_rlhf.utils.data.collators import TokenBatch, collate_tokens
+from alpaca_rlhf.utils.data.preprocessing import Prepared
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
+from alpaca_rlhf.utils.engine import ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.model import tiny_llama
+from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
+from alpaca_rlhf.utils.tracking import Tracker
+
+
+def main() -> None:
+    """Parse, set up, build, train, export."""
+    args = arguments.parse_step1()
+    distributed.initialize(args.run.seed)
+    for notice in arguments.notices(args):
+        distributed.say(notice)
+    folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
+    home = preprocessing.cache_home(args.data.data_output_path)
+    path = args.model.model_name_or_path or tiny_llama.shared(home)
+    form = ChatFormat(load_tokenizer(
+        args.loading.tokenizer_name_or_path or path, args.data.chat_template,
+        args.loading.trust_remote_code,
+    ))
+    distributed.say(describe(form.tokenizer))
+    data = load_data(args, form)
+    distributed.say(data.describe())
+    plan = training_loop.Plan(
+        args.optimization.num_train_epochs, args.optimization.max_steps,
+        args.batches.per_device_train_batch_size, args.optimization.gradient_accumulation_steps,
+        args.run.seed, args.batches.eval_interval,
+    )
+    total_steps = plan.total_steps(len(data.train))
+    schedule = Schedule(
+        plan.batch_size, plan.accumulation_steps, args.optimization.lr_scheduler_type,
+        args.optimization.num_warmup_steps, total_steps,
+    )
+    engine, trains = build_trained(
+        model_settings(args), schedule, partial(load_causal_lm, path, form.tokenizer)
+    )
+    distributed.say(f"model: {trains}")
+
+    evaluate = partial(perplexity, engine, data, form.pad_id, args)
+    before = evaluate()
+    distributed.say(f"before: {summary(before)}")
+    with Tracker(folder.path, total_steps, ["loss", "lr"]) as tracker:
+        training_loop.train(
+            engine, data.train, partial(collate_tokens, pad_id=form.pad_id),
+            partial(objective, engine), plan, tracker, evaluate,
+        )
+    after = evaluate()
+    distributed.say(f"after: {summary(after)}")
+
+    facts = {"base model": path, "held-out perplexity": summary(after)}
+    card = checkpoint.model_card("Supervised fine-tuned model", facts)
+    checkpoint.export(engine.module, form.tokenizer, folder.path, card)
+    results = {"step": 1, "before": before, "after": after, "data": data.report}
+    folder.finish(arguments.to_config(args), results)
+
+
+def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:
+    """This step's share of the data, and the data that is for this step only."""
+    shares = list(arguments.split_shares(args.data.data_split))
+    data = preprocessing.split(
+        raw_datasets.load(args.data.data_path), shares, step=1, seed=args.run.seed
+    )
+    if args.sft.sft_only_data_path:
+        extra = raw_datasets.load(args.sft.sft_only_data_path)
+        data.train += extra.train + extra.held_out
+        data.counted_out += extra.counted_out
+    lengths = preprocessing.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
+    encode = partial(
+        preprocessing.encode_reply, form=form, lengths=lengths,
+        train_on_prompt=args.sft.train_on_prompt,
+    )
+    return preprocessing.prepare(
+        data, encode, form, lengths, preprocessing.cache_home(args.data.data_output_path),
+        {"step": 1, "train_on_prompt": args.sft.train_on_prompt},
+        args.data.preprocessing_num_workers,
+    )
+
+
+def model_settings(args: Step1Arguments) -> ModelSettings:
+    """How the model is loaded and trained."""
+    model, lora = args.model, args.lora
+    load = LoadOptions(
+        distributed.resolve_dtype(args.loading.dtype), args.loading.attn_implementation,
+        model.dropout, model.gradient_checkpointing, args.loading.trust_remote_code,
+    )
+    return ModelSettings(
+        load, model.zero_stage, args.optimization.offload, args.optimization.deepspeed_config,
+        model.learning_rate, model.lora_learning_rate, model.weight_decay, model.lora_dim,
+        lora.lora_alpha, lora.lora_dropout, model.lora_module_name, "--lora_module_name",
+        lora.only_optimize_lora,
+    )
+
+
+def objective(
+    engine: deepspeed.DeepSpeedEngine, batch: TokenBatch
+) -> tuple[torch.Tensor, training_loop.Stats]:
+    """Sum of the negative log-likelihood of the trained tokens."""
+    logits = forward_logits(engine, batch.input_ids, batch.attention_mask)
+    return losses.token_loss(logits, batch.labels), {}
+
+
+def perplexity(
+    engine: deepspeed.DeepSpeedEngine, data: Prepared, pad_id: int, args: Step1Arguments
+) -> dict[str, float]:
+    """exp of the mean loss a token on held-out replies; empty when nothing is held out."""
+
+    def measure(batch: TokenBatch) -> list[list[float]]:
+        loss, _ = objective(engine, batch)
+        rows = len(batch.input_ids)
+        return [[loss.item() / rows, batch.weight() / rows]] * rows
+
+    numbers = training_loop.evaluate_sums(
+        engine, data.held_out, partial(collate_tokens, pad_id=pad_id), measure,
+        args.batches.per_device_eval_batch_size, args.batches.eval_iters,
+    )
+    if not numbers:
+        return {}
+    loss, tokens = (sum(column) for column in zip(*numbers, strict=True))
+    return {"perplexity": math.exp(loss / tokens), "loss": loss / tokens, "tokens": tokens}
+
+
+def summary(result: dict[str, float]) -> str:
+    """A measurement for people."""
+    if not result:
+        return "nothing held out to measure on"
+    return f"perplexity {result['perplexity']:.3f} on {result['tokens']:.0f} held-out tokens"
+
+
+if __name__ == "__main__":
+    distributed.run_main(main)

@@ -1,0 +1,169 @@
+"""Step 2, the reward model: a sequence classifier learns which of two replies was preferred.
+
+    python alpaca_rlhf/training_model/my_deepspeed.py \\
+        alpaca_rlhf/training_model/step2_reward_model_finetuning/main.py --output_dir output/critic
+"""
+
+import math
+from functools import partial
+
+import deepspeed
+import torch
+
+from alpaca_rlhf.utils import arguments, checkpoint, distributed, losses, training_loop
+from alpaca_rlhf.utils.arguments import Step2Arguments
+from alpaca_rlhf.utils.data import preprocessing, raw_datasets
+from alpaca_rlhf.utils.data.collators import PairBatch, collate_pairs
+from alpaca_rlhf.utils.data.preprocessing import Prepared
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
+from alpaca_rlhf.utils.engine import ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.model import tiny_llama
+from alpaca_rlhf.utils.model.causal_lm import LoadOptions
+from alpaca_rlhf.utils.model.reward_model import (
+    TokenScorer,
+    load_reward_model,
+    save_statistics,
+    scores,
+)
+from alpaca_rlhf.utils.tracking import Tracker
+
+
+def main() -> None:
+    """Parse, set up, build, train, export."""
+    args = arguments.parse_step2()
+    distributed.initialize(args.run.seed)
+    for notice in arguments.notices(args):
+        distributed.say(notice)
+    folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
+    home = preprocessing.cache_home(args.data.data_output_path)
+    path = args.model.model_name_or_path or tiny_llama.shared(home)
+    form = ChatFormat(load_tokenizer(
+        args.loading.tokenizer_name_or_path or path, args.data.chat_template,
+        args.loading.trust_remote_code,
+    ))
+    distributed.say(describe(form.tokenizer))
+    data = load_data(args, form)
+    distributed.say(data.describe())
+    plan = training_loop.Plan(
+        args.optimization.num_train_epochs, args.optimization.max_steps,
+        args.batches.per_device_train_batch_size, args.optimization.gradient_accumulation_steps,
+        args.run.seed, args.batches.eval_interval,
+    )
+    total_steps = plan.total_steps(len(data.train))
+    schedule = Schedule(
+        plan.batch_size, plan.accumulation_steps, args.optimization.lr_scheduler_type,
+        args.optimization.num_warmup_steps, total_steps,
+    )
+    engine, trains = build_trained(
+        model_settings(args), schedule, partial(load_reward_model, path, form.tokenizer), wrap=TokenScorer
+    )
+    distributed.say(f"model: {trains}")
+
+    evaluate = partial(accuracy, engine, data, form.pad_id, args)
+    before = evaluate()
+    distributed.say(f"before: {summary(before)}")
+    shown = ["loss", "accuracy", "lr"]
+    with Tracker(folder.path, total_steps, shown) as tracker:
+        training_loop.train(
+            engine, data.train, partial(collate_pairs, pad_id=form.pad_id),
+            partial(objective, engine), plan, tracker, evaluate,
+        )
+    after = evaluate()
+    distributed.say(f"after: {summary(after)}")
+
+    facts = {"base model": path, "held-out pairs": summary(after)}
+    card = checkpoint.model_card("Reward model", facts)
+    checkpoint.export(engine.module.model, form.tokenizer, folder.path, card)
+    if folder.path and after and distributed.is_main():
+        save_statistics(
+            folder.path, after["score_mean"], after["score_std"], int(after["pairs"])
+        )
+    results = {"step": 2, "before": before, "after": after, "data": data.report}
+    folder.finish(arguments.to_config(args), results)
+
+
+def load_data(args: Step2Arguments, form: ChatFormat) -> Prepared:
+    """This step's share of the pairs."""
+    shares = list(arguments.split_shares(args.data.data_split))
+    data = preprocessing.pairs_only(preprocessing.split(
+        raw_datasets.load(args.data.data_path), shares, step=2, seed=args.run.seed
+    ))
+    lengths = preprocessing.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
+    return preprocessing.prepare(
+        data, partial(preprocessing.encode_pair, form=form, lengths=lengths), form, lengths,
+        preprocessing.cache_home(args.data.data_output_path), {"step": 2},
+        args.data.preprocessing_num_workers,
+    )
+
+
+def model_settings(args: Step2Arguments) -> ModelSettings:
+    """How the model is loaded and trained."""
+    model, lora = args.model, args.lora
+    load = LoadOptions(
+        distributed.resolve_dtype(args.loading.dtype), args.loading.attn_implementation,
+        model.dropout, model.gradient_checkpointing, args.loading.trust_remote_code,
+    )
+    return ModelSettings(
+        load, model.zero_stage, args.optimization.offload, args.optimization.deepspeed_config,
+        model.learning_rate, model.lora_learning_rate, model.weight_decay, model.lora_dim,
+        lora.lora_alpha, lora.lora_dropout, model.lora_module_name, "--lora_module_name",
+        lora.only_optimize_lora,
+    )
+
+
+def objective(
+    engine: deepspeed.DeepSpeedEngine, batch: PairBatch
+) -> tuple[torch.Tensor, training_loop.Stats]:
+    """Sum of the pairwise losses, and how many pairs are in order."""
+    chosen, rejected = scores(engine, batch.input_ids, batch.attention_mask).chunk(2)
+    in_order = (chosen > rejected).sum()
+    return losses.pairwise_loss(chosen, rejected), {"accuracy": in_order}
+
+
+def accuracy(
+    engine: deepspeed.DeepSpeedEngine, data: Prepared, pad_id: int, args: Step2Arguments
+) -> dict[str, float]:
+    """Share of held-out pairs in order, with its interval, and the scores of chosen replies."""
+
+    def measure(batch: PairBatch) -> list[list[float]]:
+        pair = scores(engine, batch.input_ids, batch.attention_mask).chunk(2)
+        return torch.stack(pair, dim=-1).tolist()
+
+    numbers = training_loop.evaluate_sums(
+        engine, data.held_out, partial(collate_pairs, pad_id=pad_id), measure,
+        args.batches.per_device_eval_batch_size, args.batches.eval_iters,
+    )
+    if not numbers:
+        return {}
+    chosen, rejected = torch.tensor(numbers, dtype=torch.float64).unbind(-1)
+    right = int((chosen > rejected).sum())
+    low, high = wilson_interval(right, len(numbers))
+    return {
+        "accuracy": right / len(numbers), "accuracy_low": low, "accuracy_high": high,
+        "score_mean": chosen.mean().item(), "score_std": chosen.std(correction=0).item(),
+        "rejected_mean": rejected.mean().item(), "pairs": len(numbers),
+    }
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share (E. B. Wilson, 1927)."""
+    share, spread = successes / trials, z * z / trials
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    return middle - half, middle + half
+
+
+def summary(result: dict[str, float]) -> str:
+    """A measurement for people."""
+    if not result:
+        return "nothing held out to measure on"
+    return (
+        f"accuracy {result['accuracy']:.3f} (95 % from {result['accuracy_low']:.3f} to "
+        f"{result['accuracy_high']:.3f}) on {result['pairs']} held-out pairs; chosen score "
+        f"{result['score_mean']:.3f} ± {result['score_std']:.3f}, rejected "
+        f"{result['rejected_mean']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    distributed.run_main(main)

@@ -1,0 +1,410 @@
+"""Step 3, PPO: the actor writes replies, the reward model scores them, the actor learns.
+
+    python alpaca_rlhf/training_model/my_deepspeed.py \\
+        alpaca_rlhf/training_model/step3_rlhf_finetuning/main.py \\
+        --actor_model_name_or_path output/actor --critic_model_name_or_path output/critic \\
+        --enable_hybrid_engine --output_dir output/final
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from alpaca_rlhf.training_model.step3_rlhf_finetuning import policy_evaluation
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRollout
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
+    AdaptiveKLController,
+    PPOSettings,
+    PPOTrainer,
+    steps_per_round,
+)
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
+    RewardSettings,
+    RolloutMaker,
+    ScoreNormalizer,
+    load_reward_function,
+    make_experience,
+)
+from alpaca_rlhf.utils import arguments, checkpoint, distributed
+from alpaca_rlhf.utils.arguments import Step3Arguments
+from alpaca_rlhf.utils.data import (
+    assistant_world,
+    plain_text,
+    preprocessing,
+    raw_datasets,
+    samplers,
+)
+from alpaca_rlhf.utils.data.collators import TokenBatch, collate_prompts, collate_tokens
+from alpaca_rlhf.utils.data.preprocessing import Prepared
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
+from alpaca_rlhf.utils.engine import ModelSettings, Schedule
+from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.model.causal_lm import LoadOptions
+from alpaca_rlhf.utils.model.decoding import SamplingConfig
+from alpaca_rlhf.utils.model.ema import Ema
+from alpaca_rlhf.utils.model.reward_model import is_reward_model, load_statistics
+from alpaca_rlhf.utils.tracking import Tracker, table
+
+SHOWN = ["reward/score_mean", "kl/k3", "response/length_mean", "response/eos_rate",
+         "policy/loss", "value/loss"]
+
+
+def main() -> None:
+    """Parse, set up, build, then rollout phase and update phase in turn, export."""
+    args = arguments.parse_step3()
+    distributed.initialize(args.run.seed)
+    for notice in arguments.notices(args):
+        distributed.say(notice)
+    reward_function = (
+        load_reward_function(args.reward.reward_function) if args.reward.reward_function else None
+    )
+    normalizer = score_normalizer(args)
+    folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
+    form = ChatFormat(load_tokenizers(args))
+    distributed.say(describe(form.tokenizer))
+    data = load_data(args, form)
+    distributed.say(data.describe())
+    rounds = Rounds(args, len(data.train))
+    engine = build(args, form, rounds.total_steps, needs_reward_model=reward_function is None)
+    hybrid = HybridEngine(
+        engine.actor, args.rollout.enable_hybrid_engine, args.rollout.release_inference_cache
+    )
+    maker = RolloutMaker(
+        engine, hybrid, form, sampling(args), args.run.seed, reward_function
+    )
+    ema = Ema(engine.actor.module, args.actor.ema_decay) if args.actor.enable_ema else None
+    trainer = PPOTrainer(engine, ppo_settings(args), ema)
+
+    before = measure(args, maker, data)
+    maker.reseed(args.run.seed)
+    with Tracker(folder.path, rounds.count, SHOWN) as tracker:
+        train(args, rounds, data, maker, trainer, normalizer, tracker)
+    after = measure(args, maker, data)
+
+    export(engine, form, folder, ema, after)
+    folder.finish(arguments.to_config(args), results(data, before, after))
+
+
+class Rounds:
+    """How many rounds of rollouts and updates there are, and which prompts each one takes.
+
+    Args:
+        args: of the run.
+        prompts: how many there are to train on.
+    """
+
+    def __init__(self, args: Step3Arguments, prompts: int) -> None:
+        rollout = args.rollout
+        self.prompts_per_batch = rollout.per_device_generation_batch_size // rollout.num_generations
+        self.rollouts = rollout.per_device_generation_batch_size * rollout.generation_batches
+        self._size = (
+            self.prompts_per_batch * rollout.generation_batches * distributed.world_size()
+        )
+        self._prompts = prompts
+        self._seed = args.run.seed
+        self._per_epoch = max(1, prompts // self._size)
+        steps = steps_per_round(self.rollouts, ppo_settings(args))
+        self.count = self._per_epoch * args.optimization.num_train_epochs
+        if args.optimization.max_steps:
+            self.count = min(self.count, math.ceil(args.optimization.max_steps / steps))
+        if args.report.enable_test_mode:
+            self.count = min(self.count, args.report.test_stop_step + 1)
+        self.total_steps = self.count * steps
+
+    def describe(self) -> str:
+        """One line for the console."""
+        return (
+            f"{self.count} rounds of {self.rollouts} rollouts on each of "
+            f"{distributed.world_size()} ranks, {self.total_steps} optimizer steps"
+        )
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        """For each round, the prompts of this rank's generation batches, by index."""
+        order: list[int] = []
+        epoch = 0
+        for number in range(self.count):
+            if number == epoch * self._per_epoch:
+                # An epoch of its own order; too few prompts for one round are taken repeatedly.
+                once = samplers.shuffled(self._prompts, self._seed, epoch)
+                order = once * math.ceil(self._size / len(once))
+                epoch += 1
+            start = number % self._per_epoch * self._size
+            mine = order[start + distributed.rank() : start + self._size : distributed.world_size()]
+            yield [mine[i : i + self.prompts_per_batch]
+                   for i in range(0, len(mine), self.prompts_per_batch)]
+
+
+def train(
+    args: Step3Arguments, rounds: Rounds, data: Prepared, maker: RolloutMaker,
+    trainer: PPOTrainer, normalizer: ScoreNormalizer, tracker: Tracker,
+) -> None:
+    """Rollout phase and update phase in turn."""
+    tracker.note(rounds.describe())
+    per_round = rounds.rollouts // args.ppo.per_device_training_batch_size
+    if args.optimization.gradient_accumulation_steps > per_round:
+        tracker.note(
+            f"--gradient_accumulation_steps {args.optimization.gradient_accumulation_steps}: a "
+            f"round has {per_round} micro-batches, and an optimizer step never spans two rounds"
+        )
+    controller = AdaptiveKLController(
+        args.reward.kl_coef,
+        args.reward.kl_target if args.reward.kl_controller == "adaptive" else None,
+        args.reward.kl_horizon,
+    )
+    settings = RewardSettings(
+        args.reward.clip_reward_value, args.reward.missing_eos_penalty, args.ppo.gamma,
+        args.ppo.lam, args.ppo.whiten_advantages,
+    )
+    text = language_model_text(args, maker.form, per_round)
+    for number, batches in enumerate(rounds, 1):
+        start = time.perf_counter()
+        prompts = [
+            collate_prompts(
+                [data.train[i] for i in batch for _ in range(args.rollout.num_generations)],
+                maker.form.pad_id,
+            ).to(distributed.device())
+            for batch in batches
+        ]
+        rollouts = maker.generate(prompts)
+        generated = time.perf_counter()
+        scored = ScoredRollout.joined([maker.score(rollout) for rollout in rollouts])
+        experience, metrics = make_experience(scored, normalizer, settings, controller.coef)
+        metrics["time/rollout"] = generated - start
+        metrics["time/scoring"] = time.perf_counter() - generated
+        metrics["kl/coef"] = controller.coef
+        metrics |= trainer.learn(experience, number - 1, next(text))
+        episodes = rounds.rollouts * distributed.world_size()
+        controller.update(metrics["kl/k1"], episodes)
+        seconds = time.perf_counter() - start
+        metrics["throughput/episodes_per_second"] = episodes / seconds
+        metrics["throughput/tokens_per_second"] = (
+            metrics["response/length_mean"] * episodes / seconds
+        )
+        metrics["memory/peak_gb"] = distributed.memory_gb()
+        tracker.log(metrics, number)
+        if args.report.print_answers and (number - 1) % args.report.print_answers_interval == 0:
+            tracker.note(answers(maker, scored))
+
+
+def answers(maker: RolloutMaker, scored: ScoredRollout) -> str:
+    """Some rollouts as a table."""
+    prompts, replies = maker.texts(scored.rows(range(min(4, len(scored)))))
+    rows = zip(prompts, replies, scored.score.tolist(), strict=False)
+    return table(["prompt", "reply", "score"], [[p, r, f"{s:.2f}"] for p, r, s in rows])
+
+
+def load_tokenizers(args: Step3Arguments) -> Any:
+    """The tokenizer of all roles.
+
+    Raises:
+        UserError: actor and critic have different ones, or the critic is no reward model.
+    """
+    load = partial(
+        load_tokenizer, template=args.data.chat_template,
+        trust_remote_code=args.loading.trust_remote_code,
+    )
+    actor, critic = args.actor.actor_model_name_or_path, args.critic.critic_model_name_or_path
+    tokenizer = load(args.loading.tokenizer_name_or_path or actor)
+    require_same(tokenizer, load(critic))
+    if not is_reward_model(critic, LoadOptions()):
+        raise UserError(
+            f"--critic_model_name_or_path {critic}: is no reward model (a sequence classifier "
+            "with one label); give the folder that step 2 wrote"
+        )
+    return tokenizer
+
+
+def score_normalizer(args: Step3Arguments) -> ScoreNormalizer:
+    """By the statistics saved with the reward model, or those of the first rollouts, or not."""
+    mode = args.reward.reward_normalization
+    if args.reward.reward_function and mode == "checkpoint":
+        mode = "reference"
+        distributed.say("--reward_function: its scores are normalised by the first rollouts'")
+    if mode == "checkpoint":
+        return ScoreNormalizer(mode, *load_statistics(args.critic.critic_model_name_or_path))
+    return ScoreNormalizer(mode)
+
+
+def load_data(args: Step3Arguments, form: ChatFormat) -> Prepared:
+    """This step's prompts."""
+    shares = list(arguments.split_shares(args.data.data_split))
+    data = preprocessing.unique_prompts(preprocessing.split(
+        raw_datasets.load(args.data.data_path), shares, step=3, seed=args.run.seed
+    ))
+    limit = args.rollout.max_prompt_seq_len
+    lengths = preprocessing.Lengths(
+        limit, 0, args.data.overlong, f"--max_prompt_seq_len {limit}"
+    )
+    return preprocessing.prepare(
+        data, partial(preprocessing.encode_prompt, form=form, lengths=lengths), form, lengths,
+        preprocessing.cache_home(args.data.data_output_path), {"step": 3},
+        args.data.preprocessing_num_workers,
+    )
+
+
+def build(
+    args: Step3Arguments, form: ChatFormat, total_steps: int, needs_reward_model: bool
+) -> RLHFEngine:
+    """The four roles."""
+    schedule = Schedule(
+        args.ppo.per_device_training_batch_size, args.optimization.gradient_accumulation_steps,
+        args.optimization.lr_scheduler_type, args.optimization.num_warmup_steps, total_steps,
+    )
+    engine = RLHFEngine(
+        args.actor.actor_model_name_or_path, actor_settings(args),
+        args.critic.critic_model_name_or_path, critic_settings(args),
+        schedule, form.tokenizer, needs_reward_model,
+    )
+    for line in engine.summary:
+        distributed.say(line)
+    return engine
+
+
+# Adam's default of 1e-8 lets the first, tiny gradients of a critic take full steps ("N
+# implementation details of RLHF with PPO", 2023).
+ADAM_EPS = 1e-5
+
+
+def actor_settings(args: Step3Arguments) -> ModelSettings:
+    """How the actor is loaded and trained."""
+    actor, lora = args.actor, args.lora
+    return ModelSettings(
+        load_options(args, actor.actor_dropout, actor.actor_gradient_checkpointing),
+        actor.actor_zero_stage, args.optimization.offload, args.optimization.deepspeed_config,
+        actor.actor_learning_rate, actor.actor_lora_learning_rate, actor.actor_weight_decay,
+        actor.actor_lora_dim, lora.lora_alpha, lora.lora_dropout, actor.actor_lora_module_name,
+        "--actor_lora_module_name", lora.only_optimize_lora, ADAM_EPS,
+    )
+
+
+def critic_settings(args: Step3Arguments) -> ModelSettings:
+    """How the critic is loaded and trained."""
+    critic, lora = args.critic, args.lora
+    return ModelSettings(
+        load_options(args, critic.critic_dropout, critic.critic_gradient_checkpointing),
+        critic.critic_zero_stage, args.optimization.offload, args.optimization.deepspeed_config,
+        critic.critic_learning_rate, critic.critic_lora_learning_rate, critic.critic_weight_decay,
+        critic.critic_lora_dim, lora.lora_alpha, lora.lora_dropout,
+        critic.critic_lora_module_name, "--critic_lora_module_name", lora.only_optimize_lora,
+        ADAM_EPS,
+    )
+
+
+def load_options(args: Step3Arguments, dropout: float, checkpointing: bool) -> LoadOptions:
+    """Precision and the like, of either role."""
+    return LoadOptions(
+        distributed.resolve_dtype(args.loading.dtype), args.loading.attn_implementation,
+        dropout, checkpointing, args.loading.trust_remote_code,
+    )
+
+
+def sampling(args: Step3Arguments) -> SamplingConfig:
+    """How replies are drawn."""
+    rollout = args.rollout
+    return SamplingConfig(
+        rollout.max_answer_seq_len, rollout.temperature, rollout.top_p, rollout.top_k
+    )
+
+
+def ppo_settings(args: Step3Arguments) -> PPOSettings:
+    """Of the update."""
+    return PPOSettings(
+        epochs=args.ppo.ppo_epochs,
+        micro_batch_size=args.ppo.per_device_training_batch_size,
+        accumulation_steps=args.optimization.gradient_accumulation_steps,
+        temperature=args.rollout.temperature,
+        clip=args.ppo.cliprange,
+        clip_value=args.ppo.cliprange_value,
+        entropy_coef=args.ppo.entropy_coef,
+        unsup_coef=args.ppo.unsup_coef,
+        critic_warmup_steps=args.critic.critic_warmup_steps,
+        max_skipped_steps=args.ppo.max_skipped_steps,
+        seed=args.run.seed,
+    )
+
+
+def language_model_text(
+    args: Step3Arguments, form: ChatFormat, per_round: int
+) -> Iterator[list[TokenBatch] | None]:
+    """For each round, a batch of text for each of its micro-batches; None when none is given."""
+    name = args.ppo.unsupervised_dataset_name
+    if name is None:
+        while True:
+            yield None
+    length = args.rollout.max_prompt_seq_len + args.rollout.max_answer_seq_len
+    blocks = plain_text.load_blocks(
+        name, args.ppo.unsupervised_dataset_config_name, form, length
+    )
+    size, world = args.ppo.per_device_training_batch_size, distributed.world_size()
+    position = distributed.rank()
+    while True:
+        batches = []
+        for _ in range(per_round):
+            rows = [blocks[(position + i * world) % len(blocks)] for i in range(size)]
+            position += size * world
+            batches.append(collate_tokens(rows, form.pad_id).to(distributed.device()))
+        yield batches
+
+
+def measure(
+    args: Step3Arguments, maker: RolloutMaker, data: Prepared
+) -> list[policy_evaluation.Record]:
+    """What the policy writes on held-out prompts."""
+
+    def gold(row: dict[str, Any], reply: str) -> float:
+        return assistant_world.gold_score(json.loads(row["messages"]), reply)
+
+    embedded = not args.data.data_path
+    rows = data.held_out.select(range(min(args.report.eval_prompts, len(data.held_out))))
+    records = policy_evaluation.evaluate(
+        maker, rows, args.rollout.per_device_generation_batch_size, args.run.seed + 1,
+        gold if embedded else None,
+    )
+    if args.report.eval_prompts:
+        summary = policy_evaluation.summarize(records)
+        distributed.say(f"policy: {policy_evaluation.describe(summary)}")
+    return records
+
+
+def export(
+    engine: RLHFEngine, form: ChatFormat, folder: checkpoint.RunFolder, ema: Ema | None,
+    records: list[policy_evaluation.Record],
+) -> None:
+    """Actor, critic and, if there is one, the actor's average."""
+    if folder.path is None:
+        return
+    facts = {"held-out prompts": policy_evaluation.describe(policy_evaluation.summarize(records))}
+    actor, critic = engine.actor.module, engine.critic.module.model
+    card = checkpoint.model_card("Policy trained with PPO", facts)
+    checkpoint.export(actor, form.tokenizer, folder.path / "actor", card)
+    card = checkpoint.model_card("Critic (value model) of PPO", {})
+    checkpoint.export(critic, form.tokenizer, folder.path / "critic", card)
+    if ema is not None:
+        with ema.swapped_in():
+            card = checkpoint.model_card("Policy trained with PPO, averaged weights", facts)
+            checkpoint.export(actor, form.tokenizer, folder.path / "actor_ema", card)
+
+
+def results(
+    data: Prepared, before: list[policy_evaluation.Record], after: list[policy_evaluation.Record]
+) -> dict[str, Any]:
+    """What the run is remembered by."""
+    return {
+        "step": 3,
+        "before": policy_evaluation.summarize(before),
+        "after": policy_evaluation.summarize(after),
+        "data": data.report,
+        "dialogues": [
+            {"prompt": old["prompt"], "before": old, "after": new}
+            for old, new in zip(before, after, strict=True)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    distributed.run_main(main)

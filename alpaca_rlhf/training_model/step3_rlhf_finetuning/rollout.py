@@ -1,0 +1,247 @@
+"""The rollout phase: draw replies, let the four roles speak of them, turn that into experience."""
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
+    Experience,
+    Rollout,
+    ScoredRollout,
+)
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
+from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils.data.collators import PromptBatch
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat
+from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.model.decoding import SamplingConfig, generate
+
+RewardFunction = Callable[[list[str], list[str]], list[float]]
+
+
+def load_reward_function(name: str) -> RewardFunction:
+    """`module:name` -> function of (prompts, replies), two lists of texts, that gives floats.
+
+    Raises:
+        UserError: no such module, or nothing callable of that name in it.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"--reward_function {name}: {error}; give module:name, with its folder on PYTHONPATH"
+        ) from error
+    if not callable(function):
+        raise UserError(f"--reward_function {name}: is not callable; name a function")
+    return function
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """How a score becomes token rewards and advantages.
+
+    Attributes:
+        clip: normalised scores are held within plus and minus this.
+        missing_eos_penalty: taken off a rollout that ran to the limit.
+        gamma, lam: of GAE.
+        whiten: subtract the advantages' mean and divide by their deviation.
+    """
+
+    clip: float
+    missing_eos_penalty: float
+    gamma: float
+    lam: float
+    whiten: bool
+
+
+class RolloutMaker:
+    """Draws and scores rollouts.
+
+    Args:
+        engine: the four roles.
+        hybrid: takes the actor to generation.
+        form: the tokenizer.
+        sampling: the distribution replies are drawn from.
+        seed: of the sampler; each rank draws its own.
+        reward_function: stands in for the reward model.
+    """
+
+    def __init__(
+        self,
+        engine: RLHFEngine,
+        hybrid: HybridEngine,
+        form: ChatFormat,
+        sampling: SamplingConfig,
+        seed: int,
+        reward_function: RewardFunction | None = None,
+    ) -> None:
+        self.engine = engine
+        self._hybrid = hybrid
+        self.form = form
+        self._sampling = sampling
+        self._reward_function = reward_function
+        self.generator = torch.Generator(device=distributed.device())
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Start the sampler of this rank anew."""
+        self.generator.manual_seed(seed * 1_000_003 + distributed.rank())
+
+    @torch.no_grad()
+    def generate(self, batches: list[PromptBatch]) -> list[Rollout]:
+        """Draw a reply to each prompt of some batches, in one visit to generation mode."""
+        rollouts = []
+        with self._hybrid.generation_mode() as model:
+            for batch in batches:
+                tokens = generate(
+                    model, batch.input_ids, batch.attention_mask, self._sampling,
+                    self.engine.eos_ids, self.form.pad_id, self.generator,
+                    in_step=self._hybrid.decodes_in_step,
+                )
+                mask = rl_math.response_mask(tokens, self.engine.eos_ids)
+                rollouts.append(Rollout(
+                    torch.cat([batch.input_ids, tokens.masked_fill(mask == 0, self.form.pad_id)],
+                              dim=-1),
+                    torch.cat([batch.attention_mask, mask], dim=-1),
+                    mask,
+                ))
+        return rollouts
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        """Log-probabilities, values and scores of a rollout, in evaluation mode.
+
+        The log-probabilities come from the layout that trains, not from the decoding pass: at the
+        first update every ratio is then 1.
+        """
+        engine, temperature = self.engine, self._sampling.temperature or 1.0
+        engine.train(False)
+        ids, mask, tokens = rollout.input_ids, rollout.attention_mask, rollout.responses
+        logprobs = engine.logprobs(engine.actor, ids, mask, tokens, temperature)
+        with engine.reference() as reference:
+            ref_logprobs = engine.logprobs(reference, ids, mask, tokens, temperature)
+        response = rollout.response_mask
+        record = ScoredRollout(
+            **{f.name: getattr(rollout, f.name) for f in fields(Rollout)},
+            logprobs=logprobs * response,
+            ref_logprobs=ref_logprobs * response,
+            values=engine.values(ids, mask, rollout.response_length) * response,
+            score=self._score(rollout),
+            has_eos=(torch.isin(tokens, engine.eos_ids) & response.bool()).any(-1),
+        )
+        engine.train(True)
+        return record
+
+    def _score(self, rollout: Rollout) -> Tensor:
+        if self._reward_function is None:
+            return self.engine.score(rollout.input_ids, rollout.attention_mask)
+        prompts, replies = self.texts(rollout)
+        given = self._reward_function(prompts, replies)
+        if len(given) != len(replies) or not all(map(math.isfinite, given)):
+            raise UserError(
+                f"--reward_function: gave {len(given)} numbers for {len(replies)} replies, or one "
+                "that is not finite; give one finite float for each"
+            )
+        return torch.tensor(given, dtype=torch.float32, device=rollout.input_ids.device)
+
+    def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
+        """Prompts and replies as text."""
+        prompts, replies = [], []
+        for ids, mask, tokens, kept in zip(
+            rollout.input_ids, rollout.attention_mask, rollout.responses, rollout.response_mask,
+            strict=True,
+        ):
+            prompt = ids[: -rollout.response_length][mask[: -rollout.response_length].bool()]
+            prompts.append(self.form.decode(prompt.tolist()))
+            replies.append(self.form.decode(tokens[kept.bool()].tolist()))
+        return prompts, replies
+
+
+class ScoreNormalizer:
+    """(score - mean) / std, with the statistics of one policy, fixed from then on.
+
+    Args:
+        mode: checkpoint (given here), reference (of the first rollouts seen) or none.
+        mean, std: for the mode checkpoint.
+    """
+
+    def __init__(self, mode: str, mean: float = 0.0, std: float = 1.0) -> None:
+        self._waiting = mode == "reference"
+        self.mean, self.std = mean, max(std, 1e-6)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Normalised scores [B]; every rank must call it alike."""
+        if self._waiting:
+            moments = rl_math.masked_moments(scores, torch.ones_like(scores))
+            mean, std = rl_math.mean_and_std(distributed.sum_over_ranks(moments))
+            self.mean, self.std = mean.item(), max(std.item(), 1e-6)
+            self._waiting = False
+        return (scores - self.mean) / self.std
+
+
+def make_experience(
+    scored: ScoredRollout, normalizer: ScoreNormalizer, settings: RewardSettings, kl_coef: float
+) -> tuple[Experience, dict[str, float]]:
+    """KL rewards, GAE and whitening over all ranks, and the metrics of the round.
+
+    Args:
+        scored: all rollouts of this rank's round.
+        normalizer: of the scores.
+        settings: of rewards and advantages.
+        kl_coef: weight of the KL penalty.
+    """
+    mask = scored.response_mask
+    normalized = normalizer(scored.score).clamp(-settings.clip, settings.clip)
+    paid = normalized - settings.missing_eos_penalty * (~scored.has_eos).float()
+    rewards = rl_math.token_rewards(scored.logprobs, scored.ref_logprobs, paid, mask, kl_coef)
+    advantages, returns = rl_math.gae(rewards, scored.values, mask, settings.gamma, settings.lam)
+    if settings.whiten:
+        moments = distributed.sum_over_ranks(rl_math.masked_moments(advantages, mask))
+        advantages = rl_math.whiten(advantages, mask, moments)
+    experience = Experience(
+        **{f.name: getattr(scored, f.name) for f in fields(ScoredRollout)},
+        advantages=advantages, returns=returns,
+    )
+    metrics = rollout_metrics(scored)
+    metrics["reward/normalized_mean"] = _mean(normalized)
+    metrics["reward/kl_penalty"] = kl_coef * metrics["kl/k1"]
+    metrics["value/explained_variance"] = _explained_variance(scored.values, returns, mask)
+    return experience, metrics
+
+
+def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:
+    """Means over the rollouts of all ranks."""
+    mask = scored.response_mask
+    k1, k3 = rl_math.kl_estimates(scored.logprobs, scored.ref_logprobs, mask)
+    moments = rl_math.masked_moments(scored.score, torch.ones_like(scored.score))
+    mean, std = rl_math.mean_and_std(distributed.sum_over_ranks(moments))
+    return {
+        "reward/score_mean": mean.item(),
+        "reward/score_std": std.item(),
+        "kl/k1": _mean(k1),
+        "kl/k3": _mean(k3),
+        "response/length_mean": _mean(mask.sum(-1).float()),
+        "response/eos_rate": _mean(scored.has_eos.float()),
+        "response/repetition": _mean(rl_math.repetition(scored.responses, mask)),
+    }
+
+
+def _mean(values: Tensor) -> float:
+    """Mean of [B] over all ranks."""
+    pair = torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
+    total, count = distributed.sum_over_ranks(pair).tolist()
+    return total / count
+
+
+def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over the mask, of all ranks."""
+    left = distributed.sum_over_ranks(rl_math.masked_moments(returns - values, mask))
+    whole = distributed.sum_over_ranks(rl_math.masked_moments(returns, mask))
+    residual, total = rl_math.mean_and_std(left)[1], rl_math.mean_and_std(whole)[1]
+    return (1 - (residual / total.clamp(min=1e-8)).square()).item()
