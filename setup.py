@@ -1,0 +1,45 @@
+"""Packaging. `pip install -e .` makes `alpaca_rlhf` importable from everywhere.
+
+The ranges here are what the code is meant to work with: lower bounds hold the interfaces it uses,
+upper bounds stop before the next major version. The exact versions that the tests run with are in
+requirements.txt.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """Read the version from the package without importing it."""
+    source = (HERE / "alpaca_rlhf" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("alpaca_rlhf/__init__.py does not define __version__")
+    return found.group(1)
+
+
+setup(
+    name="alpaca-rlhf",
+    version=version(),
+    description="RLHF for LLaMA-family models in three steps: SFT, reward model, PPO",
+    packages=find_packages(include=["alpaca_rlhf", "alpaca_rlhf.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.9,<3",
+        "deepspeed>=0.18,<1",
+        "transformers>=5,<6",
+        "datasets>=4,<6",
+        "peft>=0.18,<1",
+        "accelerate>=1.10,<2",
+        "sentencepiece>=0.2,<1",
+        "protobuf>=5,<8",
+        "numpy>=2,<3",
+        "psutil>=5.9",
+        "PyYAML>=6,<7",
+        "tqdm>=4.66,<5",
+    ],
+)

@@ -1,0 +1,222 @@
+"""The bootstrap: what a worker started through `my_deepspeed.py` finds, and how a launch ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from alpaca_rlhf.training_model import my_deepspeed
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = REPOSITORY / "alpaca_rlhf" / "training_model" / "my_deepspeed.py"
+
+# Writes what it sees to <last argument><rank>.json; imports no torch, so that a launch is short.
+WORKER = """
+import json, os, sys
+seen = {"argv": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ), "stdin": sys.stdin.read()}
+with open(sys.argv[-1] + os.environ["RANK"] + ".json", "w") as file:
+    json.dump(seen, file)
+print("printed by the worker")
+sys.exit(2 if "--fail" in sys.argv else 0)
+"""
+
+SLEEPER = """
+import os, sys, time
+with open(sys.argv[-1] + os.environ["RANK"] + ".pid", "w") as file:
+    file.write(str(os.getpid()))
+time.sleep(120)
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return this process's environment without what the bootstrap decides, and without a GPU."""
+    decided = ("OMP_NUM_THREADS", "PYTHONPATH", "DS_ACCELERATOR")
+    kept = {name: value for name, value in os.environ.items() if name not in decided}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", **changes}
+
+
+def start(folder: Path, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+    """Start the bootstrap in `folder`, with a line waiting on standard input."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=folder, env=environment(**changes), text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    process.stdin.write("typed by the user\n")
+    process.stdin.flush()
+    return process
+
+
+def seen_by(folder: Path, run: str, rank: int) -> dict:
+    """Return what one worker wrote down."""
+    return json.loads((folder / f"{run}{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two_launches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Two launches at once, two ranks each, of a relative path with spaces in a folder with spaces;
+    returns the folder and what each printed.
+    """
+    folder = tmp_path_factory.mktemp("a folder with spaces")
+    (folder / "my scripts").mkdir()
+    (folder / "my scripts" / "train it.py").write_text(WORKER)
+    launches = [
+        start(folder, "--num_gpus", "2", "my scripts/train it.py", "--master_port", "mine", run,
+              PYTHONPATH="/somewhere else")
+        for run in ("first", "second")
+    ]
+    outputs = [launch.communicate(timeout=60) for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0], outputs
+    return folder, [stdout for stdout, _ in outputs]
+
+
+def test_num_gpus_starts_that_many_ranks_on_a_cpu(two_launches):
+    folder, _ = two_launches
+    ranks = [seen_by(folder, "first", rank)["env"] for rank in (0, 1)]
+    assert [env["RANK"] for env in ranks] == ["0", "1"]
+    assert [env["LOCAL_RANK"] for env in ranks] == ["0", "1"]
+    assert {env["WORLD_SIZE"] for env in ranks} == {"2"}
+    assert {env["DS_ACCELERATOR"] for env in ranks} == {"cpu"}
+
+
+def test_each_rank_gets_its_share_of_the_cores(two_launches):
+    folder, _ = two_launches
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [seen_by(folder, "first", r)["env"]["OMP_NUM_THREADS"] for r in (0, 1)] == [share] * 2
+
+
+def test_search_paths_start_with_interpreter_and_repository(two_launches):
+    folder, _ = two_launches
+    env = seen_by(folder, "first", 1)["env"]
+    assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert env["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), "/somewhere else"]
+
+
+def test_script_arguments_and_folder_arrive_unchanged(two_launches):
+    folder, _ = two_launches
+    seen = seen_by(folder, "second", 0)
+    assert seen["cwd"] == str(folder)
+    assert seen["argv"] == [
+        "my scripts/train it.py", "--local_rank=0", "--master_port", "mine", "second"
+    ]
+
+
+def test_two_launches_at_once_use_different_ports(two_launches):
+    folder, _ = two_launches
+    ports = [[seen_by(folder, run, rank)["env"]["MASTER_PORT"] for rank in (0, 1)]
+             for run in ("first", "second")]
+    assert ports[0][0] == ports[0][1]
+    assert ports[1][0] == ports[1][1]
+    assert ports[0] != ports[1]
+
+
+def test_console_holds_one_line_of_ours_and_the_workers_own(two_launches):
+    folder, (output, _) = two_launches
+    port = seen_by(folder, "first", 0)["env"]["MASTER_PORT"]
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert output.splitlines() == [
+        "my_deepspeed: my scripts/train it.py: 2 rank(s) on the CPU, "
+        f"OMP_NUM_THREADS={share}, port {port}",
+        "printed by the worker",
+        "printed by the worker",
+    ]
+
+
+def test_exit_code_of_the_script_comes_out_and_what_the_user_set_stays(tmp_path: Path):
+    (tmp_path / "train.py").write_text(WORKER)
+    launch = start(tmp_path, str(tmp_path / "train.py"), "--fail", "run", OMP_NUM_THREADS="7")
+    _, stderr = launch.communicate(timeout=60)
+    assert (launch.returncode, stderr) == (2, "")
+    seen = seen_by(tmp_path, "run", 0)
+    assert seen["stdin"] == "typed by the user\n"
+    assert seen["env"]["OMP_NUM_THREADS"] == "7"
+    assert seen["env"]["WORLD_SIZE"] == "1"  # the default without an accelerator
+
+
+def test_a_killed_worker_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(my_deepspeed, "launch", lambda argv: sys.exit(256 - 9))
+    monkeypatch.setattr(my_deepspeed, "stop_workers", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        my_deepspeed.main(["train.py"])
+    assert ended.value.code == 247
+    line = "my_deepspeed: a worker was ended by SIGKILL (out of memory?)\n"
+    assert capsys.readouterr().err == line
+
+
+def test_ending_the_bootstrap_ends_every_worker(tmp_path: Path):
+    (tmp_path / "sleep.py").write_text(SLEEPER)
+    launch = start(tmp_path, "--num_gpus", "2", "sleep.py", "run")
+    files = [tmp_path / "run0.pid", tmp_path / "run1.pid"]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline and launch.poll() is None
+        time.sleep(0.1)
+    launch.send_signal(signal.SIGINT)  # to it alone, as an IDE's stop button does
+    launch.communicate(timeout=60)
+    assert launch.returncode == 130
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+def test_a_script_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path):
+    launch = start(tmp_path, "--num_gpus", "2", "nowhere/main.py", "--seed", "1")
+    stdout, stderr = launch.communicate(timeout=60)
+    assert (launch.returncode, stdout) == (2, "")
+    assert stderr == f"my_deepspeed: no training script nowhere/main.py (seen from {tmp_path})\n"
+
+
+def test_a_taken_port_is_replaced_and_a_free_one_kept():
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        taken = listener.getsockname()[1]
+        assert my_deepspeed.choose_port(taken) in my_deepspeed.PORTS
+    assert my_deepspeed.choose_port(taken) == taken
+
+
+def options(num_gpus: int = -1, include: str = "", exclude: str = "") -> Namespace:
+    """Return the flags of the runner that choose devices."""
+    return Namespace(num_gpus=num_gpus, include=include, exclude=exclude)
+
+
+def test_num_gpus_takes_the_first_of_the_visible_devices(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,2")
+    flags, words = my_deepspeed.choose_devices(options(num_gpus=2), available=3)
+    assert flags == ["--num_gpus=-1", "--num_nodes=-1", "--include=localhost:5,3"]
+    assert words == "devices localhost:5,3"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_visible_devices_are_all_taken_when_no_number_is_given(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    flags, _ = my_deepspeed.choose_devices(options(), available=2)
+    assert flags[-1] == "--include=localhost:5,3"
+
+
+def test_explicit_devices_are_left_to_the_runner(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert my_deepspeed.choose_devices(options(include="localhost:1"), available=2)[0] == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert my_deepspeed.choose_devices(options(num_gpus=2), available=8) == ([], "2 of 8 devices")
+
+
+@pytest.mark.parametrize(("visible", "number", "message"), [
+    ("5,3", 4, r"--num_gpus 4: there are 2 devices here \(CUDA_VISIBLE_DEVICES=5,3\)"),
+    ("GPU-8a,GPU-8b", 1, "CUDA_VISIBLE_DEVICES=GPU-8a,GPU-8b: the launcher takes device numbers"),
+])
+def test_impossible_devices_are_refused(monkeypatch, visible, number, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=message):
+        my_deepspeed.choose_devices(options(num_gpus=number), available=2)
