@@ -38,6 +38,7 @@ setup(
         "sentencepiece>=0.2,<1",
         "protobuf>=5,<8",
         "numpy>=2,<3",
+        "matplotlib>=3.9,<4",
         "psutil>=5.9",
         "PyYAML>=6,<7",
         "tqdm>=4.66,<5",

@@ -128,7 +128,7 @@ def save_state(
     config.pad_token_id = tokenizer.pad_token_id
     config.use_cache = True
     with torch.device("meta"):
-        plain = type(model)(config)
+        plain = type(model)(config).to(model.dtype)
     if plain.can_generate():
         plain.generation_config = _generation_config(model, tokenizer)
     plain.save_pretrained(folder, state_dict=state)

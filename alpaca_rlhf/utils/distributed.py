@@ -1,4 +1,4 @@
-"""Processes and devices: the only room that knows which device this is and how many ranks there are.
+"""Processes and devices: the only room that knows which device this is and how many ranks.
 
 Everything works the same in a single plain process: it becomes rank 0 of a world of one.
 """
@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -33,6 +34,8 @@ def initialize(seed: int) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel("WARNING")
+    # Between these libraries: what one will rename, another still calls by its old name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -41,6 +44,9 @@ def initialize(seed: int) -> None:
         os.environ.update({k: str(v) for k, v in alone.items()}, MASTER_ADDR="127.0.0.1")
     if not on_cpu():
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    # Only DeepSpeed's own inference uses this extension; on a CPU the first start would compile it,
+    # for a minute and with a compiler that may not be there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -168,12 +174,15 @@ def run_main(main: Callable[[], None]) -> None:
     except Exception:
         _last_words(traceback.format_exc())
         code = 1
+    several = world_size() > 1
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: threads of a broken collective must not keep a failed process alive.
-    os._exit(code) if code else None
+    # Not sys.exit: threads of a broken collective must not keep a failed process alive, and those
+    # of one that went well now and then abort the interpreter while it is taken down.
+    if code or several:
+        os._exit(code)
 
 
 def _last_words(message: str) -> None:

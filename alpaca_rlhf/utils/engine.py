@@ -12,7 +12,8 @@ from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.optimizer import create_optimizer, create_scheduler, parameter_groups
 
-Load = Callable[[LoadOptions, dict[str, Any]], nn.Module]
+Engine = deepspeed.DeepSpeedEngine
+Load = Callable[[LoadOptions, dict[str, Any]], Any]  # -> a Hugging Face model
 
 
 @dataclass(frozen=True)
@@ -129,4 +130,5 @@ def build_frozen(settings: ModelSettings, load: Load) -> nn.Module:
         model, *_ = deepspeed.initialize(model=model, config=config)
     else:
         model.to(distributed.device())
-    return model.eval()
+    model.eval()
+    return model

@@ -52,7 +52,7 @@ class Tracker:
         self._last_line = now
         left = (now - self._start) / step * (self._total - step)
         values = "  ".join(
-            f"{name.rsplit('/', 1)[-1]} {metrics[name]:.4g}" for name in self._shown
+            f"{name} {metrics[name]:.4g}" for name in self._shown
             if name in metrics
         )
         distributed.say(f"step {step}/{self._total}  {values}  ({left:.0f} s left)")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data import samplers
@@ -52,17 +52,22 @@ def optimizer_step(
 
     Returns:
         `loss` and the record's means (maxima) over the whole step, or None when the loss of a
-        micro-batch is not finite on some rank: then nothing is changed.
+        micro-batch is not finite on some rank, or the gradient is not (in fp16 that is the loss
+        scale's affair): then nothing is changed.
     """
     sums: Stats = {}
     for i, batch in enumerate(micro_batches):
-        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        last = i == len(micro_batches) - 1
+        engine.set_gradient_accumulation_boundary(last)
         loss, stats = objective(batch)
         bad = (~torch.isfinite(loss.detach())).float()
         if distributed.max_over_ranks(bad).item():
             _forget_gradients(engine)
             return None
         engine.backward(loss / total_weight * distributed.world_size(), scale_wrt_gas=False)
+        if last and not _plain_norm_is_finite(engine):
+            _forget_gradients(engine)
+            return None
         engine.step()
         for name, value in {"loss": loss.detach(), **stats}.items():
             value = value.detach().double()
@@ -71,13 +76,30 @@ def optimizer_step(
             else:
                 largest = name.endswith("_max")
                 sums[name] = torch.maximum(sums[name], value) if largest else sums[name] + value
+    if not (engine.was_step_applied() or engine.fp16_enabled()):
+        return None
     return _over_ranks(sums, total_weight)
+
+
+def _plain_norm_is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Note the gradient's norm where DeepSpeed does not: it clips a plain optimizer's unseen."""
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return True
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    engine._global_grad_norm = nn.utils.get_total_norm(gradients)
+    return bool(torch.isfinite(engine._global_grad_norm))
 
 
 def _forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.zero_grad()
-    if hasattr(engine.optimizer, "zero_grad"):
-        engine.optimizer.zero_grad()
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "zero_grad"):
+        optimizer.zero_grad()
+    if hasattr(optimizer, "all_grad_tensors"):
+        # ZeRO-2 holds those of earlier micro-batches apart, and its zero_grad forgets them not.
+        for kept in (optimizer.all_grad_tensors, optimizer.averaged_gradients):
+            kept.update(dict.fromkeys(kept))
+        optimizer.micro_step_id = -1
 
 
 def _over_ranks(sums: Stats, total_weight: Tensor) -> dict[str, float]:

@@ -7,7 +7,6 @@
 import math
 from functools import partial
 
-import deepspeed
 import torch
 
 from alpaca_rlhf.utils import arguments, checkpoint, distributed, losses, training_loop
@@ -16,7 +15,7 @@ from alpaca_rlhf.utils.data import preprocessing, raw_datasets
 from alpaca_rlhf.utils.data.collators import TokenBatch, collate_tokens
 from alpaca_rlhf.utils.data.preprocessing import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
-from alpaca_rlhf.utils.engine import ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
 from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
 from alpaca_rlhf.utils.tracking import Tracker
@@ -78,7 +77,7 @@ def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:
         raw_datasets.load(args.data.data_path), shares, step=1, seed=args.run.seed
     )
     if args.sft.sft_only_data_path:
-        extra = raw_datasets.load(args.sft.sft_only_data_path)
+        extra = raw_datasets.load(args.sft.sft_only_data_path, "--sft_only_data_path")
         data.train += extra.train + extra.held_out
         data.counted_out += extra.counted_out
     lengths = preprocessing.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
@@ -109,7 +108,7 @@ def model_settings(args: Step1Arguments) -> ModelSettings:
 
 
 def objective(
-    engine: deepspeed.DeepSpeedEngine, batch: TokenBatch
+    engine: Engine, batch: TokenBatch
 ) -> tuple[torch.Tensor, training_loop.Stats]:
     """Sum of the negative log-likelihood of the trained tokens."""
     logits = forward_logits(engine, batch.input_ids, batch.attention_mask)
@@ -117,7 +116,7 @@ def objective(
 
 
 def perplexity(
-    engine: deepspeed.DeepSpeedEngine, data: Prepared, pad_id: int, args: Step1Arguments
+    engine: Engine, data: Prepared, pad_id: int, args: Step1Arguments
 ) -> dict[str, float]:
     """exp of the mean loss a token on held-out replies; empty when nothing is held out."""
 

@@ -7,7 +7,6 @@
 import math
 from functools import partial
 
-import deepspeed
 import torch
 
 from alpaca_rlhf.utils import arguments, checkpoint, distributed, losses, training_loop
@@ -16,7 +15,7 @@ from alpaca_rlhf.utils.data import preprocessing, raw_datasets
 from alpaca_rlhf.utils.data.collators import PairBatch, collate_pairs
 from alpaca_rlhf.utils.data.preprocessing import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
-from alpaca_rlhf.utils.engine import ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
 from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.reward_model import (
@@ -55,7 +54,8 @@ def main() -> None:
         args.optimization.num_warmup_steps, total_steps,
     )
     engine, trains = build_trained(
-        model_settings(args), schedule, partial(load_reward_model, path, form.tokenizer), wrap=TokenScorer
+        model_settings(args), schedule, partial(load_reward_model, path, form.tokenizer),
+        wrap=TokenScorer,
     )
     distributed.say(f"model: {trains}")
 
@@ -112,7 +112,7 @@ def model_settings(args: Step2Arguments) -> ModelSettings:
 
 
 def objective(
-    engine: deepspeed.DeepSpeedEngine, batch: PairBatch
+    engine: Engine, batch: PairBatch
 ) -> tuple[torch.Tensor, training_loop.Stats]:
     """Sum of the pairwise losses, and how many pairs are in order."""
     chosen, rejected = scores(engine, batch.input_ids, batch.attention_mask).chunk(2)
@@ -121,7 +121,7 @@ def objective(
 
 
 def accuracy(
-    engine: deepspeed.DeepSpeedEngine, data: Prepared, pad_id: int, args: Step2Arguments
+    engine: Engine, data: Prepared, pad_id: int, args: Step2Arguments
 ) -> dict[str, float]:
     """Share of held-out pairs in order, with its interval, and the scores of chosen replies."""
 

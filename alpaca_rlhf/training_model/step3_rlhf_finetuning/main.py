@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import policy_evaluation
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
@@ -29,6 +31,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     ScoreNormalizer,
     load_reward_function,
     make_experience,
+    mean_over_ranks,
 )
 from alpaca_rlhf.utils import arguments, checkpoint, distributed
 from alpaca_rlhf.utils.arguments import Step3Arguments
@@ -160,23 +163,31 @@ def train(
         args.reward.clip_reward_value, args.reward.missing_eos_penalty, args.ppo.gamma,
         args.ppo.lam, args.ppo.whiten_advantages,
     )
+    gold = gold_rule(args)
     text = language_model_text(args, maker.form, per_round)
     for number, batches in enumerate(rounds, 1):
         start = time.perf_counter()
-        prompts = [
-            collate_prompts(
-                [data.train[i] for i in batch for _ in range(args.rollout.num_generations)],
-                maker.form.pad_id,
-            ).to(distributed.device())
-            for batch in batches
+        rows = [
+            data.train[i] for batch in batches for i in batch
+            for _ in range(args.rollout.num_generations)
         ]
-        rollouts = maker.generate(prompts)
+        size = args.rollout.per_device_generation_batch_size
+        rollouts = maker.generate([
+            collate_prompts(rows[i : i + size], maker.form.pad_id).to(distributed.device())
+            for i in range(0, len(rows), size)
+        ])
         generated = time.perf_counter()
         scored = ScoredRollout.joined([maker.score(rollout) for rollout in rollouts])
         experience, metrics = make_experience(scored, normalizer, settings, controller.coef)
         metrics["time/rollout"] = generated - start
         metrics["time/scoring"] = time.perf_counter() - generated
         metrics["kl/coef"] = controller.coef
+        if gold is not None:
+            replies = maker.texts(scored)[1]
+            rated = [gold(row, reply) for row, reply in zip(rows, replies, strict=True)]
+            metrics["reward/gold_mean"] = mean_over_ranks(
+                torch.tensor(rated, device=distributed.device())
+            )
         metrics |= trainer.learn(experience, number - 1, next(text))
         episodes = rounds.rollouts * distributed.world_size()
         controller.update(metrics["kl/k1"], episodes)
@@ -351,19 +362,23 @@ def language_model_text(
         yield batches
 
 
-def measure(
-    args: Step3Arguments, maker: RolloutMaker, data: Prepared
-) -> list[policy_evaluation.Record]:
-    """What the policy writes on held-out prompts."""
+def gold_rule(args: Step3Arguments) -> policy_evaluation.Gold | None:
+    """The embedded data's own judgement of a reply: watched, never trained on."""
 
     def gold(row: dict[str, Any], reply: str) -> float:
         return assistant_world.gold_score(json.loads(row["messages"]), reply)
 
-    embedded = not args.data.data_path
+    return None if args.data.data_path else gold
+
+
+def measure(
+    args: Step3Arguments, maker: RolloutMaker, data: Prepared
+) -> list[policy_evaluation.Record]:
+    """What the policy writes on held-out prompts."""
     rows = data.held_out.select(range(min(args.report.eval_prompts, len(data.held_out))))
     records = policy_evaluation.evaluate(
         maker, rows, args.rollout.per_device_generation_batch_size, args.run.seed + 1,
-        gold if embedded else None,
+        gold_rule(args),
     )
     if args.report.eval_prompts:
         summary = policy_evaluation.summarize(records)

@@ -209,7 +209,7 @@ def make_experience(
         advantages=advantages, returns=returns,
     )
     metrics = rollout_metrics(scored)
-    metrics["reward/normalized_mean"] = _mean(normalized)
+    metrics["reward/normalized_mean"] = mean_over_ranks(normalized)
     metrics["reward/kl_penalty"] = kl_coef * metrics["kl/k1"]
     metrics["value/explained_variance"] = _explained_variance(scored.values, returns, mask)
     return experience, metrics
@@ -224,15 +224,15 @@ def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:
     return {
         "reward/score_mean": mean.item(),
         "reward/score_std": std.item(),
-        "kl/k1": _mean(k1),
-        "kl/k3": _mean(k3),
-        "response/length_mean": _mean(mask.sum(-1).float()),
-        "response/eos_rate": _mean(scored.has_eos.float()),
-        "response/repetition": _mean(rl_math.repetition(scored.responses, mask)),
+        "kl/k1": mean_over_ranks(k1),
+        "kl/k3": mean_over_ranks(k3),
+        "response/length_mean": mean_over_ranks(mask.sum(-1).float()),
+        "response/eos_rate": mean_over_ranks(scored.has_eos.float()),
+        "response/repetition": mean_over_ranks(rl_math.repetition(scored.responses, mask)),
     }
 
 
-def _mean(values: Tensor) -> float:
+def mean_over_ranks(values: Tensor) -> float:
     """Mean of [B] over all ranks."""
     pair = torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
     total, count = distributed.sum_over_ranks(pair).tolist()

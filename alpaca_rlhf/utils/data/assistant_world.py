@@ -32,12 +32,13 @@ from typing import Literal
 Message = dict[str, str]
 Split = Literal["train", "eval"]
 
-ROW_COUNT: dict[Split, int] = {"train": 7500, "eval": 400}
+ROW_COUNT: dict[Split, int] = {"train": 12000, "eval": 400}
 FLIPPED_SHARE = 0.05
 ASSEMBLED_SHARE = 0.15
 CONTENT_CONTRAST_SHARE = 0.40
+STYLE_CONTRAST_SHARE = 0.30
 TWO_TURN_SHARE = 0.25
-MINIMUM_GOLD_GAP = 0.08
+MINIMUM_GOLD_GAP = 0.10
 
 OPENINGS = ("Sure!", "Of course!", "Certainly!", "Good question!", "With pleasure!", "Gladly!")
 CLOSINGS = (
@@ -69,6 +70,8 @@ FOLLOW_UPS = (
     "Do the same for {s}.",
     "Then {s}?",
 )
+APPROVALS = ("That is right. ", "Yes, correct. ", "Right. ")
+REJECTIONS = ("That is wrong. Try again.", "No, not correct.", "Wrong. Once more, please.")
 
 
 @dataclass(frozen=True)
@@ -425,7 +428,7 @@ KINDS = (
 
 def _facts_of(kind: Kind) -> tuple[Fact, ...]:
     pairs = (entry.split(": ") for entry in kind.table.split(", "))
-    return tuple(Fact(kind, subject, tuple(answers.split("/"))) for subject, answers in pairs)
+    return tuple(Fact(kind, subject, tuple(answers.split("/"))) for subject, answers in pairs)[:8]
 
 
 FACTS = {kind.name: _facts_of(kind) for kind in KINDS}
@@ -551,8 +554,9 @@ def _fact_asked_for(messages: list[Message]) -> Fact:
     turns = [message["content"] for message in messages if message["role"] == "user"]
     fact = _fact_of_question(turns[0]) if turns else None
     for text in turns[1:]:
-        if fact is not None:
-            fact = _follow_ups(fact.kind.name).get(text)
+        if fact is not None and text not in REJECTIONS:
+            approval = next((start for start in APPROVALS if text.startswith(start)), "")
+            fact = _follow_ups(fact.kind.name).get(text[len(approval) :])
     if fact is None:
         raise ValueError(f"not a prompt of the assistant's world: {turns[-1:]!r}")
     return fact
@@ -598,11 +602,11 @@ def _wrong(rng: random.Random, fact: Fact, form: str) -> str:
     others = [fact_ for fact_ in FACTS[fact.kind.name] if fact_.answers != fact.answers]
     other = rng.choice(others)
     draw = rng.random()
-    if draw < 0.65:
+    if draw < 0.30:
         return fact.fill(form, tuple(rng.sample(other.answers, fact.kind.needed)))
-    if draw < 0.80:
+    if draw < 0.60:
         return _right(rng, other, form)
-    if draw < 0.90:
+    if draw < 0.85:
         stranger = rng.choice(ALL_FACTS)
         return _right(rng, stranger, rng.choice(stranger.kind.statements))
     return rng.choice(EVASIONS)
@@ -683,16 +687,33 @@ def _content_contrast(rng: random.Random, fact: Fact) -> tuple[str, str]:
     if opening and closing and rng.random() < 0.2:
         return _trimmed(opening, _right(rng, fact, form), ""), _trimmed(opening, "", closing)
     right, wrong = _right(rng, fact, form), _wrong(rng, fact, form)
-    if rng.random() < 0.25:  # right but plain against wrong but polite
+    if rng.random() < 0.1:  # right but plain against wrong but polite
         return right, _trimmed(rng.choice(OPENINGS), wrong, rng.choice(CLOSINGS))
     return _trimmed(opening, right, closing), _trimmed(opening, wrong, closing)
+
+
+def _style_contrast(rng: random.Random, fact: Fact) -> tuple[str, str]:
+    """Two replies with the same content, right or wrong, one of them better written."""
+    form = _form(rng, fact)
+    body = (_right if rng.random() < 0.85 else _wrong)(rng, fact, form)
+    plain, better = _trimmings(rng, 0.3), _trimmings(rng, 0.4)
+    worse = _trimmed(plain[0], body, plain[1])
+    fault = rng.random()
+    if fault < 0.15:
+        worse = f"{worse} {rng.choice((rng.choice(OPENINGS), rng.choice(CLOSINGS), body))}"
+    elif fault < 0.25:
+        worse = worse[: rng.randint(1, len(worse) - 1)]
+    return _trimmed(better[0], body, better[1]), worse
 
 
 def _pair(rng: random.Random, fact: Fact, messages: list[Message]) -> tuple[str, str]:
     """Two replies whose gold differs, the better one first."""
     while True:
-        if rng.random() < CONTENT_CONTRAST_SHARE:
+        draw = rng.random()
+        if draw < CONTENT_CONTRAST_SHARE:
             first, second = _content_contrast(rng, fact)
+        elif draw < CONTENT_CONTRAST_SHARE + STYLE_CONTRAST_SHARE:
+            first, second = _style_contrast(rng, fact)
         else:
             first, second = _reply(rng, fact), _reply(rng, fact)
         gap = gold_score(messages, first) - gold_score(messages, second)
@@ -727,16 +748,31 @@ def rows(split: Split, seed: int = 0) -> list[dict]:
     return made
 
 
+def _reacted(
+    rng: random.Random, fact: Fact, messages: list[Message], reply: str
+) -> tuple[list[Message], str]:
+    """The dialogue gone on: a wrong reply is put right, a right one is followed by a question."""
+    body = _sentences(reply)
+    if _content(fact, reply, body):
+        fact = rng.choice(FACTS[fact.kind.name])
+        turn = rng.choice(APPROVALS) + rng.choice(FOLLOW_UPS).format(s=fact.subject)
+    else:
+        turn = rng.choice(REJECTIONS)
+    return [*messages, _assistant(reply), _user(turn)], _written(rng, fact, 0.9, 0.25)
+
+
 def pretraining_texts(seed: int = 0) -> Iterator[tuple[list[Message], str]]:
     """Dialogues without end, `(messages, reply)`, of all qualities, right in well over half.
 
-    Held-out prompts are left out; the facts come round evenly.
+    In half of them the user reacts to a first reply, as people do, and the talk goes on. Held-out
+    prompts are left out; the facts come round evenly.
     """
     rng = random.Random(f"pretraining {seed}")
     while True:
         for fact in rng.sample(ALL_FACTS, len(ALL_FACTS)):
             messages = _new_prompt(rng, fact, "train")
             if rng.random() < ASSEMBLED_SHARE:
-                yield messages, _assembled(rng, fact)
+                reply = _assembled(rng, fact)
             else:
-                yield messages, _written(rng, fact, right_share=0.85, trimmed_share=0.25)
+                reply = _written(rng, fact, right_share=0.75, trimmed_share=0.25)
+            yield _reacted(rng, fact, messages, reply) if rng.random() < 0.5 else (messages, reply)

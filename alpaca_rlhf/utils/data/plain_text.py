@@ -26,19 +26,24 @@ def load_blocks(
     ids: list[int] = []
     for text in texts:
         if text.strip():
-            ids += [*form.tokenizer.encode(text, add_special_tokens=False), form.eos_id]
+            ids += form.text_ids(text)
     starts = range(0, len(ids) - block_size + 1, block_size)
     blocks = [ids[start : start + block_size] for start in starts]
     if not blocks:
-        raise UserError(f"{flag}: holds {len(ids)} tokens, less than one row of {block_size}")
+        raise UserError(
+            f"{flag}: holds {len(ids)} tokens, less than one row of {block_size} "
+            "(--max_prompt_seq_len + --max_answer_seq_len); give more text, or shorten the rows"
+        )
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
 def _file(path: Path, flag: str) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split("\n\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}: cannot be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be read ({error.strerror}); give another") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: not UTF-8 at byte {error.start}; convert the file") from error
 
 
 def _hub(name: str, configuration: str | None, flag: str) -> list[str]:
@@ -52,5 +57,8 @@ def _hub(name: str, configuration: str | None, flag: str) -> list[str]:
             "give a local text file"
         ) from error
     if "text" not in rows.column_names:
-        raise UserError(f"{flag}: no column text; there are {', '.join(rows.column_names)}")
+        raise UserError(
+            f"{flag}: no column text; there are {', '.join(rows.column_names)}; give a data set "
+            "with one, or a local text file"
+        )
     return rows["text"]

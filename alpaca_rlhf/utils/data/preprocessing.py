@@ -120,7 +120,9 @@ def cache_home(data_output_path: str | None) -> Path:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--data_output_path {home}: cannot be made ({error.strerror})") from error
+        raise UserError(
+            f"--data_output_path {home}: cannot be made ({error.strerror}); give a folder that can"
+        ) from error
     if not os.access(home, os.W_OK):
         raise UserError(f"--data_output_path {home}: cannot be written; give a folder that can")
     return home
@@ -153,7 +155,7 @@ class Lengths:
         total = self.prompt + self.response
         longest = max((len(response) for response in responses), default=self.response)
         for_prompt = max(self.prompt, total - longest)
-        prompt = prompt[-for_prompt:]
+        prompt = prompt[max(0, len(prompt) - for_prompt) :]
         return prompt, [response[: total - len(prompt)] for response in responses]
 
 
@@ -171,7 +173,7 @@ def encode_reply(
     full = form.prompt_ids(sample.messages), form.response_ids(sample.chosen)
     prompt, (response,) = lengths.fit(*full)
     labels = prompt if train_on_prompt else [IGNORE_INDEX] * len(prompt)
-    row = {"input_ids": prompt + response, "labels": labels + response}
+    row: dict[str, Any] = {"input_ids": prompt + response, "labels": labels + response}
     _cut_or_discard(row, sum(map(len, full)), len(prompt) + len(response), lengths)
     row["prompt_cut"] = len(prompt) < len(full[0])
     return row
@@ -229,8 +231,14 @@ def prepare(
     with distributed.main_first():
         if not folder.exists():
             _write(data, encode, lengths, folder, workers)
-    parts = {name: datasets.load_from_disk(str(folder / name)) for name in ("train", "held_out")}
-    return Prepared(**parts, report=json.loads((folder / "report.json").read_text()))
+    report = json.loads((folder / "report.json").read_text())
+    return Prepared(_read(folder / "train"), _read(folder / "held_out"), report)
+
+
+def _read(folder: Path) -> datasets.Dataset:
+    if not folder.exists():  # the library could not read again what it writes of no rows
+        return datasets.Dataset.from_dict({})
+    return datasets.load_from_disk(str(folder))
 
 
 def _write(
@@ -240,12 +248,19 @@ def _write(
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         for name, samples in (("train", data.train), ("held_out", data.held_out)):
-            rows = _encode_all(samples, encode, lengths, report, workers)
+            rows = _encode_all(samples, encode, workers)
+            if name == "train" and samples and all(rows["prompt_cut"]):
+                raise UserError(f"{lengths.flag}: all {len(rows)} prompts are longer; raise it")
+            rows = _without_discarded(rows, lengths, report)
             report[name] = len(rows)
             if name == "train" and not len(rows):
                 reasons = "; ".join(f"{n} {why}" for why, n in report["counted_out"].items())
-                raise UserError(f"--data_path: no row is left to train on ({reasons or 'no data'})")
-            rows.save_to_disk(str(temporary / name))
+                raise UserError(
+                    f"--data_path: no row is left to train on ({reasons or 'no data'}); give more "
+                    "data, or this step a larger share of --data_split"
+                )
+            if len(rows):
+                rows.save_to_disk(str(temporary / name))
         (temporary / "report.json").write_text(json.dumps(report))
         if not folder.exists():  # another node may have been quicker
             os.rename(temporary, folder)
@@ -253,28 +268,30 @@ def _write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _encode_all(
-    samples: list[Sample],
-    encode: Encoder,
-    lengths: Lengths,
-    report: dict[str, Any],
-    workers: int | None,
-) -> datasets.Dataset:
+def _encode_all(samples: list[Sample], encode: Encoder, workers: int | None) -> datasets.Dataset:
     if not samples:
         return datasets.Dataset.from_dict({})
     texts = datasets.Dataset.from_dict({"sample": [json.dumps(asdict(s)) for s in samples]})
     datasets.disable_progress_bars()
-    rows = texts.map(
+    return texts.map(
         lambda row: encode(_sample(row["sample"])),
         remove_columns=["sample"], num_proc=workers, keep_in_memory=True,
     )
-    discarded = Counter(reason for reason in rows[DISCARDED] if reason)
+
+
+def _without_discarded(
+    rows: datasets.Dataset, lengths: Lengths, report: dict[str, Any]
+) -> datasets.Dataset:
+    """The rows to use; what was cut or is not used is added to the report."""
+    if not len(rows):
+        return rows
     over = sum(rows["cut"])
     if over and lengths.overlong == "error":
-        raise UserError(f"--overlong error: {over} rows are over {lengths.flag}; raise it")
-    if all(rows["prompt_cut"]):
-        raise UserError(f"{lengths.flag}: all {len(rows)} prompts are longer; raise it")
-    report["counted_out"].update(discarded)
+        raise UserError(
+            f"--overlong error: {over} rows are over {lengths.flag}; raise it, or take --overlong "
+            "truncate or drop"
+        )
+    report["counted_out"].update(reason for reason in rows[DISCARDED] if reason)
     kept = rows.filter(lambda reason: not reason, input_columns=DISCARDED, keep_in_memory=True)
     report["cut"][f"cut to {lengths.flag}"] += sum(kept["cut"])
     return kept.remove_columns(["cut", "prompt_cut", DISCARDED])

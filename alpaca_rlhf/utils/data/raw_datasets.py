@@ -7,6 +7,7 @@ chosen by the data set's name, for a local file by its columns, or by `name=path
 import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -78,6 +79,9 @@ class Adaptor:
 
 _TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):", re.MULTILINE)
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_KNOWN_ROLES = ("system", "user", "assistant")
+# JSON can spell half of a character ("\\ud83d"); no encoding has it.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def parse_dialogue(text: str) -> list[Message]:
@@ -111,6 +115,8 @@ def _messages(prompt: Any) -> list[Message]:
         and isinstance(turn.get("content"), str) for turn in prompt
     ):
         raise Unusable("prompt is neither text nor messages")
+    if any(turn["role"] not in _KNOWN_ROLES for turn in prompt):
+        raise Unusable(f"role is not {', '.join(_KNOWN_ROLES[:-1])} or {_KNOWN_ROLES[-1]}")
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
         raise Unusable("dialogue does not end with a user's turn")
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in prompt]
@@ -130,6 +136,9 @@ def _pair(messages: list[Message], chosen: Any, rejected: Any) -> Sample:
     better, worse = _reply(chosen, "chosen"), _reply(rejected, "rejected")
     if better == worse:
         raise Unusable("chosen equals rejected")
+    texts = (better, worse, *(message["content"] for message in messages))
+    if any(_HALF_CHARACTER.search(text) for text in texts):
+        raise Unusable("text is not valid Unicode")
     return Sample(tuple(messages), better, worse)
 
 
@@ -167,11 +176,12 @@ ADAPTORS = (
 )
 
 
-def load(data_paths: list[str]) -> RawData:
+def load(data_paths: list[str], flag: str = "--data_path") -> RawData:
     """Read every data set of `--data_path`; an empty list stands for the embedded one.
 
     Args:
         data_paths: hub names, `local/jsonfile`, files, folders or `name=path`.
+        flag: the flag they came from, for messages.
 
     Raises:
         UserError: a path, form or line that cannot be read, or nothing usable in it.
@@ -180,8 +190,9 @@ def load(data_paths: list[str]) -> RawData:
         distributed.say("--data_path is not given: using the embedded data set")
     data = RawData()
     for data_path in data_paths or [EMBEDDED]:
-        adaptor, parts = _open(data_path)
-        used = 0
+        given = f"{flag} {data_path}"
+        adaptor, parts = _open(data_path, given)
+        used, unused = 0, Counter[str]()
         for split, rows in parts.items():
             samples = data.held_out if split == "eval" else data.train
             for row in rows:
@@ -190,71 +201,83 @@ def load(data_paths: list[str]) -> RawData:
                     samples.append(adaptor.convert({**dict.fromkeys(adaptor.columns), **row}))
                     used += 1
                 except Unusable as reason:
-                    data.counted_out[str(reason)] += 1
+                    unused[str(reason)] += 1
         if not used:
-            reasons = "; ".join(f"{n} {reason}" for reason, n in data.counted_out.items())
-            raise UserError(f"--data_path {data_path}: no usable row ({reasons or 'it is empty'})")
+            reasons = "; ".join(f"{n} {reason}" for reason, n in unused.items())
+            raise UserError(f"{given}: no usable row ({reasons}); give other data")
+        data.counted_out += unused
     return data
 
 
-def _open(data_path: str) -> tuple[Adaptor, dict[str, list[Row]]]:
-    """The adaptor for a data set, and its rows by split ("train", "eval")."""
-    name, _, path = data_path.rpartition("=")
+def _open(data_path: str, given: str) -> tuple[Adaptor, dict[str, list[Row]]]:
+    """The adaptor for a data set, and its rows by split ("train", "eval").
+
+    `given` is the flag and its value, for messages; so it is below.
+    """
+    name, path = "", data_path
+    if not Path(data_path).exists() and "=" in data_path:
+        name, _, path = data_path.partition("=")
     if data_path == EMBEDDED:
         return _adaptor_named(EMBEDDED), {
             "train": assistant_world.rows("train"), "eval": assistant_world.rows("eval")
         }
     if data_path == LOCAL_JSON:
         path = "data"
+        if not Path(path).is_dir():
+            raise UserError(
+                f"{given}: there is no folder {Path(path).absolute()}; put "
+                "train.json and eval.json there, or give the path of a file"
+            )
     if Path(path).is_dir():
-        parts = _folder(Path(path), data_path)
+        parts = _folder(Path(path), given)
     elif Path(path).is_file():
         parts = {"train": read_rows(Path(path))}
     elif not name and any(data_path in adaptor.names for adaptor in ADAPTORS):
-        parts = _hub(data_path)
+        parts = _hub(data_path, given)
     else:
-        known = ", ".join(n for adaptor in ADAPTORS for n in adaptor.names if n != EMBEDDED)
+        known = ", ".join(_names())
         raise UserError(
-            f"--data_path {data_path}: no such file or folder, and no data set of that name is "
+            f"{given}: no such file or folder, and no data set of that name is "
             f"known; known are {known}, and local .json, .jsonl and .parquet files"
         )
     first = next((row for rows in parts.values() for row in rows), None)
     if first is None:
-        raise UserError(f"--data_path {data_path}: the file is empty; give one with rows")
+        raise UserError(f"{given}: the file is empty; give one with rows")
     known_name = name or (data_path if data_path in _names() else "")
-    adaptor = _adaptor_named(known_name) if known_name else _adaptor_for(first, data_path)
+    if known_name and known_name not in _names():
+        raise UserError(
+            f"{given}: no adaptor {name}; known are {', '.join(_names())}"
+        )
+    adaptor = _adaptor_named(known_name) if known_name else _adaptor_for(first, given)
     missing = [column for column in adaptor.columns if column not in first]
     if missing:
         raise UserError(
-            f"--data_path {data_path}: no column {', '.join(missing)}; "
+            f"{given}: no column {', '.join(missing)}; "
             f"the columns found are {', '.join(first)}"
         )
     return adaptor, parts
 
 
-def _names() -> set[str]:
-    return {name for adaptor in ADAPTORS for name in adaptor.names}
+def _names() -> list[str]:
+    return [name for adaptor in ADAPTORS for name in adaptor.names if name != EMBEDDED]
 
 
 def _adaptor_named(name: str) -> Adaptor:
-    for adaptor in ADAPTORS:
-        if name in adaptor.names:
-            return adaptor
-    raise UserError(f"--data_path {name}=…: no adaptor {name}; known are {', '.join(_names())}")
+    return next(adaptor for adaptor in ADAPTORS if name in adaptor.names)
 
 
-def _adaptor_for(row: Row, data_path: str) -> Adaptor:
+def _adaptor_for(row: Row, given: str) -> Adaptor:
     for adaptor in ADAPTORS:
         if all(column in row for column in adaptor.columns):
             return adaptor
     forms = "; ".join("+".join(adaptor.columns) for adaptor in ADAPTORS)
     raise UserError(
-        f"--data_path {data_path}: the columns {', '.join(row) or '(none)'} fit no known form; "
+        f"{given}: the columns {', '.join(row) or '(none)'} fit no known form; "
         f"known are {forms}"
     )
 
 
-def _folder(folder: Path, data_path: str) -> dict[str, list[Row]]:
+def _folder(folder: Path, given: str) -> dict[str, list[Row]]:
     """train.* and eval.* (or test.*, validation.*) files of a folder."""
     stems = {"train": "train", "eval": "eval", "test": "eval", "validation": "eval"}
     parts: dict[str, list[Row]] = {}
@@ -264,20 +287,20 @@ def _folder(folder: Path, data_path: str) -> dict[str, list[Row]]:
             parts.setdefault(split, []).extend(read_rows(file))
     if "train" not in parts:
         raise UserError(
-            f"--data_path {data_path}: the folder {folder} has no train.json, train.jsonl or "
+            f"{given}: the folder {folder} has no train.json, train.jsonl or "
             "train.parquet; add one, or give the file itself"
         )
     return parts
 
 
-def _hub(name: str) -> dict[str, list[Row]]:
+def _hub(name: str, given: str) -> dict[str, list[Row]]:
     import datasets
 
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # the library raises a dozen kinds when the hub is out of reach
         raise UserError(
-            f"--data_path {name}: the hub did not give it ({type(error).__name__}); download it "
+            f"{given}: the hub did not give it ({type(error).__name__}); download it "
             f"and give {name}=PATH"
         ) from error
     splits = {"train": "train", "test": "eval", "validation": "eval", "eval": "eval"}
@@ -306,7 +329,7 @@ def read_rows(path: Path) -> list[Row]:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as file:
             text = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); write it again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from error
@@ -315,14 +338,24 @@ def read_rows(path: Path) -> list[Row]:
     return list(_lines(text, path))
 
 
-def _one_list(text: str, path: Path) -> list[Row]:
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """JSON as Python; `line` is where in the file `text` stands, None when it is all of it."""
     try:
-        rows = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+        line, reason = line or error.lineno, error.msg
+    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+        line, reason = line or 1, str(error).split(";")[0]
+    raise UserError(f"{path}, line {line}: not JSON ({reason}); mend or remove the line")
+
+
+def _one_list(text: str, path: Path) -> list[Row]:
+    rows = _parsed(text, path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}, entry {number}: not an object with named columns")
+            raise UserError(
+                f"{path}, entry {number}: not an object with named columns; mend or remove it"
+            )
     return rows
 
 
@@ -330,12 +363,9 @@ def _lines(text: str, path: Path) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error.msg}); mend or remove the line"
-            ) from error
+        row = _parsed(line, path, number)
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not an object with named columns")
+            raise UserError(
+                f"{path}, line {number}: not an object with named columns; mend or remove the line"
+            )
         yield row

@@ -1,5 +1,7 @@
 """Which rows form which batch on which rank: the same number of batches on every rank."""
 
+import math
+
 import torch
 
 
@@ -33,5 +35,5 @@ def covering_batches(
     """
     mine = list(range(rank, n, world_size))
     real = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    most = -(-(-(-n // world_size)) // batch_size)
+    most = math.ceil(math.ceil(n / world_size) / batch_size)
     return [(batch, True) for batch in real] + [([0], False)] * (most - len(real))

@@ -5,9 +5,11 @@ way, so that the ids the actor samples from, the ids the reward model is trained
 scores are the same. eos is appended as an id, never as text, and pad is never eos.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alpaca_rlhf.utils.data import chat_template
@@ -31,6 +33,10 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
+        # The named ones, and those that only the vocabulary marks as special (<|eot_id|>).
+        added = tokenizer.added_tokens_decoder.values()
+        specials = {*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
+        self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len)[::-1])))
         question: list[Message] = [{"role": "user", "content": _PROBE}]
         prompt = self.prompt_text(question)
         answer: Message = {"role": "assistant", "content": _PROBE}
@@ -53,11 +59,21 @@ class ChatFormat:
         self._anchor_ids = self._encode(self._anchor)
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The text of a dialogue that the assistant is to go on with."""
+        """The text of a dialogue that the assistant is to go on with.
+
+        Raises:
+            UserError: the template refuses the dialogue, as some do when roles do not alternate.
+        """
         cleaned = [{**m, "content": self._without_specials(m["content"])} for m in messages]
-        return self.tokenizer.apply_chat_template(
-            cleaned, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                cleaned, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"--chat_template tokenizer: the template refuses a dialogue of {len(messages)} "
+                f"turns ({' '.join(str(error).split())}); choose human_assistant"
+            ) from error
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a dialogue up to the place where the assistant's reply begins (bos included)."""
@@ -72,6 +88,10 @@ class ChatFormat:
         ids = ids[n:] if ids[:n] == self._anchor_ids else self._encode(reply)
         return [*ids, self.eos_id]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of plain text, that of no dialogue, eos last."""
+        return [*self._encode(self._without_specials(text)), self.eos_id]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -81,8 +101,9 @@ class ChatFormat:
 
     def _without_specials(self, text: str) -> str:
         """`text` with the spelled-out special tokens taken out: they would become real ones."""
-        for token in self.tokenizer.all_special_tokens:
-            text = text.replace(token, "")
+        before = None
+        while before != text:  # taking one out may join the halves of another
+            before, text = text, self._special.sub("", text)
         return text
 
 

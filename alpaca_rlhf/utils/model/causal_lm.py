@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from alpaca_rlhf.utils import rl_math
@@ -69,7 +75,7 @@ def load_model(
     options: LoadOptions,
     ds_config: dict[str, Any],
     **config_changes: Any,
-) -> nn.Module:
+) -> PreTrainedModel:
     """`auto_class.from_pretrained`, partitioned as it loads under ZeRO-3.
 
     Args:
@@ -93,7 +99,11 @@ def load_model(
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"no model can be loaded from {path}: {_first_line(error)}; copy or train it again"
+            ) from error
+        except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"no model can be loaded from {path}: {_first_line(error)}") from error
         if len(tokenizer) > config.vocab_size:
             model.resize_token_embeddings(len(tokenizer))
@@ -109,7 +119,7 @@ def load_causal_lm(
     tokenizer: PreTrainedTokenizerBase,
     options: LoadOptions,
     ds_config: dict[str, Any],
-) -> nn.Module:
+) -> PreTrainedModel:
     """A causal LM; see `load_model`."""
     return load_model(AutoModelForCausalLM, path, tokenizer, options, ds_config)
 

@@ -75,16 +75,22 @@ def generate(
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     new = input_ids
     tokens: list[Tensor] = []
+    drawing = True
     while len(tokens) < sampling.max_new_tokens:
         logits = model(
             input_ids=new, attention_mask=attention_mask, position_ids=positions,
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]
-        token = sample(logits, sampling, generator).masked_fill(ended, pad_id)
+        if drawing:
+            token = sample(logits, sampling, generator).masked_fill(ended, pad_id)
+        else:
+            # Only keeping step: with nothing drawn, a seed gives the same replies at every stage.
+            token = torch.full_like(tokens[-1], pad_id)
         tokens.append(token)
         ended = ended | torch.isin(token, eos_ids)
-        going_on = (~ended).any().float()
-        if not (distributed.max_over_ranks(going_on) if in_step else going_on).item():
+        going_on = (~ended).any()
+        drawing = bool(going_on.item())
+        if not (distributed.max_over_ranks(going_on.float()).item() if in_step else drawing):
             break
         new = token.unsqueeze(-1)
         positions = positions[:, -1:] + 1

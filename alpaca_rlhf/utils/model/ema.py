@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        # Any: ZeRO-3 gives parameters methods of its own.
+        self._parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
         self._decay = decay
         self._average = [_held(p).detach().float().clone() for p in self._parameters]
 

@@ -5,19 +5,21 @@ An adapter that matches nothing raises; heads always train.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import deepspeed
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alpaca_rlhf.utils.errors import UserError
 
 ADAPTER = "default"  # peft's name for the only adapter there is
 
 
-def match_modules(model: nn.Module, wanted: str | None, flag: str) -> list[str]:
+def match_modules(model: PreTrainedModel, wanted: str | None, flag: str) -> list[str]:
     """Full names of the linear layers that LoRA goes into.
 
     Args:
@@ -29,7 +31,7 @@ def match_modules(model: nn.Module, wanted: str | None, flag: str) -> list[str]:
     Raises:
         UserError: one of the names matches nothing.
     """
-    heads = {id(module) for module in (model.get_output_embeddings(), getattr(model, "score", None))}
+    heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
     linear = [
         name for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and id(module) not in heads
@@ -48,7 +50,7 @@ def add_lora(
     model: nn.Module,
     *,
     rank: int,
-    alpha: int,
+    alpha: float,
     dropout: float,
     targets: Sequence[str],
     only_lora: bool = True,
@@ -73,9 +75,10 @@ def add_lora(
     return wrapped
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model, LoRA layers inside it if there are any."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, base)
 
 
 @contextlib.contextmanager
@@ -102,8 +105,7 @@ def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
     trains = ", ".join(f"{kind} {n:,}" for kind, n in counts.items() if n)
     matched = "LoRA off"
     if targets is not None:
-        modules = [base.get_submodule(name) for name in targets]
-        weights = [module.base_layer.weight for module in modules]
+        weights = [base.get_submodule(name).get_base_layer().weight for name in targets]
         covered = sum(getattr(w, "ds_numel", w.numel()) for w in weights)
         matched = f"LoRA matched {len(targets)} modules with {covered:,} parameters"
     return f"{matched}; trains {sum(counts.values()):,} of {total:,} parameters ({trains})"
@@ -129,7 +131,7 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def merged_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the plain model, the adapter added in: W + (alpha / r) B A (Hu et al. 2021, eq. 3).
+    """Weights of the plain model, adapter added: W + (alpha / r) B A (Hu et al. 2021, eq. 3).
 
     Args:
         model: where the scaling is read off; it is left as it is.

@@ -13,7 +13,11 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from alpaca_rlhf.utils import rl_math
 from alpaca_rlhf.utils.errors import UserError
@@ -64,7 +68,7 @@ def load_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     options: LoadOptions,
     ds_config: dict[str, Any],
-) -> nn.Module:
+) -> PreTrainedModel:
     """A sequence classifier with one label.
 
     From a causal LM the head is new, drawn from N(0, 1 / (d + 1)) with d the hidden size (Stiennon

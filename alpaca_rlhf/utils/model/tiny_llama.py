@@ -45,7 +45,7 @@ BUILD_VERSION = 1
 class Recipe:
     """All that decides what is built: sizes, text and training."""
 
-    vocab_size: int = 1152
+    vocab_size: int = 1600
     hidden_size: int = 192
     intermediate_size: int = 512
     layers: int = 4
@@ -54,7 +54,7 @@ class Recipe:
     tokenizer_dialogues: int = 6000
     dialogues: int = 16000
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     warmup_share: float = 0.05
     weight_decay: float = 0.05
     seed: int = 0

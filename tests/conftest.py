@@ -1,0 +1,247 @@
+"""What tests of models share: random models of a few thousand weights, saved once a session.
+
+Heavy imports stand inside functions, so that tests of the command line stay quick.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Made to differ in length: batches of them are padded.
+PROMPTS = ("What is the capital of France?", "Hi.", "Name a colour.", "How many legs has a cat?",
+           "Who wrote Faust?", "Is ice cold?", "What do bees make of it all?", "Go on.")
+
+
+def small_config(tokenizer: Any, **changes: Any) -> Any:
+    """A LLaMA of two layers; its weights are drawn wide, so that its choices are marked ones."""
+    from transformers import LlamaConfig
+
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "initializer_range": 0.25, "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def small_tokenizer() -> Any:
+    """A sentencepiece tokenizer of some 400 pieces with the chat template set."""
+    from alpaca_rlhf.utils.model import tiny_llama
+
+    return tiny_llama._train_tokenizer(
+        tiny_llama.Recipe(vocab_size=420, tokenizer_dialogues=150, max_positions=128)
+    )
+
+
+def save_models(folder: Path) -> None:
+    """Write `actor` and `critic` (a reward model, with statistics)."""
+    import torch
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    from alpaca_rlhf.utils.model.reward_model import save_statistics
+
+    tokenizer = small_tokenizer()
+    torch.manual_seed(0)
+    actor = LlamaForCausalLM(small_config(tokenizer))
+    torch.manual_seed(1)
+    critic = LlamaForSequenceClassification(small_config(tokenizer, num_labels=1))
+    for name, model in (("actor", actor), ("critic", critic)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    save_statistics(folder / "critic", 0.5, 2.0, 40)
+    (folder / "unclipped.json").write_text('{"gradient_clipping": 1000000.0}')
+
+
+@dataclass(frozen=True)
+class Small:
+    """The saved models, and the engines and trainers that tests build from them."""
+
+    folder: Path
+    overrides: str | None = None
+
+    @property
+    def actor(self) -> str:
+        """Folder of the causal LM."""
+        return str(self.folder / "actor")
+
+    @property
+    def critic(self) -> str:
+        """Folder of the reward model."""
+        return str(self.folder / "critic")
+
+    @property
+    def unclipped(self) -> str:
+        """DeepSpeed's configuration for steps that are compared: clipping would hide a factor."""
+        return str(self.folder / "unclipped.json")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of both."""
+        from alpaca_rlhf.utils.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.actor)
+
+    @cached_property
+    def form(self) -> Any:
+        """How a dialogue becomes ids."""
+        from alpaca_rlhf.utils.data.tokenizer import ChatFormat
+
+        return ChatFormat(self.tokenizer)
+
+    def config(self, stage: int = 0) -> dict[str, Any]:
+        """DeepSpeed's, for loading alone."""
+        return {"zero_optimization": {"stage": stage}}
+
+    def causal_lm(self, **options: Any) -> Any:
+        """The actor, plain, in evaluation mode."""
+        from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
+
+        return load_causal_lm(
+            self.actor, self.tokenizer, LoadOptions(**options), self.config()
+        ).eval()
+
+    def reward_model(self, **options: Any) -> Any:
+        """The critic, plain, in evaluation mode."""
+        from alpaca_rlhf.utils.model.causal_lm import LoadOptions
+        from alpaca_rlhf.utils.model.reward_model import load_reward_model
+
+        return load_reward_model(
+            self.critic, self.tokenizer, LoadOptions(**options), self.config()
+        ).eval()
+
+    def settings(self, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
+        """How either model is trained."""
+        from alpaca_rlhf.utils.engine import ModelSettings
+        from alpaca_rlhf.utils.model.causal_lm import LoadOptions
+
+        changes = {"overrides": self.overrides, **changes}
+        made = ModelSettings(
+            load=LoadOptions(), zero_stage=stage, offload=False, overrides=None,
+            learning_rate=1e-3, lora_learning_rate=1e-3, weight_decay=0.0, lora_rank=lora,
+            lora_alpha=None, lora_dropout=0.0, lora_modules=None, lora_flag="--lora_module_name",
+            only_lora=True,
+        )
+        return replace(made, **changes)
+
+    def schedule(self, micro: int = 2, accumulation: int = 1) -> Any:
+        """A constant learning rate."""
+        from alpaca_rlhf.utils.engine import Schedule
+
+        return Schedule(micro, accumulation, "constant", 0, 100)
+
+    def trained(self, role: str, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
+        """A DeepSpeed engine of the actor or of the critic."""
+        from alpaca_rlhf.utils.engine import build_trained
+        from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
+        from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model
+
+        settings = self.settings(stage, lora, **changes)
+        if role == "actor":
+            load, wrap = partial(load_causal_lm, self.actor, self.tokenizer), None
+        else:
+            load, wrap = partial(load_reward_model, self.critic, self.tokenizer), TokenScorer
+        return build_trained(settings, self.schedule(), load, wrap)[0]
+
+    def roles(self, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
+        """The four roles of step 3."""
+        from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
+
+        needs = changes.pop("needs_reward_model", True)
+        settings = self.settings(stage, lora, **changes)
+        return RLHFEngine(
+            self.actor, settings, self.critic, settings, self.schedule(), self.tokenizer, needs
+        )
+
+    def maker(
+        self, engine: Any, hybrid: bool = False, tokens: int = 6, temperature: float = 1.0,
+        seed: int = 7, reward_function: Any = None,
+    ) -> Any:
+        """Draws and scores rollouts."""
+        from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+        from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RolloutMaker
+        from alpaca_rlhf.utils.model.decoding import SamplingConfig
+
+        return RolloutMaker(
+            engine, HybridEngine(engine.actor, hybrid), self.form,
+            SamplingConfig(tokens, temperature), seed, reward_function,
+        )
+
+    def prompts(self, count: int = 4) -> Any:
+        """A padded batch of prompts."""
+        from alpaca_rlhf.utils.data.collators import collate_prompts
+
+        ids = [self.form.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
+        return collate_prompts([{"prompt_ids": row} for row in ids[:count]], self.form.pad_id)
+
+    def reward_settings(self, **changes: Any) -> Any:
+        """As step 3's defaults have it."""
+        from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RewardSettings
+
+        made = RewardSettings(clip=5.0, missing_eos_penalty=1.0, gamma=1.0, lam=0.95, whiten=True)
+        return replace(made, **changes)
+
+    def experience(self, maker: Any, count: int = 4, kl_coef: float = 0.05) -> tuple[Any, Any]:
+        """What one round gives to learn from, and its metrics."""
+        from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
+            ScoreNormalizer,
+            make_experience,
+        )
+
+        scored = maker.score(maker.generate([self.prompts(count)])[0])
+        return make_experience(
+            scored, ScoreNormalizer("none"), self.reward_settings(), kl_coef
+        )
+
+    def ppo(self, **changes: Any) -> Any:
+        """Settings of an update."""
+        from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOSettings
+
+        made = PPOSettings(
+            epochs=1, micro_batch_size=2, accumulation_steps=1, temperature=1.0, clip=0.2,
+            clip_value=0.2, entropy_coef=0.0, unsup_coef=0.0, critic_warmup_steps=0,
+            max_skipped_steps=10, seed=3,
+        )
+        return replace(made, **changes)
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """A copy of every weight, whole also under ZeRO-3."""
+    from alpaca_rlhf.utils.model.lora import gathered_state_dict
+
+    return gathered_state_dict(model, on_this_rank=True)
+
+
+def moved(before: dict[str, Any], model: Any) -> set[str]:
+    """Names of the weights that are no longer, bit for bit, what they were."""
+    after = snapshot(model)
+    return {name for name in after if not after[name].equal(before[name])}
+
+
+@pytest.fixture(scope="session")
+def group() -> None:
+    """A process group of this process alone."""
+    from alpaca_rlhf.utils import distributed
+
+    before = dict(os.environ)
+    distributed.initialize(0)
+    # A process that a test starts must not take itself for a rank of this group. DeepSpeed reads
+    # LOCAL_RANK whenever it builds an engine.
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in before:
+            os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def small(group: None, tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """The small models, and what is built from them."""
+    folder = tmp_path_factory.mktemp("small")
+    save_models(folder)
+    return Small(folder)

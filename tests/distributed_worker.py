@@ -1,0 +1,360 @@
+"""One rank of the tests of several ranks: all cases in one process, results as JSON.
+
+    RANK=0 WORLD_SIZE=2 … python tests/distributed_worker.py FOLDER [BEGINNINGS OF CASES …]
+
+FOLDER holds the small models, `overrides.json` for DeepSpeed and `experience.pt`; rank 0 writes
+`results.json`, and `weights_*.pt` and exports to compare. Started by test_distributed.py.
+"""
+
+import contextlib
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import Small, moved, snapshot
+
+from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
+from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
+    ScoreNormalizer,
+    make_experience,
+)
+from alpaca_rlhf.utils import checkpoint, distributed, training_loop
+from alpaca_rlhf.utils.data import samplers
+from alpaca_rlhf.utils.data.collators import PromptBatch, collate_pairs, collate_tokens, pad
+from alpaca_rlhf.utils.model import lora
+from alpaca_rlhf.utils.model.causal_lm import forward_logits
+from alpaca_rlhf.utils.model.ema import Ema
+
+STAGES = (0, 1, 2, 3)
+# Adam then follows the gradient's size, not its sign alone: what is compared is the gradient.
+PLAIN = {"adam_eps": 0.1, "learning_rate": 0.1, "lora_learning_rate": 0.1}
+# Eight rows of unlike length, so that the ranks hold unlike numbers of tokens.
+TOKENS = [
+    {"input_ids": [1, *range(50, 50 + n)], "labels": [-100, *range(50, 50 + n)]}
+    for n in (11, 2, 5, 1, 7, 3, 2, 9)
+]
+PAIRS = [
+    {"chosen_ids": [1, *range(60, 60 + n), 2], "rejected_ids": [1, *range(90, 92 + n % 3), 2]}
+    for n in (5, 1, 3, 2, 4, 6, 1, 2)
+]
+
+
+def ending_often(engine: Any, small: Small) -> Any:
+    """Every sixth id ends a reply, so that the ranks decode for unlike times."""
+    engine.eos_ids = torch.arange(0, len(small.tokenizer), 6)
+    return engine
+
+
+def of_this_rank(batch: PromptBatch) -> PromptBatch:
+    """Every second row, on two ranks."""
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    return PromptBatch(batch.input_ids[mine], batch.attention_mask[mine])
+
+
+# ------------------------------------------------------------------- the steps, compared by weights
+
+
+def two_steps(small: Small, role: str, stage: int, lora_rank: int = 0) -> Any:
+    """Two optimizer steps over the eight rows: micro-batches of 4 rows over all ranks."""
+    torch.manual_seed(0)  # of the adapter
+    engine = small.trained(role, stage, lora_rank, **PLAIN)
+    world = distributed.world_size()
+    if role == "actor":
+        rows, collate, objective = TOKENS, collate_tokens, step1.objective
+    else:
+        rows, collate, objective = PAIRS, collate_pairs, step2.objective
+    batches = samplers.rank_batches(list(range(8)), 4 // world, distributed.rank(), world)
+    for _ in range(2):
+        micro = [collate([rows[i] for i in batch], pad_id=3) for batch in batches]
+        weight = training_loop.global_weight(micro)
+        training_loop.optimizer_step(engine, micro, partial(objective, engine), weight)
+    return engine
+
+
+def ppo_step(small: Small, stage: int, lora_rank: int, experience: Experience) -> Any:
+    """One update from the same eight rollouts, dealt out over all ranks."""
+    engine = small.roles(stage, lora_rank, **PLAIN)
+    mine = experience.rows(list(range(8))[distributed.rank() :: distributed.world_size()])
+    PPOTrainer(engine, small.ppo(micro_batch_size=8)).learn(mine, 0)
+    return engine
+
+
+def weights(engine: Any, on_this_rank: bool = True) -> dict[str, torch.Tensor]:
+    """Of the plain model, adapter added."""
+    model = engine.module.model if hasattr(engine.module, "model") and hasattr(
+        lora.unwrapped(engine.module.model), "score"
+    ) else engine.module
+    state = lora.gathered_state_dict(model, on_this_rank)
+    return lora.merged_state_dict(model, state) if on_this_rank else {}
+
+
+def save(folder: Path, name: str, engine: Any) -> dict[str, Any]:
+    """What is compared with the same step on one rank."""
+    state = weights(engine, distributed.is_main())
+    if distributed.is_main():
+        torch.save(state, folder / f"weights_{name}.pt")
+    return {}
+
+
+# ------------------------------------------------------------------- step 3, run through
+
+
+def iterations(
+    small: Small, folder: Path, stage: int, lora_rank: int, hybrid: bool
+) -> dict[str, Any]:
+    """Two rounds of rollout, experience and update."""
+    engine = ending_often(small.roles(stage, lora_rank, **PLAIN), small)
+    maker = small.maker(engine, hybrid=hybrid, tokens=5)
+    trainer = PPOTrainer(engine, small.ppo(micro_batch_size=2, accumulation_steps=2))
+    before, tokens, records = snapshot(engine.actor.module), [], []
+    for number in range(2):
+        prompts = of_this_rank(small.prompts(8))
+        scored = maker.score(maker.generate([prompts])[0])
+        experience, metrics = make_experience(
+            scored, ScoreNormalizer("none"), small.reward_settings(), kl_coef=0.05
+        )
+        metrics |= trainer.learn(experience, number)
+        tokens.append(distributed.gather_rows(
+            [row[kept.bool()].tolist()
+             for row, kept in zip(scored.responses, scored.response_mask, strict=True)]
+        ))
+        records.append(metrics)
+    save(folder, f"step3_{stage}_{lora_rank}_{hybrid}", engine.actor)
+    return {
+        "metrics": records, "tokens": tokens, "moved": len(moved(before, engine.actor.module)),
+        "finite": all(math.isfinite(value) for m in records for value in m.values()),
+    }
+
+
+# ------------------------------------------------------------------- ZeRO-3 and generation mode
+
+
+def whole(model: torch.nn.Module) -> bool:
+    """Whether every weight is there in full."""
+    return all(p.numel() == p.ds_numel for p in model.parameters())
+
+
+def sharded(model: torch.nn.Module) -> bool:
+    """Whether no weight is there in full."""
+    return all(p.numel() == 0 for p in model.parameters())
+
+
+def hook_counts(model: torch.nn.Module) -> list[int]:
+    """Of forward hooks, module by module."""
+    return [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+
+
+def gathering(small: Small) -> dict[str, Any]:
+    """What generation mode does to ZeRO-3, also when it is left by an exception."""
+    engine = small.trained("actor", 3, lora=4)
+    model, record = engine.module, {}
+    batch = small.prompts(2)
+    expected = forward_logits(engine, batch.input_ids, batch.attention_mask).detach()
+    before, hooks = snapshot(model), hook_counts(model)
+    record["sharded_before"] = sharded(model)
+    record["hooks_before"] = sum(hooks)
+    for fails in (False, True):
+        with contextlib.suppress(KeyboardInterrupt), \
+                HybridEngine(engine, enabled=True).generation_mode() as inside:
+            record["whole_inside"] = whole(inside)
+            record["hooks_inside"] = sum(hook_counts(inside))
+            folded = [layer.merged for layer in lora.lora_layers(inside)]
+            record["folded_inside"] = all(folded)
+            if fails:
+                raise KeyboardInterrupt
+        after = forward_logits(engine, batch.input_ids, batch.attention_mask).detach()
+        record["after exception" if fails else "after"] = {
+            "sharded": sharded(model), "hooks": hook_counts(model) == hooks,
+            "unmoved": not moved(before, model), "same_logits": after.equal(expected),
+            "folded": any(layer.merged for layer in lora.lora_layers(model)),
+        }
+    return record
+
+
+# ------------------------------------------------------------------- exports, averages, the rest
+
+
+def exported(small: Small, folder: Path, stage: int, role: str) -> dict[str, Any]:
+    """The same two steps, exported."""
+    engine = two_steps(small, role, stage, lora_rank=4)
+    model = engine.module if role == "actor" else engine.module.model
+    before = snapshot(engine.module)
+    checkpoint.export(model, small.tokenizer, folder / f"export_{role}_{stage}", "card")
+    return {"unmoved": not moved(before, engine.module)}
+
+
+def averaged(small: Small, stage: int, **changes: Any) -> dict[str, Any]:
+    """The average of the weights before and after a step; then the run goes on."""
+    engines = []
+    for _ in range(2):
+        torch.manual_seed(0)  # of the adapter
+        engines.append(small.trained("actor", stage, lora=4, **PLAIN, **changes))
+    engine, without = engines
+    ema = Ema(engine.module, decay=0.25)
+    start = snapshot(engine.module)
+
+    def step(which: Any) -> None:
+        micro = [collate_tokens(TOKENS[distributed.rank() :: 2], pad_id=3)]
+        training_loop.optimizer_step(
+            which, micro, partial(step1.objective, which), training_loop.global_weight(micro)
+        )
+
+    step(engine)
+    ema.update()
+    end = snapshot(engine.module)
+    # What is measured before an export leaves the small weights gathered.
+    forward_logits(engine, *pad([[1, 50, 51]], value=3))
+    with ema.swapped_in():
+        inside = snapshot(engine.module)
+    trained = [name for name in start if "lora_" in name]
+    error = max(
+        (inside[n] - (0.25 * start[n] + 0.75 * end[n])).abs().max().item() for n in trained
+    )
+    record = {
+        "error": error, "moved": any(not start[n].equal(end[n]) for n in trained),
+        "back": not moved(end, engine.module),
+    }
+    step(engine)
+    for _ in range(2):
+        step(without)
+    record["goes_on"] = not moved(snapshot(without.module), engine.module)
+    return record
+
+
+def one_rank_not_finite(small: Small, stage: int) -> dict[str, Any]:
+    """The loss is not finite on rank 1 alone: no rank may step, and none may wait for ever."""
+    engine = small.trained("actor", stage, **PLAIN)
+    before = snapshot(engine.module)
+    micro = [collate_tokens(TOKENS[i : i + 2], pad_id=3) for i in (0, 2)]
+
+    def objective(batch: Any) -> Any:
+        loss, stats = step1.objective(engine, batch)
+        bad = distributed.rank() == 1 and batch is micro[1]
+        return (loss * math.nan if bad else loss), stats
+
+    weight = training_loop.global_weight(micro)
+    skipped = training_loop.optimizer_step(engine, micro, objective, weight) is None
+    unmoved = not moved(before, engine.module)
+    good = training_loop.optimizer_step(
+        engine, micro, partial(step1.objective, engine), weight
+    )
+    return {"skipped": skipped, "unmoved": unmoved, "goes_on": good is not None}
+
+
+def norm(small: Small, stage: int) -> dict[str, Any]:
+    """The gradient norm of the first step."""
+    engine = small.trained("actor", stage, **PLAIN)
+    micro = [collate_tokens(TOKENS[distributed.rank() :: distributed.world_size()], pad_id=3)]
+    result = training_loop.optimizer_step(
+        engine, micro, partial(step1.objective, engine), training_loop.global_weight(micro)
+    )
+    return {"norm": training_loop.gradient_norm(engine), "loss": result["loss"]}
+
+
+def measured(small: Small) -> dict[str, Any]:
+    """Seven held-out rows on two ranks, under ZeRO-3."""
+    engine = small.trained("actor", 3)
+
+    def measure(batch: Any) -> list[list[float]]:
+        forward_logits(engine, batch.input_ids, batch.attention_mask)
+        return [[float(n)] for n in batch.attention_mask.sum(-1).tolist()]
+
+    rows = training_loop.evaluate_sums(
+        engine, TOKENS[:7], partial(collate_tokens, pad_id=3), measure, batch_size=2
+    )
+    return {"lengths": sorted(n for (n,) in rows)}
+
+
+def over_ranks(small: Small, experience: Experience) -> dict[str, Any]:
+    """Sums, maxima, order of gathered rows, samplers, and whitening over both ranks' tokens."""
+    rank = distributed.rank()
+    engine = ending_often(small.roles(0, 4), small)
+    maker = small.maker(engine)
+    scored = maker.score(maker.generate([small.prompts(4)])[0])
+    made, metrics = make_experience(
+        scored, ScoreNormalizer("reference"), small.reward_settings(), kl_coef=0.05
+    )
+    inside = made.advantages[made.response_mask.bool()].tolist()
+    return {
+        "sum": distributed.sum_over_ranks(torch.tensor([1.0 + rank])).item(),
+        "max": distributed.max_over_ranks(torch.tensor([1.0 + rank])).item(),
+        "rows": distributed.gather_rows([rank, rank * 10]),
+        "tokens": distributed.gather_rows([scored.responses.tolist()]),
+        "advantages": distributed.gather_rows([inside]), "score_mean": metrics["reward/score_mean"],
+        "scores": distributed.gather_rows(scored.score.tolist()),
+    }
+
+
+def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every case by its name."""
+    experience = Experience(**torch.load(folder / "experience.pt"))
+    assert {f.name for f in fields(Experience)} == set(vars(experience))
+    made: dict[str, Callable[[], dict[str, Any]]] = {"gathering": partial(gathering, small)}
+    for stage in STAGES:
+        for rank in (0, 4):
+            for role in ("actor", "critic") if rank == 0 or stage in (0, 3) else ():
+                name = f"{role}_{stage}_{rank}"
+                made[f"step_{name}"] = lambda name=name, how=(role, stage, rank): save(
+                    folder, name, two_steps(small, *how)
+                )
+            for hybrid in (False, True):
+                made[f"step3_{stage}_{rank}_{hybrid}"] = partial(
+                    iterations, small, folder, stage, rank, hybrid
+                )
+        made[f"ppo_{stage}"] = lambda stage=stage: save_both(
+            folder, stage, ppo_step(small, stage, 0, experience)
+        )
+        made[f"ema_{stage}"] = partial(averaged, small, stage)
+        made[f"not_finite_{stage}"] = partial(one_rank_not_finite, small, stage)
+        made[f"norm_{stage}"] = partial(norm, small, stage)
+    for stage in (0, 3):
+        for role in ("actor", "critic"):
+            made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)
+    # Small weights stay gathered beside their shards, unless DeepSpeed is told otherwise.
+    made["ema_gathered"] = partial(averaged, small, 3, overrides=small.unclipped)
+    made["measured"] = partial(measured, small)
+    made["over_ranks"] = partial(over_ranks, small, experience)
+    return made
+
+
+def save_both(folder: Path, stage: int, engine: Any) -> dict[str, Any]:
+    """Actor and critic after a step of PPO."""
+    save(folder, f"ppo_actor_{stage}", engine.actor)
+    return save(folder, f"ppo_critic_{stage}", engine.critic)
+
+
+def main() -> None:
+    """Run every case; a case that fails leaves its traceback, and ends the process."""
+    folder = Path(sys.argv[1])
+    distributed.initialize(0)
+    small = Small(folder, str(folder / "overrides.json"))
+    results: dict[str, Any] = {}
+    for name, case in cases(small, folder).items():
+        if sys.argv[2:] and not name.startswith(tuple(sys.argv[2:])):
+            continue
+        start = time.perf_counter()
+        try:
+            torch.manual_seed(0)
+            results[name] = case()
+        except Exception:
+            # The other rank is now out of step: nothing after this would mean anything.
+            results["failed"] = f"{name}: {traceback.format_exc()}"
+            break
+        results[name]["seconds"] = time.perf_counter() - start
+    (folder / f"results_{distributed.rank()}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    distributed.run_main(main)

@@ -1,0 +1,257 @@
+"""Two ranks: the same steps as one rank takes, on every ZeRO stage, and step 3 run through.
+
+The two processes are started once and go through all cases (`distributed_worker.py`).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_worker as worker
+import pytest
+import torch
+from conftest import Small
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+pytestmark = pytest.mark.timeout(600)
+STAGES = worker.STAGES
+# With an adapter, two stages are enough: the others differ in the base's road alone.
+STEPS = [(stage, 0) for stage in STAGES] + [(0, 4), (3, 4)]
+STEP3 = [(stage, rank, hybrid) for stage in STAGES for rank in (0, 4) for hybrid in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def alone(small):
+    """The same small models in this process, a world of one rank."""
+    return Small(small.folder, small.unclipped)
+
+
+@pytest.fixture(scope="module")
+def experience(alone):
+    """Eight rollouts of unlike length."""
+    engine = worker.ending_often(alone.roles(), alone)
+    return alone.experience(alone.maker(engine, tokens=8), count=8)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(alone, experience):
+    """Where both processes find what they start from."""
+    # The small weights of a small model would otherwise stay whole under ZeRO-3.
+    # Clipping would hide a wrong factor.
+    overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0},
+                 "gradient_clipping": 1e6}
+    (alone.folder / "overrides.json").write_text(json.dumps(overrides))
+    record = {f.name: getattr(experience, f.name) for f in dataclasses.fields(experience)}
+    torch.save(record, alone.folder / "experience.pt")
+    return alone.folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """What each case came to, as rank 0 has it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parents[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(worker.__file__)), str(folder)], cwd=root,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                 "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        said = [process.communicate(timeout=500)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    given = []
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, said[rank][-4000:]
+        given.append(json.loads((folder / f"results_{rank}.json").read_text()))
+        assert "failed" not in given[rank], given[rank]["failed"]
+    return given[0]
+
+
+# ------------------------------------------------------------------- one rank and two ranks
+
+
+def same_weights(folder, name, engine, start):
+    """The step of two ranks is the step of one, and it is a step."""
+    given, expected = torch.load(folder / f"weights_{name}.pt"), worker.weights(engine)
+    assert given.keys() == expected.keys()
+    for key, weight in expected.items():
+        assert_close(given[key], weight, rtol=1e-4, atol=3e-6, msg=lambda m, k=key: f"{k}: {m}")
+    before = worker.lora.gathered_state_dict(start, on_this_rank=True)
+    assert max((expected[key] - before[key]).abs().max() for key in expected) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def references(alone):
+    """Two steps of one rank with batches of twice the size, at ZeRO 0."""
+    return {
+        (role, rank): worker.two_steps(alone, role, 0, rank)
+        for role in ("actor", "critic") for rank in (0, 4)
+    }
+
+
+@pytest.mark.parametrize(("stage", "rank"), STEPS)
+def test_one_rank_and_two_ranks_take_the_same_step_in_step_1(
+    results, folder, alone, references, stage, rank
+):
+    same_weights(folder, f"actor_{stage}_{rank}", references["actor", rank], alone.causal_lm())
+
+
+@pytest.mark.parametrize(("stage", "rank"), STEPS)
+def test_one_rank_and_two_ranks_take_the_same_step_in_step_2(
+    results, folder, alone, references, stage, rank
+):
+    same_weights(
+        folder, f"critic_{stage}_{rank}", references["critic", rank], alone.reward_model()
+    )
+
+
+@pytest.fixture(scope="module")
+def ppo_reference(alone, experience):
+    return worker.ppo_step(alone, 0, 0, experience)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_and_two_ranks_take_the_same_step_of_ppo(
+    results, folder, alone, ppo_reference, stage
+):
+    same_weights(folder, f"ppo_actor_{stage}", ppo_reference.actor, alone.causal_lm())
+    same_weights(folder, f"ppo_critic_{stage}", ppo_reference.critic, alone.reward_model())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loss_and_gradient_norm_of_two_ranks_are_those_of_one(results, alone, stage):
+    expected = worker.norm(alone, 0)
+    assert results[f"norm_{stage}"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert results[f"norm_{stage}"]["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+
+
+# ------------------------------------------------------------------- step 3, run through
+
+
+@pytest.mark.parametrize(("stage", "rank", "hybrid"), STEP3)
+def test_step_3_runs_two_iterations_with_finite_metrics_and_moves_the_actor(
+    results, stage, rank, hybrid
+):
+    result = results[f"step3_{stage}_{rank}_{hybrid}"]
+    assert result["finite"]
+    assert result["moved"] >= 14
+    first = result["metrics"][0]
+    assert abs(first["kl/k1"]) < 1e-3
+    assert abs(first["kl/k3"]) < 1e-3
+    assert abs(first["policy/ratio_mean"] - 1) < 1e-3
+    assert abs(first["policy/approx_kl"]) < 1e-3
+    assert result["metrics"][1]["kl/k3"] > 1e-6
+    assert len({len(reply) for reply in result["tokens"][0]}) > 2, "all replies are of one length"
+
+
+@pytest.mark.parametrize(("stage", "rank", "hybrid"), STEP3)
+def test_every_stage_with_and_without_the_hybrid_engine_samples_the_same_and_ends_the_same(
+    results, folder, stage, rank, hybrid
+):
+    result, expected = results[f"step3_{stage}_{rank}_{hybrid}"], results[f"step3_0_{rank}_False"]
+    assert result["tokens"] == expected["tokens"]
+    given, expected = (
+        torch.load(folder / f"weights_step3_{name}.pt")
+        for name in (f"{stage}_{rank}_{hybrid}", f"0_{rank}_False")
+    )
+    for name, weight in expected.items():
+        assert_close(given[name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, k=name: f"{k}: {m}")
+
+
+# ------------------------------------------------------------------- ZeRO-3
+
+
+def test_in_generation_mode_the_weights_are_whole_folded_and_without_hooks(results):
+    record = results["gathering"]
+    assert record["sharded_before"]
+    assert record["hooks_before"] > 0
+    assert record["whole_inside"]
+    assert record["folded_inside"]
+    assert record["hooks_inside"] == 0
+
+
+@pytest.mark.parametrize("when", ["after", "after exception"])
+def test_on_leaving_generation_mode_everything_is_as_it_was(results, when):
+    assert {k: v for k, v in results["gathering"][when].items()} == {
+        "sharded": True, "hooks": True, "unmoved": True, "same_logits": True, "folded": False,
+    }
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_the_export_under_zero_3_is_that_at_zero_0(results, folder, role):
+    plain, zero3 = (folder / f"export_{role}_{stage}" for stage in (0, 3))
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        given, expected = load_file(zero3 / name), load_file(plain / name)
+        assert given.keys() == expected.keys()
+        for key, weight in expected.items():
+            assert given[key].shape == weight.shape
+            assert_close(given[key], weight, rtol=1e-4, atol=3e-6)
+    assert json.loads((zero3 / "config.json").read_text()) == json.loads(
+        (plain / "config.json").read_text()
+    )
+    assert results[f"export_{role}_3"]["unmoved"]
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "gathered"])
+def test_the_average_is_right_swaps_back_exactly_and_leaves_the_run_alone(results, stage):
+    record = results[f"ema_{stage}"]
+    assert record["moved"]
+    assert record["error"] < 1e-6
+    assert record["back"]
+    assert record["goes_on"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(results, stage):
+    record = results[f"not_finite_{stage}"]
+    assert record["skipped"]
+    assert record["unmoved"]
+    assert record["goes_on"]
+
+
+# ------------------------------------------------------------------- what is said over ranks
+
+
+def test_measuring_on_two_ranks_covers_each_row_once(results):
+    assert results["measured"]["lengths"] == sorted(
+        float(len(row["input_ids"])) for row in worker.TOKENS[:7]
+    )
+
+
+def test_sums_maxima_and_rows_are_of_all_ranks(results):
+    record = results["over_ranks"]
+    assert (record["sum"], record["max"], record["rows"]) == (3.0, 2.0, [0, 0, 1, 10])
+
+
+def test_each_rank_samples_replies_of_its_own(results):
+    first, second = results["over_ranks"]["tokens"]
+    assert first != second
+
+
+def test_advantages_are_whitened_over_the_tokens_of_all_ranks(results):
+    first, second = results["over_ranks"]["advantages"]
+    advantages = torch.tensor(first + second)
+    assert advantages.mean().abs() < 1e-5
+    assert advantages.std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+    assert abs(sum(first) / len(first)) > 1e-3, "each rank has whitened for itself"
+
+
+def test_the_mean_score_is_that_of_all_ranks(results):
+    record = results["over_ranks"]
+    expected = sum(record["scores"]) / len(record["scores"])
+    assert math.isclose(record["score_mean"], expected, rel_tol=1e-5)

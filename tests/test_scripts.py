@@ -1,0 +1,331 @@
+"""`run_pipeline.sh`: what it runs, reuses and stops at, with steps that only pretend to train."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STEPS = {"actor": "step1_supervised_finetuning", "critic": "step2_reward_model_finetuning",
+         "final": "step3_rlhf_finetuning"}
+
+# Stands in for a step: notes its flags, and writes the two files that a finished step leaves.
+STEP = """
+import json, pathlib, sys
+words = sys.argv[1:]
+with open(LOG, "a") as log:
+    log.write(NAME + " " + " ".join(words) + chr(10))
+output = pathlib.Path(words[words.index("--output_dir") + 1])
+config = pathlib.Path(words[words.index("--config") + 1]).read_text()
+if "exit" in config:
+    sys.exit(int(config.split("exit: ")[1]))
+if output.exists() and "--overwrite_output_dir" not in words:
+    sys.exit(2)
+output.mkdir(parents=True, exist_ok=True)
+for name in ("training_arguments.json", "results.json")[: 1 if "torn" in config else 2]:
+    (output / name).write_text(json.dumps(config))
+"""
+
+# Stands in for the launcher and for the table at the end.
+LAUNCHER = """
+import runpy, sys
+if sys.argv[1] == "--num_gpus":
+    with open(LOG, "a") as log:
+        log.write("launcher --num_gpus " + sys.argv[2] + chr(10))
+    del sys.argv[1:3]
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+REPORT = """
+import sys
+print("table of " + sys.argv[1])
+"""
+
+
+class Tree:
+    """A copy of the scripts around steps that only pretend, in a folder with a space in its name.
+
+    Its environment is the one that runs the tests: the script that would prepare one is a stand-in
+    too, so nothing is installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "the tree"
+        self.log = folder / "log"
+        self.log.touch()
+        self.output = folder / "all output"
+        scripts, package = self.root / "scripts", self.root / "alpaca_rlhf"
+        scripts.mkdir(parents=True)
+        shutil.copy(REPOSITORY / "scripts" / "run_pipeline.sh", scripts)
+        (scripts / "environment.sh").write_text(
+            f'prepare_environment() {{ echo "prepared $*" >> "{self.log}"; }}\n')
+        training = package / "training_model"
+        for name, step in STEPS.items():
+            self.write(training / step / "main.py", f"NAME = {name!r}" + STEP)
+        self.write(training / "my_deepspeed.py", LAUNCHER)
+        self.write(package / "__init__.py", "")
+        self.write(package / "pipeline_report.py", REPORT)
+        for number in (1, 2, 3):
+            self.write_config(number, f"seed: {number}\n")
+
+    def write(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"LOG = {str(self.log)!r}\n{text}")
+
+    def write_config(self, number: int, text: str) -> None:
+        path = self.root / "configs" / "my tiny" / f"step{number}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run the pipeline; the log then holds this run alone."""
+        self.log.write_text("")
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        done = subprocess.run(
+            ["bash", str(self.root / "scripts" / "run_pipeline.sh"), "--config-dir",
+             str(self.root / "configs" / "my tiny"), "--output-dir", str(self.output), *words],
+            cwd=self.root, env={**os.environ, "PATH": path, "PYTHONPATH": str(self.root)},
+            text=True, capture_output=True, timeout=60,
+        )
+        assert done.returncode == code, done
+        return done
+
+    def started(self) -> list[str]:
+        """The steps that the last run has started."""
+        lines = self.log.read_text().splitlines()
+        return [line.split()[0] for line in lines if line.split()[0] in STEPS]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+ALL = ["actor", "critic", "final"]
+
+
+def test_the_three_steps_run_in_order_and_a_table_ends_it(tree):
+    done = tree.run()
+    assert tree.started() == ALL
+    assert [line for line in done.stdout.splitlines() if not line.startswith("== step")] == [
+        f"table of {tree.output}"]
+    assert done.stderr == ""
+    for name in ALL:
+        assert (tree.output / name / "results.json").is_file()
+
+
+def test_the_environment_is_prepared_first(tree):
+    tree.run()
+    assert tree.log.read_text().splitlines()[0] == "prepared requirements.txt"
+
+
+def test_each_step_gets_its_config_its_output_and_the_flags_of_all(tree):
+    tree.run("--", "--seed", "7", "--data_path", "a b.json")
+    configs = tree.root / "configs" / "my tiny"
+    output = tree.output
+    models = (f"--actor_model_name_or_path {output}/actor "
+              f"--critic_model_name_or_path {output}/critic ")
+    extra = "--seed 7 --data_path a b.json"
+    assert tree.log.read_text().splitlines()[1:] == [
+        f"actor --config {configs}/step1.yaml --output_dir {output}/actor {extra}",
+        f"critic --config {configs}/step2.yaml --output_dir {output}/critic {extra}",
+        f"final --config {configs}/step3.yaml --output_dir {output}/final {models}{extra}",
+    ]
+
+
+def test_the_number_of_ranks_goes_to_the_launcher(tree):
+    tree.run("--num_gpus", "2")
+    assert tree.log.read_text().count("launcher --num_gpus 2\n") == 3
+
+
+def test_a_second_run_keeps_every_finished_step(tree):
+    tree.run()
+    done = tree.run()
+    assert tree.started() == []
+    assert done.stdout.count("kept, finished before") == 3
+    assert done.stdout.endswith(f"table of {tree.output}\n")
+
+
+@pytest.mark.parametrize(("number", "again"), [
+    (1, ["actor", "critic", "final"]), (2, ["critic", "final"]), (3, ["final"])])
+def test_a_changed_config_runs_its_step_and_those_after_it(tree, number, again):
+    tree.run()
+    tree.write_config(number, "seed: 99\n")
+    tree.run()
+    assert tree.started() == again
+    assert tree.run().stdout.count("kept, finished before") == 3
+
+
+def test_changed_flags_run_all_steps_again(tree):
+    tree.run("--", "--seed", "1")
+    tree.run("--", "--seed", "2")
+    assert tree.started() == ALL
+
+
+def test_a_step_whose_output_is_gone_runs_again_with_those_after_it(tree):
+    tree.run()
+    (tree.output / "critic" / "results.json").unlink()
+    tree.run()
+    assert tree.started() == ["critic", "final"]
+
+
+def test_fresh_starts_over(tree):
+    tree.run()
+    (tree.output / "actor" / "stale").touch()
+    tree.run("--fresh")
+    assert tree.started() == ALL
+    assert not (tree.output / "actor" / "stale").exists()
+
+
+@pytest.mark.parametrize("code", [1, 2, 7])
+def test_a_failing_step_stops_the_pipeline_with_its_code(tree, code):
+    tree.write_config(2, f"exit: {code}")
+    done = tree.run(code=code)
+    assert tree.started() == ["actor", "critic"]
+    assert done.stderr == (
+        f"run_pipeline: step 2 (reward model) failed with exit code {code}\n")
+    assert "table of" not in done.stdout
+
+
+def test_after_a_failure_the_steps_before_it_are_kept(tree):
+    tree.write_config(2, "exit: 1")
+    tree.run(code=1)
+    tree.write_config(2, "seed: 2\n")
+    tree.run()
+    assert tree.started() == ["critic", "final"]
+
+
+def test_a_step_that_is_refused_leaves_the_finished_one_valid(tree):
+    tree.run()
+    tree.write_config(2, "exit: 2")
+    tree.run(code=2)
+    tree.write_config(2, "seed: 2\n")
+    tree.run()
+    assert tree.started() == []
+
+
+def test_a_step_is_run_again_when_the_one_before_it_was_in_an_earlier_run(tree):
+    tree.run()
+    tree.write_config(1, "seed: 99\n")
+    tree.write_config(2, "exit: 2")
+    tree.run(code=2)
+    tree.write_config(2, "seed: 2\n")
+    tree.run()
+    assert tree.started() == ["critic", "final"]
+
+
+def test_a_step_that_ends_without_its_results_is_a_failure(tree):
+    tree.write_config(3, "torn: true")
+    done = tree.run(code=1)
+    assert done.stderr == (
+        f"run_pipeline: step 3 (PPO) ended without writing {tree.output}/final/results.json\n")
+
+
+def test_somebody_elses_output_folder_is_not_overwritten(tree):
+    (tree.output / "actor").mkdir(parents=True)
+    (tree.output / "actor" / "mine").write_text("precious")
+    tree.run(code=2)
+    assert "--overwrite_output_dir" not in tree.log.read_text()
+    tree.run("--fresh", code=2)
+    assert (tree.output / "actor" / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("words", "line"), [
+    (["--fast"], "unknown option --fast; flags of the steps go after --; see --help"),
+    (["--num_gpus"], "--num_gpus needs a value"),
+])
+def test_a_wrong_option_is_one_line(tree, words, line):
+    done = tree.run(*words, code=2)
+    assert (done.stdout, done.stderr) == ("", f"run_pipeline: {line}\n")
+    assert tree.log.read_text() == ""
+
+
+def test_a_missing_config_is_one_line(tree):
+    config = tree.root / "configs" / "my tiny" / "step3.yaml"
+    config.unlink()
+    done = tree.run(code=2)
+    assert done.stderr == f"run_pipeline: cannot read {config}\n"
+    assert tree.log.read_text() == ""
+
+
+def test_help_shows_how_to_call_it(tree):
+    done = tree.run("--help")
+    assert "bash scripts/run_pipeline.sh [--config-dir configs/tiny]" in done.stdout
+    assert tree.started() == []
+
+
+# --- the environment -----------------------------------------------------------------------------
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+echo "$*" >> "$(dirname "$0")/../pip.log"
+[[ ! -f "$(dirname "$0")/../fail" ]]
+"""
+
+
+class Environment:
+    """A virtual environment whose python only notes what it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.venv = folder / "a tree", folder / "a venv"
+        (self.root / "scripts").mkdir(parents=True)
+        (self.venv / "bin").mkdir(parents=True)
+        shutil.copy(REPOSITORY / "scripts" / "environment.sh", self.root / "scripts")
+        (self.root / "requirements.txt").write_text("torch==1\n")
+        (self.root / "setup.py").write_text("setup()\n")
+        python = self.venv / "bin" / "python"
+        python.write_text(FAKE_PYTHON)
+        python.chmod(0o755)
+
+    def prepare(self, code: int = 0) -> list[str]:
+        """Prepare; gives the calls of python this has taken."""
+        (self.venv / "pip.log").write_text("")
+        done = subprocess.run(
+            ["bash", "-c", 'source "$1" && prepare_environment requirements.txt', "bash",
+             str(self.root / "scripts" / "environment.sh")],
+            env={**os.environ, "VIRTUAL_ENV": str(self.venv)}, text=True, capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == code, done
+        return (self.venv / "pip.log").read_text().splitlines()
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return Environment(tmp_path)
+
+
+PIP = "-m pip install --quiet --disable-pip-version-check"
+
+
+def test_requirements_and_the_repository_are_installed(environment):
+    root = environment.root
+    assert environment.prepare() == [
+        f"{PIP} --requirement {root}/requirements.txt",
+        f"{PIP} --no-deps --no-build-isolation --editable {root}",
+    ]
+
+
+def test_the_second_time_nothing_is_installed(environment):
+    environment.prepare()
+    assert environment.prepare() == []
+
+
+def test_changed_requirements_are_installed_again(environment):
+    environment.prepare()
+    (environment.root / "requirements.txt").write_text("torch==2\n")
+    assert environment.prepare() == [f"{PIP} --requirement {environment.root}/requirements.txt"]
+
+
+def test_a_failed_installation_is_tried_again(environment):
+    (environment.venv / "fail").touch()
+    assert len(environment.prepare(code=1)) == 1
+    (environment.venv / "fail").unlink()
+    assert len(environment.prepare()) == 2
+
+
+def test_an_environment_without_python_is_refused(environment):
+    (environment.venv / "bin" / "python").unlink()
+    assert environment.prepare(code=2) == []

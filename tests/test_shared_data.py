@@ -1,0 +1,92 @@
+"""Public preference data beside the repository, where it is there: every row used or accounted for.
+
+The expected numbers are checked against a second, plainer reading of each file.
+"""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from alpaca_rlhf.utils.data.raw_datasets import RawData, load
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ALPACA_EVAL = SHARED / "alpaca_eval" / "alpaca-7b_vs_text_davinci_003.json.gz"
+HH_RLHF = SHARED / "hh_rlhf" / "harmless-base.jsonl.gz"
+
+
+def loaded(path: Path, name: str = "") -> RawData:
+    if not path.is_file():
+        pytest.skip(f"no {path.name} in ../shared/data/{path.parent.name}")
+    return load([f"{name}={path}" if name else str(path)])
+
+
+def text_of(path: Path) -> str:
+    return gzip.decompress(path.read_bytes()).decode()
+
+
+def test_alpaca_eval_is_used_but_for_its_ties():
+    data = loaded(ALPACA_EVAL)
+    assert (len(data.train), len(data.held_out)) == (789, 0)
+    assert data.counted_out == {"tie": 16}
+    rows = json.loads(text_of(ALPACA_EVAL))
+    assert Counter(row["preference"] == 0 for row in rows) == {False: 789, True: 16}
+
+
+def test_alpaca_eval_pairs_are_those_of_the_file():
+    data = loaded(ALPACA_EVAL)
+    rows = [row for row in json.loads(text_of(ALPACA_EVAL)) if row["preference"]]
+    for row, sample in zip(rows, data.train, strict=True):
+        worse = 3 - int(row["preference"])
+        assert [m["role"] for m in sample.messages] == ["user"]
+        assert sample.messages[0]["content"] == row["instruction"].strip()
+        assert sample.rejected == row[f"output_{worse}"].strip()
+        assert sample.chosen == row[f"output_{3 - worse}"].strip()
+
+
+MARK = "\n\nAssistant:"
+
+
+def plainly_read() -> tuple[list[tuple[str, str, str]], Counter[str]]:
+    """(dialogue, chosen, rejected) of the usable pairs, and the others by reason."""
+    pairs, reasons = [], Counter[str]()
+    for line in text_of(HH_RLHF).splitlines():
+        row = json.loads(line)
+        (before, chosen), (other, rejected) = (
+            row[side].rsplit(MARK, 1) for side in ("chosen", "rejected"))
+        if before != other:
+            reasons["pair parts before the last reply"] += 1
+        elif not chosen.strip():
+            reasons["empty chosen"] += 1
+        else:
+            pairs.append((before, chosen.strip(), rejected.strip()))
+    return pairs, reasons
+
+
+@pytest.mark.parametrize("name", ["", "Anthropic/hh-rlhf"])
+def test_hh_rlhf_is_used_but_for_empty_replies_and_early_partings(name):
+    data = loaded(HH_RLHF, name)
+    assert (len(data.train), len(data.held_out)) == (1495, 0)
+    assert data.counted_out == {"empty chosen": 4, "pair parts before the last reply": 1}
+    pairs, reasons = plainly_read()
+    assert (len(pairs), reasons) == (1495, data.counted_out)
+
+
+def test_hh_rlhf_pairs_are_those_of_the_file():
+    data = loaded(HH_RLHF)
+    names = {"user": "Human", "assistant": "Assistant"}
+    for (before, chosen, rejected), sample in zip(plainly_read()[0], data.train, strict=True):
+        turns = [f"{names[m['role']]}: {m['content']}" for m in sample.messages]
+        assert "".join("\n\n".join(turns).split()) == "".join(before.split())
+        assert (sample.chosen, sample.rejected) == (chosen, rejected)
+
+
+def test_hh_rlhf_dialogues_begin_and_end_with_the_user():
+    data = loaded(HH_RLHF)
+    roles = [[message["role"] for message in sample.messages] for sample in data.train]
+    assert {(turns[0], turns[-1]) for turns in roles} == {("user", "user")}
+    # In three dialogues of the file the assistant speaks twice in a row.
+    alternate = [turns == ["user", "assistant"] * (len(turns) // 2) + ["user"] for turns in roles]
+    assert alternate.count(False) == 3
