@@ -1,9 +1,9 @@
 """The embedded data set: a tiny assistant's world, made by a deterministic generator.
 
 It stands in for a real preference data set when no `--data_path` is given, so that the three steps
-can be seen working without a network. Some 270 facts of 18 kinds ("the capital of Spain is Madrid",
-"a dog says woof") are asked for in many phrasings, alone or as the follow-up of an earlier question.
-A fact is learnt by a model of three million parameters; unseen arithmetic is not.
+can be seen working without a network. Some 40 facts of 13 kinds ("the capital of Spain is Madrid",
+"a dog says woof") are asked for in many phrasings, alone or as the follow-up of an earlier
+question: so few, because two million parameters must learn in a minute to tell right from wrong.
 
 Replies differ in what an assistant can do well or badly: the content, a polite opening, a polite
 closing, ending whole, not repeating oneself. `gold_score` measures all of it from the text alone.
@@ -32,12 +32,14 @@ from typing import Literal
 Message = dict[str, str]
 Split = Literal["train", "eval"]
 
-ROW_COUNT: dict[Split, int] = {"train": 12000, "eval": 400}
+ROW_COUNT: dict[Split, int] = {"train": 7500, "eval": 400}
 FLIPPED_SHARE = 0.05
 ASSEMBLED_SHARE = 0.15
-CONTENT_CONTRAST_SHARE = 0.40
+CONTENT_CONTRAST_SHARE = 0.25
 STYLE_CONTRAST_SHARE = 0.30
-TWO_TURN_SHARE = 0.25
+TWO_TURN_SHARE = 0.12
+PRETRAINING_ASSEMBLED_SHARE = 0.10
+REACTION_SHARE = 0.10
 MINIMUM_GOLD_GAP = 0.10
 
 OPENINGS = ("Sure!", "Of course!", "Certainly!", "Good question!", "With pleasure!", "Gladly!")
@@ -110,10 +112,7 @@ class Fact:
 KINDS = (
     Kind(
         "capital",
-        "Spain: Madrid, France: Paris, Italy: Rome, Germany: Berlin, Austria: Vienna, "
-        "Poland: Warsaw, Greece: Athens, Portugal: Lisbon, Norway: Oslo, Sweden: Stockholm, "
-        "Finland: Helsinki, Ireland: Dublin, Hungary: Budapest, Egypt: Cairo, Japan: Tokyo, "
-        "Cuba: Havana",
+        "Spain: Madrid, France: Paris, Italy: Rome",
         (
             "What is the capital of {s}?",
             "Which city is the capital of {s}?",
@@ -128,9 +127,7 @@ KINDS = (
     ),
     Kind(
         "opposite",
-        "hot: cold, big: small, fast: slow, happy: sad, old: young, rich: poor, full: empty, "
-        "dark: bright, hard: soft, wet: dry, high: low, early: late, strong: weak, open: closed, "
-        "clean: dirty, thick: thin",
+        "hot: cold, big: small, fast: slow",
         (
             "What is the opposite of {s}?",
             "Give me the opposite of {s}.",
@@ -145,10 +142,7 @@ KINDS = (
     ),
     Kind(
         "colour",
-        "banana: yellow, strawberry: red, carrot: orange, frog: green, raven: black, "
-        "swan: white, plum: purple, flamingo: pink, chestnut: brown, mouse: grey, "
-        "lemon: yellow, tomato: red, pickle: green, panther: black, snowman: white, "
-        "cornflower: blue",
+        "banana: yellow, strawberry: red, carrot: orange",
         (
             "What colour is a {s}?",
             "Which colour does a {s} have?",
@@ -163,8 +157,7 @@ KINDS = (
     ),
     Kind(
         "sound",
-        "dog: woof, cat: meow, cow: moo, sheep: baa, duck: quack, pig: oink, horse: neigh, "
-        "bee: buzz, snake: hiss, lion: roar, crow: caw, pigeon: coo, hen: cluck, wolf: howl",
+        "dog: woof, cat: meow, cow: moo",
         (
             "What sound does a {s} make?",
             "What does a {s} say?",
@@ -179,9 +172,7 @@ KINDS = (
     ),
     Kind(
         "young",
-        "dog: puppy, cat: kitten, cow: calf, sheep: lamb, duck: duckling, pig: piglet, "
-        "horse: foal, hen: chick, goat: kid, bear: cub, deer: fawn, frog: tadpole, "
-        "goose: gosling, swan: cygnet",
+        "dog: puppy, cat: kitten, cow: calf",
         (
             "What is the young of a {s} called?",
             "What do you call a baby {s}?",
@@ -195,27 +186,8 @@ KINDS = (
         ("A young {s} is a {a}.", "The baby of a {s} is called a {a}."),
     ),
     Kind(
-        "plural",
-        "man: men, woman: women, child: children, foot: feet, tooth: teeth, mouse: mice, "
-        "goose: geese, knife: knives, leaf: leaves, wolf: wolves, city: cities, baby: babies, "
-        "box: boxes, house: houses",
-        (
-            "What is the plural of {s}?",
-            "Give me the plural of {s}.",
-            "Name the plural of the word {s}.",
-            "How do I write more than one {s}?",
-            "One {s}, two what?",
-            "Tell me the plural form of {s}.",
-            "What is the plural form of {s}?",
-            "Which word is the plural of {s}?",
-        ),
-        ("The plural of {s} is {a}.", "One {s}, two {a}."),
-    ),
-    Kind(
         "past",
-        "go: went, see: saw, eat: ate, run: ran, write: wrote, sing: sang, swim: swam, "
-        "buy: bought, bring: brought, teach: taught, speak: spoke, fly: flew, give: gave, "
-        "sleep: slept, begin: began, drink: drank",
+        "go: went, see: saw, eat: ate",
         (
             "What is the past tense of {s}?",
             "Give me the past tense of {s}.",
@@ -230,9 +202,7 @@ KINDS = (
     ),
     Kind(
         "home",
-        "bee: hive, bird: nest, horse: stable, spider: web, bear: cave, fish: pond, "
-        "rabbit: burrow, pig: sty, dog: kennel, hen: coop, ant: hill, camel: desert, "
-        "monkey: jungle, whale: ocean",
+        "bee: hive, bird: nest, horse: stable",
         (
             "Where does the {s} live?",
             "What is the home of the {s}?",
@@ -247,10 +217,7 @@ KINDS = (
     ),
     Kind(
         "tool",
-        "hammer: driving nails, saw: cutting wood, broom: sweeping floors, needle: sewing clothes, "
-        "pen: writing letters, kettle: boiling water, shovel: digging holes, brush: painting walls, "
-        "towel: drying hands, ruler: measuring lines, clock: showing time, lamp: giving light, "
-        "fridge: cooling food, razor: shaving beards",
+        "hammer: driving nails, saw: cutting wood, broom: sweeping floors",
         (
             "What is a {s} for?",
             "What do I use a {s} for?",
@@ -265,10 +232,7 @@ KINDS = (
     ),
     Kind(
         "after",
-        "Monday: Tuesday, Tuesday: Wednesday, Wednesday: Thursday, Thursday: Friday, "
-        "Friday: Saturday, Saturday: Sunday, Sunday: Monday, January: February, "
-        "February: March, March: April, April: May, June: July, July: August, "
-        "August: September, October: November, November: December",
+        "Monday: Tuesday, Tuesday: Wednesday, Wednesday: Thursday",
         (
             "What comes after {s}?",
             "Which one follows {s}?",
@@ -282,26 +246,8 @@ KINDS = (
         ("After {s} comes {a}.", "{A} comes after {s}."),
     ),
     Kind(
-        "rhyme",
-        "cat: hat, house: mouse, moon: spoon, tree: bee, star: car, boat: goat, rain: train, "
-        "king: ring, bed: red, cake: lake, snow: crow, ball: wall, night: kite, fox: box",
-        (
-            "Which word rhymes with {s}?",
-            "What rhymes with {s}?",
-            "Give me a rhyme for {s}.",
-            "Find a word that rhymes with {s}.",
-            "Name a rhyme for {s}.",
-            "I need a rhyme for {s}.",
-            "Tell me a word that rhymes with {s}.",
-            "My poem has the word {s}. What rhymes?",
-        ),
-        ("A rhyme for {s} is {a}.", "The word {s} rhymes with {a}."),
-    ),
-    Kind(
         "french",
-        "bread: pain, water: eau, milk: lait, cheese: fromage, friend: ami, school: ecole, "
-        "street: rue, sun: soleil, flower: fleur, book: livre, egg: oeuf, apple: pomme, "
-        "garden: jardin, window: fenetre",
+        "bread: pain, water: eau, milk: lait",
         (
             "What is {s} in French?",
             "Translate {s} into French.",
@@ -316,9 +262,7 @@ KINDS = (
     ),
     Kind(
         "category",
-        "rose: flower, oak: tree, salmon: fish, piano: instrument, copper: metal, "
-        "football: sport, eagle: bird, sofa: furniture, coffee: beverage, tulip: flower, "
-        "pine: tree, trout: fish, violin: instrument, iron: metal, tennis: sport, robin: bird",
+        "rose: flower, oak: tree, salmon: fish",
         (
             "What kind of thing is {s}?",
             "To which group does {s} belong?",
@@ -333,10 +277,8 @@ KINDS = (
     ),
     Kind(
         "list",
-        "fruits: apples/pears/cherries/grapes/melons, vegetables: onions/beans/peas/carrots/leeks, "
-        "animals: dogs/cats/horses/lions/camels, colours: red/blue/green/yellow/white, "
-        "tools: hammers/saws/drills/pliers/axes, drinks: tea/juice/milk/cocoa/lemonade, "
-        "clothes: shirts/coats/socks/gloves/scarves, trees: oaks/pines/birches/elms/willows",
+        "fruits: apples/pears/cherries/grapes/melons, "
+        "vegetables: onions/beans/peas/carrots/leeks, animals: dogs/cats/horses/lions/camels",
         (
             "List three {s}.",
             "Name three {s}.",
@@ -352,30 +294,8 @@ KINDS = (
         needed=3,
     ),
     Kind(
-        "sentence",
-        "river: flows to the sea, baker: bakes fresh rolls, teacher: explains the lesson, "
-        "farmer: works in the field, doctor: visits the patient, train: leaves the station, "
-        "queen: wears a crown, sailor: steers the ship, painter: mixes the paint, "
-        "wind: shakes the branches, writer: finishes the novel, judge: reads the law, "
-        "singer: learns the song, pilot: lands the plane",
-        (
-            "Write a sentence with the word {s}.",
-            "Make a sentence about the {s}.",
-            "Give me a sentence with {s}.",
-            "Use the word {s} in a sentence.",
-            "Form a sentence with the word {s}.",
-            "I need a sentence with the word {s}.",
-            "Write one sentence about the {s}.",
-            "Can you write a sentence with {s}?",
-        ),
-        ("The {s} {a}.", "Every morning the {s} {a}."),
-        terse=("It {a}.",),
-    ),
-    Kind(
         "job",
-        "bread: baker, meat: butcher, shoes: cobbler, suits: tailor, pipes: plumber, "
-        "hair: barber, gardens: gardener, teeth: dentist, books: author, cars: mechanic, "
-        "letters: postman, tables: carpenter, fires: fireman, pictures: artist",
+        "bread: baker, meat: butcher, shoes: cobbler",
         (
             "Who works with {s}?",
             "Which job has to do with {s}?",
@@ -388,47 +308,12 @@ KINDS = (
         ),
         ("The {a} works with {s}.", "Working with {s} is the job of the {a}."),
     ),
-    Kind(
-        "material",
-        "bread: flour, wine: grapes, cheese: milk, candles: wax, bottles: glass, paper: wood, "
-        "tyres: rubber, coins: metal, bricks: clay, sweaters: wool, jeans: cotton, boots: leather, "
-        "chocolate: cocoa, omelettes: eggs",
-        (
-            "What is used to make {s}?",
-            "What do I need to make {s}?",
-            "From what do people make {s}?",
-            "Name the material for {s}.",
-            "What is the material of {s}?",
-            "Tell me what people make {s} from.",
-            "Which material is in {s}?",
-            "What goes into {s}?",
-        ),
-        ("People make {s} from {a}.", "The material for {s} is {a}."),
-    ),
-    Kind(
-        "sense",
-        "music: ears, pictures: eyes, perfume: nose, soup: tongue, velvet: fingers, "
-        "walking: legs, thinking: brain, breathing: lungs, chewing: jaws, clapping: palms, "
-        "kicking: feet, kissing: lips",
-        (
-            "Which part of the body is for {s}?",
-            "What part of the body do I need for {s}?",
-            "Which part of the body helps with {s}?",
-            "Name the part of the body for {s}.",
-            "Tell me the part of the body for {s}.",
-            "What does the body use for {s}?",
-            "The body needs which part for {s}?",
-            "Which part of us is for {s}?",
-        ),
-        ("For {s} you need your {a}.", "The part of the body for {s} is the {a}."),
-        terse=("{A}.", "Your {a}."),
-    ),
 )
 
 
 def _facts_of(kind: Kind) -> tuple[Fact, ...]:
     pairs = (entry.split(": ") for entry in kind.table.split(", "))
-    return tuple(Fact(kind, subject, tuple(answers.split("/"))) for subject, answers in pairs)[:8]
+    return tuple(Fact(kind, subject, tuple(answers.split("/"))) for subject, answers in pairs)
 
 
 FACTS = {kind.name: _facts_of(kind) for kind in KINDS}
@@ -764,15 +649,16 @@ def _reacted(
 def pretraining_texts(seed: int = 0) -> Iterator[tuple[list[Message], str]]:
     """Dialogues without end, `(messages, reply)`, of all qualities, right in well over half.
 
-    In half of them the user reacts to a first reply, as people do, and the talk goes on. Held-out
+    In some of them the user reacts to a first reply, as people do, and the talk goes on. Held-out
     prompts are left out; the facts come round evenly.
     """
     rng = random.Random(f"pretraining {seed}")
     while True:
         for fact in rng.sample(ALL_FACTS, len(ALL_FACTS)):
             messages = _new_prompt(rng, fact, "train")
-            if rng.random() < ASSEMBLED_SHARE:
+            if rng.random() < PRETRAINING_ASSEMBLED_SHARE:
                 reply = _assembled(rng, fact)
             else:
-                reply = _written(rng, fact, right_share=0.75, trimmed_share=0.25)
-            yield _reacted(rng, fact, messages, reply) if rng.random() < 0.5 else (messages, reply)
+                reply = _written(rng, fact, right_share=0.9, trimmed_share=0.25)
+            reacts = rng.random() < REACTION_SHARE
+            yield _reacted(rng, fact, messages, reply) if reacts else (messages, reply)

@@ -51,10 +51,10 @@ class Recipe:
     layers: int = 4
     heads: int = 6
     max_positions: int = 1024
-    tokenizer_dialogues: int = 6000
-    dialogues: int = 16000
-    batch_size: int = 16
-    learning_rate: float = 4e-3
+    tokenizer_dialogues: int = 3000
+    dialogues: int = 12000
+    batch_size: int = 8
+    learning_rate: float = 3e-3
     warmup_share: float = 0.05
     weight_decay: float = 0.05
     seed: int = 0
