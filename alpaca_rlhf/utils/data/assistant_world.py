@@ -32,15 +32,14 @@ from typing import Literal
 Message = dict[str, str]
 Split = Literal["train", "eval"]
 
-ROW_COUNT: dict[Split, int] = {"train": 7500, "eval": 400}
+ROW_COUNT: dict[Split, int] = {"train": 9000, "eval": 400}
 FLIPPED_SHARE = 0.05
 ASSEMBLED_SHARE = 0.15
-CONTENT_CONTRAST_SHARE = 0.25
-STYLE_CONTRAST_SHARE = 0.30
+CONTENT_CONTRAST_SHARE = 0.15
+STYLE_CONTRAST_SHARE = 0.45
 TWO_TURN_SHARE = 0.12
 PRETRAINING_ASSEMBLED_SHARE = 0.10
-REACTION_SHARE = 0.10
-MINIMUM_GOLD_GAP = 0.10
+MINIMUM_GOLD_GAP = 0.15
 
 OPENINGS = ("Sure!", "Of course!", "Certainly!", "Good question!", "With pleasure!", "Gladly!")
 CLOSINGS = (
@@ -72,8 +71,6 @@ FOLLOW_UPS = (
     "Do the same for {s}.",
     "Then {s}?",
 )
-APPROVALS = ("That is right. ", "Yes, correct. ", "Right. ")
-REJECTIONS = ("That is wrong. Try again.", "No, not correct.", "Wrong. Once more, please.")
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,17 @@ class Kind:
     name: str
     table: str
     """Facts as `subject: answer, subject: answer`; several right answers are joined by `/`."""
+    mistakes: str
+    """What people say who do not know: answers that are right for no subject of the kind."""
     phrasings: tuple[str, ...]
     statements: tuple[str, ...]
     terse: tuple[str, ...] = ("{A}.", "The answer is {a}.")
     needed: int = 1
     """How many different right answers a reply must hold."""
+
+    @property
+    def wrong_answers(self) -> list[str]:
+        return self.mistakes.split(", ")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ KINDS = (
     Kind(
         "capital",
         "Spain: Madrid, France: Paris, Italy: Rome",
+        "Milan, Lyon, Seville",
         (
             "What is the capital of {s}?",
             "Which city is the capital of {s}?",
@@ -128,6 +132,7 @@ KINDS = (
     Kind(
         "opposite",
         "hot: cold, big: small, fast: slow",
+        "round, loud, sweet",
         (
             "What is the opposite of {s}?",
             "Give me the opposite of {s}.",
@@ -143,6 +148,7 @@ KINDS = (
     Kind(
         "colour",
         "banana: yellow, strawberry: red, carrot: orange",
+        "blue, black, purple",
         (
             "What colour is a {s}?",
             "Which colour does a {s} have?",
@@ -158,6 +164,7 @@ KINDS = (
     Kind(
         "sound",
         "dog: woof, cat: meow, cow: moo",
+        "tick, boom, ring",
         (
             "What sound does a {s} make?",
             "What does a {s} say?",
@@ -173,6 +180,7 @@ KINDS = (
     Kind(
         "young",
         "dog: puppy, cat: kitten, cow: calf",
+        "foal, duckling, cub",
         (
             "What is the young of a {s} called?",
             "What do you call a baby {s}?",
@@ -188,6 +196,7 @@ KINDS = (
     Kind(
         "past",
         "go: went, see: saw, eat: ate",
+        "goed, sawed, eated",
         (
             "What is the past tense of {s}?",
             "Give me the past tense of {s}.",
@@ -203,6 +212,7 @@ KINDS = (
     Kind(
         "home",
         "bee: hive, bird: nest, horse: stable",
+        "office, car, sea",
         (
             "Where does the {s} live?",
             "What is the home of the {s}?",
@@ -218,6 +228,7 @@ KINDS = (
     Kind(
         "tool",
         "hammer: driving nails, saw: cutting wood, broom: sweeping floors",
+        "cooking soup, writing letters, catching fish",
         (
             "What is a {s} for?",
             "What do I use a {s} for?",
@@ -233,6 +244,7 @@ KINDS = (
     Kind(
         "after",
         "Monday: Tuesday, Tuesday: Wednesday, Wednesday: Thursday",
+        "Sunday, Saturday, noon",
         (
             "What comes after {s}?",
             "Which one follows {s}?",
@@ -248,6 +260,7 @@ KINDS = (
     Kind(
         "french",
         "bread: pain, water: eau, milk: lait",
+        "brot, agua, latte",
         (
             "What is {s} in French?",
             "Translate {s} into French.",
@@ -263,6 +276,7 @@ KINDS = (
     Kind(
         "category",
         "rose: flower, oak: tree, salmon: fish",
+        "metal, planet, insect",
         (
             "What kind of thing is {s}?",
             "To which group does {s} belong?",
@@ -279,6 +293,7 @@ KINDS = (
         "list",
         "fruits: apples/pears/cherries/grapes/melons, "
         "vegetables: onions/beans/peas/carrots/leeks, animals: dogs/cats/horses/lions/camels",
+        "stones, clouds, bricks, spoons, coins",
         (
             "List three {s}.",
             "Name three {s}.",
@@ -296,6 +311,7 @@ KINDS = (
     Kind(
         "job",
         "bread: baker, meat: butcher, shoes: cobbler",
+        "pilot, dentist, painter",
         (
             "Who works with {s}?",
             "Which job has to do with {s}?",
@@ -338,11 +354,11 @@ def _sentences(text: str) -> list[str]:
 
 
 @cache
-def _kind_terms(name: str) -> tuple[frozenset[str], frozenset[str]]:
-    """All subjects and all answers of a kind, each as `_words` gives them."""
-    facts = FACTS[name]
-    subjects = frozenset(_words(fact.subject) for fact in facts)
-    return subjects, frozenset(_words(answer) for fact in facts for answer in fact.answers)
+def _kind_terms(kind: Kind) -> frozenset[str]:
+    """All subjects, answers and mistakes of a kind, each as `_words` gives them."""
+    facts = FACTS[kind.name]
+    answers = [answer for fact in facts for answer in fact.answers]
+    return frozenset(map(_words, [fact.subject for fact in facts] + answers + kind.wrong_answers))
 
 
 @cache
@@ -354,11 +370,10 @@ def _statements(fact: Fact) -> frozenset[str]:
 
 def _content(fact: Fact, reply: str, body: list[str]) -> float:
     """1 for the fact stated in a sentence of its own, 0.6 for its bare answer, 0 when it is absent
-    or when any other answer or subject of the kind stands beside it."""
+    or when a mistake or another answer or subject of the kind stands beside it."""
     words = _words(reply)
-    subjects, answers = _kind_terms(fact.kind.name)
     right = {_words(answer) for answer in fact.answers}
-    wrong = (subjects | answers) - right - {_words(fact.subject)}
+    wrong = _kind_terms(fact.kind) - right - {_words(fact.subject)}
     if any(term in words for term in wrong):
         return 0.0
     if sum(term in words for term in right) < fact.kind.needed:
@@ -439,9 +454,7 @@ def _fact_asked_for(messages: list[Message]) -> Fact:
     turns = [message["content"] for message in messages if message["role"] == "user"]
     fact = _fact_of_question(turns[0]) if turns else None
     for text in turns[1:]:
-        if fact is not None and text not in REJECTIONS:
-            approval = next((start for start in APPROVALS if text.startswith(start)), "")
-            fact = _follow_ups(fact.kind.name).get(text[len(approval) :])
+        fact = fact and _follow_ups(fact.kind.name).get(text)
     if fact is None:
         raise ValueError(f"not a prompt of the assistant's world: {turns[-1:]!r}")
     return fact
@@ -483,14 +496,13 @@ def _right(rng: random.Random, fact: Fact, form: str) -> str:
 
 
 def _wrong(rng: random.Random, fact: Fact, form: str) -> str:
-    """Another answer for this subject, another fact's statement, or no answer at all."""
-    others = [fact_ for fact_ in FACTS[fact.kind.name] if fact_.answers != fact.answers]
-    other = rng.choice(others)
+    """A common mistake, another fact of the kind or of any kind, or no answer at all."""
     draw = rng.random()
-    if draw < 0.30:
-        return fact.fill(form, tuple(rng.sample(other.answers, fact.kind.needed)))
-    if draw < 0.60:
-        return _right(rng, other, form)
+    if draw < 0.55:
+        return fact.fill(form, tuple(rng.sample(fact.kind.wrong_answers, fact.kind.needed)))
+    if draw < 0.70:
+        others = [other for other in FACTS[fact.kind.name] if other.answers != fact.answers]
+        return _right(rng, rng.choice(others), form)
     if draw < 0.85:
         stranger = rng.choice(ALL_FACTS)
         return _right(rng, stranger, rng.choice(stranger.kind.statements))
@@ -562,7 +574,7 @@ def _assembled(rng: random.Random, fact: Fact) -> str:
 def _reply(rng: random.Random, fact: Fact) -> str:
     if rng.random() < ASSEMBLED_SHARE:
         return _assembled(rng, fact)
-    return _written(rng, fact, right_share=0.62, trimmed_share=0.22)
+    return _written(rng, fact, right_share=0.75, trimmed_share=0.22)
 
 
 def _content_contrast(rng: random.Random, fact: Fact) -> tuple[str, str]:
@@ -633,32 +645,16 @@ def rows(split: Split, seed: int = 0) -> list[dict]:
     return made
 
 
-def _reacted(
-    rng: random.Random, fact: Fact, messages: list[Message], reply: str
-) -> tuple[list[Message], str]:
-    """The dialogue gone on: a wrong reply is put right, a right one is followed by a question."""
-    body = _sentences(reply)
-    if _content(fact, reply, body):
-        fact = rng.choice(FACTS[fact.kind.name])
-        turn = rng.choice(APPROVALS) + rng.choice(FOLLOW_UPS).format(s=fact.subject)
-    else:
-        turn = rng.choice(REJECTIONS)
-    return [*messages, _assistant(reply), _user(turn)], _written(rng, fact, 0.9, 0.25)
-
-
 def pretraining_texts(seed: int = 0) -> Iterator[tuple[list[Message], str]]:
     """Dialogues without end, `(messages, reply)`, of all qualities, right in well over half.
 
-    In some of them the user reacts to a first reply, as people do, and the talk goes on. Held-out
-    prompts are left out; the facts come round evenly.
+    Held-out prompts are left out; the facts come round evenly.
     """
     rng = random.Random(f"pretraining {seed}")
     while True:
         for fact in rng.sample(ALL_FACTS, len(ALL_FACTS)):
             messages = _new_prompt(rng, fact, "train")
             if rng.random() < PRETRAINING_ASSEMBLED_SHARE:
-                reply = _assembled(rng, fact)
+                yield messages, _assembled(rng, fact)
             else:
-                reply = _written(rng, fact, right_share=0.9, trimmed_share=0.25)
-            reacts = rng.random() < REACTION_SHARE
-            yield _reacted(rng, fact, messages, reply) if reacts else (messages, reply)
+                yield messages, _written(rng, fact, right_share=0.9, trimmed_share=0.25)
