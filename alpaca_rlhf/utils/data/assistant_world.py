@@ -2,7 +2,7 @@
 
 It stands in for a real preference data set when no `--data_path` is given, so that the three steps
 can be seen working without a network. Some 40 facts of 13 kinds ("the capital of Spain is Madrid",
-"a dog says woof") are asked for in many phrasings, alone or as the follow-up of an earlier
+"a duck says quack") are asked for in many phrasings, alone or as the follow-up of an earlier
 question: so few, because two million parameters must learn in a minute to tell right from wrong.
 
 Replies differ in what an assistant can do well or badly: the content, a polite opening, a polite
@@ -31,12 +31,14 @@ from typing import Literal
 
 Message = dict[str, str]
 Split = Literal["train", "eval"]
+Body = Callable[[random.Random, "Fact", str], str]
 
 ROW_COUNT: dict[Split, int] = {"train": 9000, "eval": 400}
 FLIPPED_SHARE = 0.05
 ASSEMBLED_SHARE = 0.15
-CONTENT_CONTRAST_SHARE = 0.15
-STYLE_CONTRAST_SHARE = 0.45
+MISTAKEN_SHARE = 0.5
+CONTENT_CONTRAST_SHARE = 0.35
+STYLE_CONTRAST_SHARE = 0.35
 TWO_TURN_SHARE = 0.12
 PRETRAINING_ASSEMBLED_SHARE = 0.10
 MINIMUM_GOLD_GAP = 0.15
@@ -93,6 +95,7 @@ class Kind:
 
     @property
     def wrong_answers(self) -> list[str]:
+        """The mistakes, one by one."""
         return self.mistakes.split(", ")
 
 
@@ -163,7 +166,7 @@ KINDS = (
     ),
     Kind(
         "sound",
-        "dog: woof, cat: meow, cow: moo",
+        "duck: quack, frog: croak, lion: roar",
         "tick, boom, ring",
         (
             "What sound does a {s} make?",
@@ -195,8 +198,8 @@ KINDS = (
     ),
     Kind(
         "past",
-        "go: went, see: saw, eat: ate",
-        "goed, sawed, eated",
+        "go: went, run: ran, eat: ate",
+        "goed, runned, eated",
         (
             "What is the past tense of {s}?",
             "Give me the past tense of {s}.",
@@ -243,8 +246,8 @@ KINDS = (
     ),
     Kind(
         "after",
-        "Monday: Tuesday, Tuesday: Wednesday, Wednesday: Thursday",
-        "Sunday, Saturday, noon",
+        "Monday: Tuesday, spring: summer, breakfast: lunch",
+        "Sunday, winter, midnight",
         (
             "What comes after {s}?",
             "Which one follows {s}?",
@@ -310,7 +313,7 @@ KINDS = (
     ),
     Kind(
         "job",
-        "bread: baker, meat: butcher, shoes: cobbler",
+        "hair: barber, meat: butcher, shoes: cobbler",
         "pilot, dentist, painter",
         (
             "Who works with {s}?",
@@ -495,18 +498,27 @@ def _right(rng: random.Random, fact: Fact, form: str) -> str:
     return fact.fill(form, tuple(rng.sample(fact.answers, fact.kind.needed)))
 
 
-def _wrong(rng: random.Random, fact: Fact, form: str) -> str:
-    """A common mistake, another fact of the kind or of any kind, or no answer at all."""
+def _mistaken(rng: random.Random, fact: Fact, form: str) -> str:
+    """What somebody says who does not know."""
+    if rng.random() < 0.2:
+        return rng.choice(EVASIONS)
+    return fact.fill(form, tuple(rng.sample(fact.kind.wrong_answers, fact.kind.needed)))
+
+
+def _misplaced(rng: random.Random, fact: Fact, form: str) -> str:
+    """What is right for another subject: of the same kind, of any kind, or its answer alone."""
     draw = rng.random()
-    if draw < 0.55:
-        return fact.fill(form, tuple(rng.sample(fact.kind.wrong_answers, fact.kind.needed)))
-    if draw < 0.70:
-        others = [other for other in FACTS[fact.kind.name] if other.answers != fact.answers]
-        return _right(rng, rng.choice(others), form)
-    if draw < 0.85:
+    if draw < 0.4:
         stranger = rng.choice(ALL_FACTS)
         return _right(rng, stranger, rng.choice(stranger.kind.statements))
-    return rng.choice(EVASIONS)
+    other = rng.choice([each for each in FACTS[fact.kind.name] if each.answers != fact.answers])
+    if draw < 0.8:
+        return _right(rng, other, form)
+    return fact.fill(form, tuple(rng.sample(other.answers, fact.kind.needed)))
+
+
+def _wrong(rng: random.Random, fact: Fact, form: str) -> str:
+    return (_mistaken if rng.random() < MISTAKEN_SHARE else _misplaced)(rng, fact, form)
 
 
 def _form(rng: random.Random, fact: Fact) -> str:
@@ -522,10 +534,12 @@ def _trimmings(rng: random.Random, share: float) -> tuple[str, str]:
     return opening, rng.choice(CLOSINGS) if rng.random() < share else ""
 
 
-def _written(rng: random.Random, fact: Fact, right_share: float, trimmed_share: float) -> str:
+def _written(
+    rng: random.Random, fact: Fact, right_share: float, trimmed_share: float, wrong: Body = _wrong
+) -> str:
     """A reply as a person may write one: in order, though not always right, whole or polite."""
     form = _form(rng, fact)
-    body = (_right if rng.random() < right_share else _wrong)(rng, fact, form)
+    body = (_right if rng.random() < right_share else wrong)(rng, fact, form)
     opening, closing = _trimmings(rng, trimmed_share)
     fault = rng.random()
     if fault < 0.05:
@@ -657,4 +671,4 @@ def pretraining_texts(seed: int = 0) -> Iterator[tuple[list[Message], str]]:
             if rng.random() < PRETRAINING_ASSEMBLED_SHARE:
                 yield messages, _assembled(rng, fact)
             else:
-                yield messages, _written(rng, fact, right_share=0.9, trimmed_share=0.25)
+                yield messages, _written(rng, fact, 0.9, 0.25, wrong=_mistaken)

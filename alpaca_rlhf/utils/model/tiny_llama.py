@@ -27,6 +27,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -37,7 +38,7 @@ from alpaca_rlhf.utils.data import assistant_world, chat_template
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 """Part of the cache key: raise it when the code of this module makes a different model."""
 
 
@@ -52,8 +53,10 @@ class Recipe:
     heads: int = 6
     max_positions: int = 1024
     tokenizer_dialogues: int = 3000
-    dialogues: int = 12000
-    batch_size: int = 8
+    dialogues: int = 20000
+    batch_size: int = 16
+    prompt_weight: float = 0.1
+    """Of a prompt's tokens in the loss: what is asked is chance, how it is answered is not."""
     learning_rate: float = 3e-3
     warmup_share: float = 0.05
     weight_decay: float = 0.05
@@ -203,29 +206,31 @@ def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _batches(chat: ChatFormat, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
-    """Batches of ids and labels [B, T] (pads: -100), of like lengths, in random order.
+    """Batches of ids and weights of the loss [B, T] (pads: 0), of like lengths, in random order.
 
     A dialogue is a row of its own: packed ones would have to find their subject among strangers',
     and it is copying the subject of the question that takes a small model longest to learn.
     """
-    encoded = [
-        torch.tensor(chat.prompt_ids(messages) + chat.response_ids(reply))
-        for messages, reply in _dialogues(recipe.dialogues, recipe.seed)
-    ]
-    encoded.sort(key=len)
+    encoded = []
+    for messages, reply in _dialogues(recipe.dialogues, recipe.seed):
+        prompt, response = chat.prompt_ids(messages), chat.response_ids(reply)
+        weights = [recipe.prompt_weight] * len(prompt) + [1.0] * len(response)
+        encoded.append((torch.tensor(prompt + response), torch.tensor(weights)))
+    encoded.sort(key=lambda row: len(row[0]))
     batches = []
     for start in range(0, len(encoded), recipe.batch_size):
-        rows = encoded[start : start + recipe.batch_size]
-        ids = pad_sequence(rows, batch_first=True, padding_value=chat.pad_id)
-        labels = pad_sequence(rows, batch_first=True, padding_value=-100)
-        batches.append((ids, labels))
+        ids, weights = zip(*encoded[start : start + recipe.batch_size], strict=True)
+        batches.append((
+            pad_sequence(ids, batch_first=True, padding_value=chat.pad_id),
+            pad_sequence(weights, batch_first=True),
+        ))
     return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
 
 def _pretrain(
     model: nn.Module, batches: list[tuple[Tensor, Tensor]], progress: bool, recipe: Recipe
 ) -> None:
-    """One pass over `batches`, loss on every token; cosine rate with warm-up."""
+    """One pass over `batches`; cosine rate with warm-up."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -236,11 +241,13 @@ def _pretrain(
     warmup = max(1, round(recipe.warmup_share * len(batches)))
     model.train()
     bar = tqdm(batches, desc="pretraining the tiny LLaMA", unit="step", disable=not progress)
-    for step, (ids, labels) in enumerate(bar):
+    for step, (ids, weights) in enumerate(bar):
         done = max(0, step - warmup) / max(1, len(batches) - warmup)
         scale = min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * scale
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = losses @ weights[:, 1:].flatten() / weights[:, 1:].sum()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
