@@ -16,6 +16,7 @@ STEPS = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_
 FLOORS = {
     "pipeline_report.py": 4,
     "training_model/my_deepspeed.py": 4,
+    "training_model/multi_node.py": 4,
     "training_model/step1_supervised_finetuning": 4,
     "training_model/step2_reward_model_finetuning": 4,
     "training_model/step3_rlhf_finetuning/main.py": 4,
@@ -31,6 +32,7 @@ FLOORS = {
     "utils/data": 1,
     "utils/model": 1,
     "utils/arguments.py": 0,
+    "utils/debugging.py": 0,
     "utils/errors.py": 0,
     "utils/losses.py": 0,
     "utils/rl_math.py": 0,

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from alpaca_rlhf.utils import debugging
 from alpaca_rlhf.utils.errors import UserError
 
 
@@ -27,7 +28,13 @@ def initialize(seed: int) -> None:
     """Join the process group (or found one of a single process) and seed every generator.
 
     Every rank gets the same seed: what differs by rank (sampling) takes a generator of its own.
+
+    Raises:
+        UserError: mpirun has started this without saying where rank 0 is, or no debugger can be
+            waited for.
     """
+    take_place()
+    debugging.wait_for_client()
     import deepspeed
     import transformers
 
@@ -36,14 +43,10 @@ def initialize(seed: int) -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     # Between these libraries: what one will rename, another still calls by its old name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}
-        os.environ.update({k: str(v) for k, v in alone.items()}, MASTER_ADDR="127.0.0.1")
     if not on_cpu():
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        # srun may show each rank its own device only.
+        local_rank = int(os.environ["LOCAL_RANK"])
+        get_accelerator().set_device(local_rank % get_accelerator().device_count())
     # Only DeepSpeed's own inference uses this extension; on a CPU the first start would compile it,
     # for a minute and with a compiler that may not be there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -51,6 +54,41 @@ def initialize(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+# Which rank this is, of how many, and which on this node, as mpirun and srun say it.
+_PLACES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+def take_place() -> None:
+    """Settle RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous, unless a launcher has.
+
+    Below mpirun or srun the place is the one they give, if MASTER_ADDR says where rank 0 is (else a
+    plain `python main.py` in a slurm job would wait for the others); otherwise this is the only
+    process.
+
+    Raises:
+        UserError: one of several processes of mpirun, without MASTER_ADDR.
+    """
+    if "RANK" in os.environ:
+        return
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for names in _PLACES:
+        if "MASTER_ADDR" in os.environ and all(name in os.environ for name in names):
+            os.environ.setdefault("MASTER_PORT", "29500")
+            os.environ.update(zip(place, map(os.environ.__getitem__, names), strict=True))
+            return
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        raise UserError("mpirun has started several processes, but MASTER_ADDR is not set; start "
+                        "them with my_deepspeed.py --launcher openmpi, or with mpirun -x "
+                        "MASTER_ADDR=HOST")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def on_cpu() -> bool:
@@ -172,6 +210,8 @@ def run_main(main: Callable[[], None]) -> None:
         _last_words(f"error: no space left on the disk of {where}; free some and start again")
         code = 1
     except Exception:
+        if debugging.under_debugger():
+            raise  # to where the debugger stops at it
         _last_words(traceback.format_exc())
         code = 1
     several = world_size() > 1
