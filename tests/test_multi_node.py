@@ -27,6 +27,7 @@ from alpaca_rlhf.training_model import my_deepspeed
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOOTSTRAP = REPOSITORY / "alpaca_rlhf" / "training_model" / "my_deepspeed.py"
 STEP1 = REPOSITORY / "alpaca_rlhf" / "training_model" / "step1_supervised_finetuning" / "main.py"
+SCRIPTS = REPOSITORY / "scripts" / "multi_node"
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STEPS = 5
 
@@ -34,6 +35,7 @@ STEPS = 5
 def environment(**changes: str) -> dict[str, str]:
     decided = (*DISTRIBUTED, "PYTHONPATH", "DS_ACCELERATOR")
     kept = {name: value for name, value in os.environ.items() if name not in decided}
+    kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"  # scripts say `python`
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
             **changes}
 
@@ -141,8 +143,7 @@ def test_two_hosts_train_step_1_to_the_losses_of_two_ranks_on_one(models, one_ho
     hostfile.write_text("".join(f"{address} slots=1\n" for address in cable.addresses))
     ended([
         begin(models, cable.on(host, [
-            sys.executable, BOOTSTRAP, "--hostfile", hostfile, "--no_ssh", "--node_rank", host,
-            "--master_addr", cable.addresses[0],
+            "bash", SCRIPTS / "no_ssh.sh", hostfile, cable.addresses[0], host,
             *step1(models, f"host {host}"),  # each host has caches and an output of its own
         ]), GLOO_SOCKET_IFNAME=cable.ends[host])
         for host in (0, 1)
@@ -244,10 +245,11 @@ def ssh_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield path
 
 
-def two_nodes(folder: Path) -> list[str]:
-    """Flags of a launch on both."""
+def on_two_nodes(folder: Path, path: str, words: list[Any], **changes: str) -> Any:
+    """Begin a launch on both."""
     (folder / "nodes").write_text("node-a slots=1\nnode-b slots=1\n")
-    return ["--hostfile", str(folder / "nodes"), "--master_addr", "127.0.0.1"]
+    return begin(folder, ["bash", SCRIPTS / "pdsh.sh", "nodes", "--master_addr", "127.0.0.1",
+                          *words], PATH=f"{Path(sys.executable).parent}:{path}", **changes)
 
 
 # What a shell, pdsh or a splitting at spaces would change.
@@ -262,9 +264,8 @@ def over_ssh(
     folder = tmp_path_factory.mktemp("shared folder with spaces")
     (folder / "my scripts").mkdir()
     (folder / "my scripts" / "train it.py").write_text(WORKER)
-    ended([begin(folder, [
-        sys.executable, BOOTSTRAP, *two_nodes(folder), "my scripts/train it.py", *WORDS, "run",
-    ], PATH=ssh_path, PYTHONPATH="/somewhere else", OMP_NUM_THREADS="3")])
+    ended([on_two_nodes(folder, ssh_path, ["my scripts/train it.py", *WORDS, "run"],
+                        PYTHONPATH="/somewhere else", OMP_NUM_THREADS="3")])
     return folder, [json.loads((folder / f"run{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -297,8 +298,8 @@ def test_over_ssh_every_node_has_the_search_paths_and_settings(over_ssh):
 
 def test_over_ssh_ending_the_bootstrap_ends_its_workers_and_no_others(ssh_path, tmp_path):
     (tmp_path / "sleep.py").write_text(SLEEPER)
-    launches = [begin(tmp_path, [sys.executable, BOOTSTRAP, *two_nodes(tmp_path), "sleep.py", name],
-                      PATH=ssh_path) for name in ("ended", "other")]
+    launches = [on_two_nodes(tmp_path, ssh_path, ["sleep.py", name])
+                for name in ("ended", "other")]
     try:
         files = [tmp_path / f"{name}{rank}.pid" for name in ("ended", "other") for rank in (0, 1)]
         wait_until(lambda: all(file.exists() and file.read_text() for file in files))
@@ -332,6 +333,154 @@ def wait_until(holds: Any) -> None:
 
 @pytest.mark.slow
 def test_over_ssh_step_1_comes_to_the_losses_of_two_ranks_on_one_host(models, one_host, ssh_path):
-    ended([begin(models, [sys.executable, BOOTSTRAP, *two_nodes(models), *step1(models, "by ssh")],
-                 PATH=ssh_path)])
+    ended([on_two_nodes(models, ssh_path, step1(models, "by ssh"))])
     assert losses(models / "by ssh") == pytest.approx(one_host, rel=1e-6)
+
+
+# --- mpirun and srun -----------------------------------------------------------------------------
+
+# Writes its place and what the ranks come to together to <last argument><rank>.json.
+MEETING = """
+import json, os, sys
+import torch
+from alpaca_rlhf.utils import distributed
+def meet():
+    distributed.initialize(0)
+    total = distributed.sum_over_ranks(torch.tensor(distributed.rank() + 1)).item()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH", "OMP_NUM_THREADS")
+    seen = {"total": total, "argv": sys.argv[1:], **{name: os.environ[name] for name in names}}
+    with open(sys.argv[-1] + os.environ["RANK"] + ".json", "w") as file:
+        json.dump(seen, file)
+distributed.run_main(meet)
+"""
+
+# Stands in for slurm's: starts the tasks here, numbered as srun numbers them.
+SRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+words = sys.argv[1:]
+start = words.index({sys.executable!r})
+with open(os.environ["SRUN_LOG"], "w") as log:
+    log.write(" ".join(words[:start]))
+count = words[words.index("-n") + 1]
+tasks = [subprocess.Popen(words[start:], env={{**os.environ, "SLURM_PROCID": str(i),
+                          "SLURM_NTASKS": count, "SLURM_LOCALID": str(i)}})
+         for i in range(int(count))]
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def meet(folder: Path, words: list[Any], **changes: str) -> None:
+    """Two ranks, started by another launcher, have met, and each saw the words and settings."""
+    (folder / "meet here.py").write_text(MEETING)
+    ended([begin(folder, ["bash", *words, "meet here.py", *WORDS, "run"], PYTHONPATH="/a, b",
+                 **changes)])
+    for rank in (0, 1):
+        assert json.loads((folder / f"run{rank}.json").read_text()) == {
+            "total": 3, "argv": [*WORDS, "run"], "RANK": str(rank), "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank), "PYTHONPATH": f"{folder}:{REPOSITORY}:/a, b",
+            "OMP_NUM_THREADS": "1"}
+
+
+def test_by_openmpi_the_ranks_meet_and_see_every_word(tmp_path):
+    if not shutil.which("mpirun") or not shutil.which("ompi_info"):
+        pytest.skip("Open MPI is not installed (Debian: openmpi-bin)")
+    (tmp_path / "nodes").write_text("127.0.0.1 slots=2\n")
+    meet(tmp_path, [SCRIPTS / "openmpi.sh", "nodes", "--force_multi"], INTERFACE="lo",
+         OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+
+
+def test_by_slurm_the_ranks_meet_and_see_every_word(tmp_path):
+    """Slurm itself is not needed: an `srun` that starts tasks here, and notes its options, does."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("sinfo", "#!/bin/sh\n"),
+                       ("scontrol", '#!/bin/sh\necho 127.0.0.1\necho "$@" > "$SRUN_LOG.hosts"\n')):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (tmp_path / "alpaca_rlhf").symlink_to(REPOSITORY / "alpaca_rlhf")
+    meet(tmp_path, [SCRIPTS / "slurm.sh"],
+         PATH=f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+         SRUN_LOG=str(tmp_path / "log"), SLURM_JOB_ID="7", SLURM_JOB_NODELIST="host[0]",
+         SLURM_NTASKS_PER_NODE="2", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert (tmp_path / "log.hosts").read_text() == "show hostnames host[0]\n"
+    assert (tmp_path / "log").read_text() == "-n 2 --ntasks-per-node=2 --export=ALL"
+    assert not list(tmp_path.glob("hostfile*"))
+
+
+@pytest.mark.parametrize("name", ["pdsh", "no_ssh", "openmpi", "slurm"])
+def test_each_script_shows_how_to_call_it(name):
+    for words, code in ((["--help"], 0), ([], 1)):
+        done = subprocess.run(["bash", SCRIPTS / f"{name}.sh", *words], check=False,
+                              capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, "")
+        assert f"scripts/multi_node/{name}.sh " in done.stdout
+        assert done.stdout.endswith("See docs/launching.md.\n")
+
+
+# --- where a process finds its place -------------------------------------------------------------
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives what `take_place` makes of an environment with these variables."""
+    from alpaca_rlhf.utils import distributed
+
+    kept = {name: value for name, value in os.environ.items()
+            if name not in DISTRIBUTED and not name.startswith(("OMPI_", "SLURM_"))}
+
+    def take(**given: str) -> dict[str, str]:
+        monkeypatch.setattr(os, "environ", {**kept, **given})
+        distributed.take_place()
+        return {name: os.environ[name] for name in DISTRIBUTED}
+
+    return take
+
+
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+OMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize("given", [SLURM, OMPI])
+def test_below_srun_and_mpirun_the_place_is_the_one_they_give(place, given):
+    assert place(**given, MASTER_ADDR="node-a", MASTER_PORT="1234") == {
+        "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node-a",
+        "MASTER_PORT": "1234"}
+
+
+def test_plain_python_in_a_slurm_job_waits_for_nobody(place):
+    alone = place(**SLURM)
+    assert (alone["RANK"], alone["WORLD_SIZE"], alone["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+
+
+def test_mpirun_without_a_meeting_place_is_one_line(place):
+    from alpaca_rlhf.utils.errors import UserError
+
+    with pytest.raises(UserError, match="MASTER_ADDR is not set; start them with my_deepspeed.py"):
+        place(**OMPI)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--hostfile", "none"], "--hostfile none: no such file"),
+    (["--no_ssh", "--node_rank", "1"], "--no_ssh: needs --hostfile FILE, the same on every node"),
+    (["--hostfile", "nodes", "--no_ssh", "--node_rank", "1"],
+     "--no_ssh: start it on every node, with --master_addr ADDRESS (of the first host) and "
+     "--node_rank N (0 to 1, its place in nodes)"),
+    (["--hostfile", "nodes", "--no_ssh", "--node_rank", "2", "--master_addr", "a"],
+     "--no_ssh: start it on every node, with --master_addr ADDRESS (of the first host) and "
+     "--node_rank N (0 to 1, its place in nodes)"),
+    (["--hostfile", "broken"],
+     "Hostfile contains a bad entry: node-a, unable to proceed with launching"),
+])
+def test_what_cannot_be_launched_is_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    for name, value in os.environ.items():  # put back what the bootstrap sets
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", "")
+    Path("nodes").write_text("node-a slots=1\nnode-b slots=1\n")
+    Path("broken").write_text("node-a\n")
+    Path("train.py").touch()
+    assert my_deepspeed.main([*words, "train.py"]) == 2
+    assert capsys.readouterr().err == f"my_deepspeed: {message}\n"
