@@ -24,6 +24,8 @@ FLOORS = {
     "utils/training_loop.py": 2,
     "utils/checkpoint.py": 2,
     "utils/engine.py": 2,
+    "utils/memory_plan.py": 2,
+    "utils/preflight.py": 2,
     "utils/data/preprocessing.py": 2,
     "utils/distributed.py": 1,
     "utils/ds_config.py": 1,

@@ -64,6 +64,8 @@ def rendezvous(args: Namespace) -> dict[str, str]:
 class OpenMpi(OpenMPIRunner):
     """Words of mpirun."""
 
+    exports: dict[str, str]
+
     def __init__(self, args: Namespace, *rest: Any) -> None:
         super().__init__(args, *rest)
         self.exports |= rendezvous(args)
@@ -75,6 +77,8 @@ class OpenMpi(OpenMPIRunner):
 
 class Slurm(SlurmRunner):
     """Words of srun, which hands on its whole environment, commas and all."""
+
+    exports: dict[str, str]
 
     def add_export(self, key: str, var: str) -> None:
         """Set a variable on every node."""

@@ -113,20 +113,6 @@ def choose_devices(options: Namespace, available: int) -> tuple[list[str], str]:
     return ["--num_gpus=-1", "--num_nodes=-1", f"--include={include}"], f"devices {include}"
 
 
-def stop_workers() -> None:
-    """End what the runner started and left running; does nothing after an ordinary end."""
-    import psutil  # a requirement of deepspeed, which looks after its own workers with it
-
-    workers = psutil.Process().children(recursive=True)
-    launchers = psutil.Process().children()
-    for launcher in launchers:
-        launcher.terminate()
-    psutil.wait_procs(launchers, timeout=SECONDS_TO_END)
-    for worker in workers:
-        if worker.is_running():
-            worker.kill()
-
-
 class OwnFlags(ArgumentParser):
     """The flags that DeepSpeed's command doesn't have; like its flags they precede the script."""
 

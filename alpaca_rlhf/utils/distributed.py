@@ -5,6 +5,7 @@ Everything works the same in a single plain process: it becomes rank 0 of a worl
 
 import contextlib
 import errno
+import functools
 import os
 import random
 import socket
@@ -13,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -101,14 +103,33 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def has_bf16() -> bool:
+    """Whether there is an accelerator that computes in bf16 by itself.
+
+    torch calls it supported also where it is only emulated, slower than fp32 (before Ampere).
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not on_cpu() and accelerator.is_bf16_supported()
+
+
+@functools.cache  # step 3 asks for each of its roles
+def _note_missing_bf16() -> None:
+    say("--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is faster and "
+        "takes less memory")
+
+
 def resolve_dtype(name: str) -> torch.dtype:
     """auto, fp32, bf16 or fp16 -> dtype; auto is bf16 where the accelerator has it, else fp32.
 
     Raises:
         UserError: fp16 on a CPU, or bf16 on an accelerator without it.
     """
-    bf16 = not on_cpu() and get_accelerator().is_bf16_supported()
+    bf16 = has_bf16()
     if name == "auto":
+        if not (bf16 or on_cpu()):
+            _note_missing_bf16()
         return torch.bfloat16 if bf16 else torch.float32
     if name == "fp16" and on_cpu():
         raise UserError("--dtype fp16: a CPU does not train in fp16; take fp32 or bf16")
@@ -180,6 +201,28 @@ def say(message: str) -> None:
     if is_main():
         sys.stdout.write(message + "\n")
         sys.stdout.flush()
+
+
+# What a container may use, and uses: control groups of version 2 and 1.
+_CONTAINER = (("memory.max", "memory.current"),
+              ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
+    """Bytes that this rank may still take: of its device, and its share of the host's memory.
+
+    On a CPU the two are the same memory. A container's limit counts.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, used in _CONTAINER:
+        if (groups / limit).exists() and (groups / used).exists():
+            allowed = (groups / limit).read_text().strip()
+            if allowed != "max":
+                free = min(free, int(allowed) - int((groups / used).read_text()))
+    host = max(0, free) / int(os.environ.get("LOCAL_SIZE", "1"))
+    return host if on_cpu() else get_accelerator().available_memory(), host
 
 
 def memory_gb() -> float:
