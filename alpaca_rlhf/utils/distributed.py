@@ -203,6 +203,20 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+def describe_devices() -> str:
+    """This machine's accelerators, or the cores that this process may run on."""
+    if on_cpu():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"no accelerator; {cores} cores of the CPU, {torch.get_num_threads()} thread(s)"
+    accelerator = get_accelerator()
+    name = accelerator.device_name()
+    if name == "cuda":
+        name = torch.cuda.get_device_name()
+    precision = "bf16" if has_bf16() else "no bf16: --dtype auto is fp32"
+    size = accelerator.total_memory() / 1e9
+    return f"{accelerator.device_count()} x {name}, {size:.0f} GB each, {precision}"
+
+
 # What a container may use, and uses: control groups of version 2 and 1.
 _CONTAINER = (("memory.max", "memory.current"),
               ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
