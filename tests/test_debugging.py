@@ -60,7 +60,7 @@ def test_a_breakpoint_that_pdb_sets_in_ppo_trainer_is_hit_under_debug(tmp_path: 
                         env=environment(), encoding="utf-8", timeout=200)
     try:
         pdb.expect_exact("(Pdb) ")
-        pdb.sendline(f"b {TRAINER}:{line}")
+        pdb.sendline(f"b step3_rlhf_finetuning/ppo_trainer.py:{line}")
         pdb.expect_exact(f"Breakpoint 1 at {TRAINER}:{line}")
         pdb.sendline("c")
         pdb.expect_exact(f"{TRAINER}({line})_step()")
