@@ -17,7 +17,7 @@ import pytest
 from conftest import save_models
 
 from alpaca_rlhf.training_model import my_deepspeed
-from alpaca_rlhf.utils import debugging
+from alpaca_rlhf.utils import debugging, distributed
 from alpaca_rlhf.utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -188,8 +188,16 @@ def test_a_debugpy_client_attaches_to_rank_1_of_2_and_stops_it_at_a_line(tmp_pat
         client.wait(type="event", event="initialized")
         line = line_of(script, "# the breakpoint")
         client.ask("setBreakpoints", source={"path": str(script)}, breakpoints=[{"line": line}])
+        room = Path(str(distributed.__file__)).resolve()
+        waited = line_of(room, "debugging.wait_for_client()") + 1
+        client.ask("setBreakpoints", source={"path": str(room)}, breakpoints=[{"line": waited}])
         client.ask("configurationDone")
         client.wait(type="response", request_seq=attached)
+        # The very next line after the wait: it did wait.
+        stop = client.wait(type="event", event="stopped")["body"]
+        top = client.ask("stackTrace", threadId=stop["threadId"], levels=1)["stackFrames"][0]
+        assert (Path(top["source"]["path"]).name, top["line"]) == ("distributed.py", waited)
+        client.ask("continue", threadId=stop["threadId"])
         stop = client.wait(type="event", event="stopped")["body"]
         assert stop["reason"] == "breakpoint"
         top = client.ask("stackTrace", threadId=stop["threadId"], levels=1)["stackFrames"][0]
