@@ -35,6 +35,17 @@ NAMES = ["versions", "devices", "memory", "compiler", "port", "shared memory", "
          "hub", "maths", "generation"]
 
 
+def test_every_thing_has_its_row(group, tmp_path, monkeypatch):
+    from alpaca_rlhf.utils import distributed
+
+    monkeypatch.setattr(distributed, "initialize", lambda seed: None)  # the group is there
+    rows = doctor.examine({"output": tmp_path, "cache": tmp_path / "new"})
+    found = {row.name: row.status for row in rows}
+    assert [name for name in found if name in NAMES] == NAMES
+    assert found["maths"] == found["generation"] == found["port"] == "OK"
+
+
+@pytest.mark.slow
 def test_the_ranks_of_a_launch_meet_and_each_machine_has_its_table(tmp_path):
     done = run(tmp_path, "alpaca_rlhf/training_model/my_deepspeed.py", "--num_gpus", "2",
                "--module", "alpaca_rlhf.doctor")

@@ -1,5 +1,7 @@
 """Two machines: network namespaces joined by a cable, or two names of a local ssh server.
 
+    python -m pytest tests/test_multi_node.py -m ""      with the slow ones
+
 Traffic stays in the namespaces made here or on the loopback; everything made is taken down again.
 """
 
@@ -296,6 +298,7 @@ def test_over_ssh_every_node_has_the_search_paths_and_settings(over_ssh):
         assert env["DS_ACCELERATOR"] == "cpu"
 
 
+@pytest.mark.slow
 def test_over_ssh_ending_the_bootstrap_ends_its_workers_and_no_others(ssh_path, tmp_path):
     (tmp_path / "sleep.py").write_text(SLEEPER)
     launches = [on_two_nodes(tmp_path, ssh_path, ["sleep.py", name])
@@ -381,6 +384,7 @@ def meet(folder: Path, words: list[Any], **changes: str) -> None:
             "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_by_openmpi_the_ranks_meet_and_see_every_word(tmp_path):
     if not shutil.which("mpirun") or not shutil.which("ompi_info"):
         pytest.skip("Open MPI is not installed (Debian: openmpi-bin)")
@@ -389,6 +393,7 @@ def test_by_openmpi_the_ranks_meet_and_see_every_word(tmp_path):
          OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
 
 
+@pytest.mark.slow
 def test_by_slurm_the_ranks_meet_and_see_every_word(tmp_path):
     """Slurm itself is not needed: an `srun` that starts tasks here, and notes its options, does."""
     programs = tmp_path / "bin"
