@@ -467,6 +467,26 @@ def test_mpirun_without_a_meeting_place_is_one_line(place):
 # --- what is refused -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("launcher", "program", "package"), [
+    ("pdsh", "pdsh", "pdsh"), ("openmpi", "mpirun", "openmpi-bin"),
+    ("slurm", "srun", "slurm-client")])
+def test_a_launcher_that_is_not_installed_is_one_line(
+    tmp_path, monkeypatch, launcher, program, package
+):
+    from deepspeed.launcher import runner
+
+    from alpaca_rlhf.training_model import multi_node
+
+    (tmp_path / "nodes").write_text("node-a slots=1\nnode-b slots=1\n")
+    monkeypatch.setattr(multi_node.shutil, "which", lambda name: None)
+    words = ["--hostfile", str(tmp_path / "nodes"), "--launcher", launcher, "train.py"]
+    with pytest.raises(ValueError) as refused:
+        multi_node.describe(runner.parse_args(words))
+    assert str(refused.value) == (
+        f"--launcher {launcher}: there is no {program} here; install it (Debian and Ubuntu: "
+        f"apt-get install {package}), or start every node by itself with --no_ssh")
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--hostfile", "none"], "--hostfile none: no such file"),
     (["--no_ssh", "--node_rank", "1"], "--no_ssh: needs --hostfile FILE, the same on every node"),

@@ -9,6 +9,7 @@ place; the runner chooses among them by `--launcher` as ever.
 
 import os
 import shlex
+import shutil
 import sys
 from argparse import Namespace
 from typing import Any
@@ -22,6 +23,11 @@ FORWARDED = (
     "OMP_NUM_THREADS", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "GLOO_", "TORCH_NCCL_",
     "ALPACA_RLHF_", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_", "XDG_CACHE_HOME",
 )
+
+# Programs that a launcher needs here, and the packages of Debian and Ubuntu that have them.
+PROGRAMS = {"pdsh": {"pdsh": "pdsh", "ssh": "openssh-client"},
+            "openmpi": {"mpirun": "openmpi-bin", "ompi_info": "openmpi-bin"},
+            "slurm": {"srun": "slurm-client", "sinfo": "slurm-client"}}
 
 
 def remote(word: str) -> str:
@@ -109,7 +115,8 @@ def describe(options: Namespace) -> tuple[list[str], dict[str, int]]:
         Flags for the runner, and the slots of each host.
 
     Raises:
-        ValueError: the hostfile is broken, or `--no_ssh` lacks what each node must be told.
+        ValueError: the hostfile is broken, `--no_ssh` lacks what each node must be told, or the
+            launcher is not installed.
     """
     hosts = dict(runner.fetch_hostfile(options.hostfile))
     if options.no_ssh and not (options.master_addr and 0 <= options.node_rank < len(hosts)):
@@ -117,6 +124,13 @@ def describe(options: Namespace) -> tuple[list[str], dict[str, int]]:
             "--no_ssh: start it on every node, with --master_addr ADDRESS (of the first host) and "
             f"--node_rank N (0 to {len(hosts) - 1}, its place in {options.hostfile})"
         )
+    if not options.no_ssh and (len(hosts) > 1 or options.force_multi):
+        for program, package in PROGRAMS.get(options.launcher.lower(), {}).items():
+            if shutil.which(program) is None:
+                raise ValueError(
+                    f"--launcher {options.launcher}: there is no {program} here; install it "
+                    f"(Debian and Ubuntu: apt-get install {package}), or start every node by itself "
+                    "with --no_ssh")
     flags = []
     if options.launcher.lower() in ("openmpi", "slurm"):
         # Neither needs ssh to all nodes, by which the runner would ask the first for its address.
