@@ -484,7 +484,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(
         multi_node.describe(runner.parse_args(words))
     assert str(refused.value) == (
         f"--launcher {launcher}: there is no {program} here; install it (Debian and Ubuntu: "
-        f"apt-get install {package}), or start every node by itself with --no_ssh")
+        f"apt-get install {package}), or start each node by itself with --no_ssh")
 
 
 @pytest.mark.parametrize(("words", "message"), [

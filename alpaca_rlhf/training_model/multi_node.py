@@ -129,7 +129,7 @@ def describe(options: Namespace) -> tuple[list[str], dict[str, int]]:
             if shutil.which(program) is None:
                 raise ValueError(
                     f"--launcher {options.launcher}: there is no {program} here; install it "
-                    f"(Debian and Ubuntu: apt-get install {package}), or start every node by itself "
+                    f"(Debian and Ubuntu: apt-get install {package}), or start each node by itself "
                     "with --no_ssh")
     flags = []
     if options.launcher.lower() in ("openmpi", "slurm"):
