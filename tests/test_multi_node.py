@@ -266,8 +266,9 @@ def over_ssh(
     folder = tmp_path_factory.mktemp("shared folder with spaces")
     (folder / "my scripts").mkdir()
     (folder / "my scripts" / "train it.py").write_text(WORKER)
-    ended([on_two_nodes(folder, ssh_path, ["my scripts/train it.py", *WORDS, "run"],
-                        PYTHONPATH="/somewhere else", OMP_NUM_THREADS="3")])
+    [said] = ended([on_two_nodes(folder, ssh_path, ["my scripts/train it.py", *WORDS, "run"],
+                                 PYTHONPATH="/somewhere else", OMP_NUM_THREADS="3")])
+    assert said.count("\n") == 1, "more than the bootstrap's line on the console"
     return folder, [json.loads((folder / f"run{rank}.json").read_text()) for rank in (0, 1)]
 
 

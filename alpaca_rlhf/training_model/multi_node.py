@@ -58,6 +58,9 @@ class Pdsh(PDSHRunner):
         # The brackets keep the pattern from matching the line that it stands in.
         pattern = (f"deepspeed.launcher.launc[h] --world_info={self.world_info_base64} "
                    f".*--master_port={self.args.master_port}")
+        # Of the runner's flags this one alone does not reach the launchers.
+        place = command.index(f"--master_port={self.args.master_port}")
+        command.insert(place, f"--log_level={self.args.log_level}")
         return [bare.get(word, word) for word in command], [
             *kill[:-2], f"pkill -f {remote(pattern)}"], environment
 
