@@ -22,6 +22,13 @@ def version() -> str:
     return found.group(1)
 
 
+def tested() -> list[str]:
+    """The pins of requirements.txt; the installed package knows them as the extra `tested`."""
+    pins = HERE / "requirements.txt"
+    lines = pins.read_text(encoding="utf-8").splitlines() if pins.exists() else []
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 setup(
     name="alpaca-rlhf",
     version=version(),
@@ -43,4 +50,6 @@ setup(
         "PyYAML>=6,<7",
         "tqdm>=4.66,<5",
     ],
+    # debug: for `my_deepspeed.py --debug_ranks`.
+    extras_require={"tested": tested(), "debug": ["debugpy>=1.8,<2"]},
 )

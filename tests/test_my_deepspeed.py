@@ -25,7 +25,7 @@ import json, os, sys
 seen = {"argv": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ), "stdin": sys.stdin.read()}
 with open(sys.argv[-1] + os.environ["RANK"] + ".json", "w") as file:
     json.dump(seen, file)
-print("printed by the worker")
+sys.stdout.write("printed by the worker\\n")  # one write, which no other worker's can split
 sys.exit(2 if "--fail" in sys.argv else 0)
 """
 
@@ -154,7 +154,9 @@ def test_a_killed_worker_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == line
 
 
-def test_ending_the_bootstrap_ends_every_worker(tmp_path: Path):
+@pytest.mark.parametrize("to_all", [False, True])
+def test_ending_the_bootstrap_ends_every_worker(tmp_path: Path, to_all: bool):
+    """By an IDE's stop button, to it alone, or by Ctrl-C on a terminal, to workers and all."""
     (tmp_path / "sleep.py").write_text(SLEEPER)
     launch = start(tmp_path, "--num_gpus", "2", "sleep.py", "run")
     files = [tmp_path / "run0.pid", tmp_path / "run1.pid"]
@@ -162,7 +164,10 @@ def test_ending_the_bootstrap_ends_every_worker(tmp_path: Path):
     while not all(file.exists() and file.read_text() for file in files):
         assert time.monotonic() < deadline and launch.poll() is None
         time.sleep(0.1)
-    launch.send_signal(signal.SIGINT)  # to it alone, as an IDE's stop button does
+    if to_all:
+        os.killpg(launch.pid, signal.SIGINT)
+    else:
+        launch.send_signal(signal.SIGINT)
     launch.communicate(timeout=60)
     assert launch.returncode == 130
     for file in files:

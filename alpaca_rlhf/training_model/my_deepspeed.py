@@ -1,30 +1,39 @@
 """DeepSpeed's launcher as an ordinary Python script.
 
     python alpaca_rlhf/training_model/my_deepspeed.py --num_gpus 2 path/to/main.py --its --flags
+    python alpaca_rlhf/training_model/my_deepspeed.py --debug path/to/main.py --its --flags
 
 It takes every argument of the `deepspeed` command and hands it to DeepSpeed's own runner, in this
 process, so that an IDE starts it like any other script, from a clone that was never installed.
 First it settles what the runner leaves open: the interpreter's `bin` leads PATH (ninja, deepspeed),
 the repository root leads PYTHONPATH, a free port is found, CUDA_VISIBLE_DEVICES holds also beside
---num_gpus, and without an accelerator each rank gets its share of the cores. The exit code is the
-training script's; Ctrl-C, or ending this process, ends every worker.
+--num_gpus, and without an accelerator each rank gets its share of the cores; with a hostfile it is
+the same on every node. The exit code is the training script's; Ctrl-C, or ending this process, ends
+every worker. With --debug there is no launcher: the script runs here, and breakpoints in it hold.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import random
+import runpy
 import signal
+import site
 import socket
 import sys
-from argparse import Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Below the range from which the kernel serves outgoing connections: nothing else is given such a
 # port between our look at it and the moment, seconds later, when rank 0 listens on it.
 PORTS = range(20_000, 32_000)
+DEFAULT_HOSTFILE = "/job/hostfile"  # the runner's; it need not exist
+NO_SSH_PORT = 29_500
 SECONDS_TO_END = 40  # the launcher itself gives its workers 30 between SIGTERM and SIGKILL
 # The launcher's exit code when a signal ended a worker, which then has said nothing itself.
 KILLED = {
@@ -104,6 +113,138 @@ def choose_devices(options: Namespace, available: int) -> tuple[list[str], str]:
     return ["--num_gpus=-1", "--num_nodes=-1", f"--include={include}"], f"devices {include}"
 
 
+class OwnFlags(ArgumentParser):
+    """The flags that DeepSpeed's command doesn't have; like its flags they precede the script."""
+
+    words = {"--debug": 1, "--debug_ranks": 2, "--debug_port": 2}  # that each takes, unless --x=y
+
+    def __init__(self) -> None:
+        super().__init__("my_deepspeed.py", add_help=False, allow_abbrev=False, usage=SUPPRESS)
+        self.add_argument("--debug", action="store_true", help="no launcher and no worker: the "
+                          "script runs in this process, as one rank, and breakpoints in it hold")
+        self.add_argument("--debug_ranks", metavar="N,N", default="", help="ranks that wait at "
+                          "their start until a debugger is attached (debugpy)")
+        self.add_argument("--debug_port", metavar="N", type=int, default=5678, help="rank R waits "
+                          "on this port plus R, for clients of its own machine (default: 5678)")
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        raise ValueError(message)
+
+    def take(
+        self, argv: list[str], parse: Callable[[list[str]], Namespace]
+    ) -> tuple[Namespace, list[str]]:
+        """Our flags, and the other words of `argv`.
+
+        Args:
+            argv: flags of both kinds, the script, its flags.
+            parse: the runner's parser, which knows where the script stands.
+        """
+        others: list[int] = []
+        marks: list[int] = []
+        i = 0
+        while i < len(argv):
+            name, equals, _ = argv[i].partition("=")
+            width = 1 if equals else self.words.get(name, 1)
+            (marks if name in self.words else others).extend(range(i, min(i + width, len(argv))))
+            i += width
+        script_flags = parse([argv[i] for i in others]).user_args
+        script = others[-1 - len(script_flags)]
+        ours = {i for i in marks if i < script}  # what stands behind it is the script's own
+        own = self.parse_args([argv[i] for i in sorted(ours)])
+        ranks = own.debug_ranks.split(",") if own.debug_ranks else []
+        if not all(rank.isdigit() for rank in ranks):
+            self.error(f"--debug_ranks {own.debug_ranks}: must be numbers of ranks, such as 0,1")
+        return own, [word for i, word in enumerate(argv) if i not in ours]
+
+
+def prepare_debugging(own: Namespace) -> str:
+    """Let the workers of `--debug_ranks` wait for a client; words for the start-up line.
+
+    Raises:
+        ValueError: there is no debugpy.
+    """
+    from alpaca_rlhf.utils import debugging
+
+    if not own.debug_ranks:
+        return ""
+    if importlib.util.find_spec("debugpy") is None:
+        raise ValueError(debugging.INSTALL)
+    os.environ[debugging.RANKS] = own.debug_ranks
+    os.environ[debugging.PORT] = str(own.debug_port)
+    # The other ranks wait for the one that stands at a breakpoint: a week, in minutes.
+    os.environ["DEEPSPEED_TIMEOUT"] = str(7 * 24 * 60)
+    os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+    ports = (f"{own.debug_port + int(rank)} (rank {rank})" for rank in own.debug_ranks.split(","))
+    return f", debugger awaited on port {' and '.join(ports)}"
+
+
+def run_here(options: Namespace, launcher_flags: list[str]) -> None:
+    """Run the script in this process as the only rank, as Python itself would."""
+    from alpaca_rlhf.utils import debugging
+
+    if options.no_python:
+        raise ValueError("--debug --no_python: only Python runs in this process; leave one out")
+    os.environ[debugging.IN_THIS_PROCESS] = "1"
+    # With a place of its own it joins no group that an environment left over may speak of.
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(choose_port(options.master_port)))
+    words = [word for word in launcher_flags if word != "--module"]
+    unused = f"; without effect here: {' '.join(words)}" if words else ""
+    print(f"my_deepspeed: {options.user_script}: one rank in this process{unused}", flush=True)
+    sys.argv = [options.user_script, *options.user_args]
+    if options.module:
+        runpy.run_module(options.user_script, run_name="__main__", alter_sys=True)
+    else:
+        site.addsitedir(str(Path(options.user_script).resolve().parent))
+        runpy.run_path(options.user_script, run_name="__main__")
+
+
+def choose(options: Namespace) -> tuple[list[str], str]:
+    """Decide hosts, devices, cores and port.
+
+    Returns:
+        Flags for the runner, behind the user's, and words for the start-up line.
+
+    Raises:
+        ValueError: flags that cannot be followed, in one line.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if os.path.isfile(options.hostfile):
+        return choose_hosts(options, accelerator.device_name() == "cpu")
+    if options.hostfile != DEFAULT_HOSTFILE:
+        raise ValueError(f"--hostfile {options.hostfile}: no such file")
+    if options.no_ssh:
+        raise ValueError("--no_ssh: needs --hostfile FILE, the same on every node")
+    if accelerator.device_name() == "cpu":
+        chosen, words = choose_cpu(options)
+    else:
+        chosen, words = choose_devices(options, accelerator.device_count())
+    port = choose_port(options.master_port)
+    if options.master_port not in (0, port):
+        words += f", port {options.master_port} is taken"
+    return [*chosen, f"--master_port={port}"], f"{words}, port {port}"
+
+
+def choose_hosts(options: Namespace, on_cpu: bool) -> tuple[list[str], str]:
+    """Many machines: what one of them decides for all, and with --no_ssh each by the same rule."""
+    from alpaca_rlhf.training_model import multi_node
+
+    multi_node.install()
+    flags, hosts = multi_node.describe(options)
+    words = f"{len(hosts)} hosts of {options.hostfile}"
+    if on_cpu:
+        ranks = options.num_gpus if options.num_gpus > 0 else max(hosts.values())
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
+        words += f", {ranks} rank(s) on each CPU, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"
+    # Nodes that are started one by one must agree on a port without a word to each other.
+    port = options.master_port or (NO_SSH_PORT if options.no_ssh else choose_port(0))
+    return [*flags, f"--master_port={port}"], f"{words}, port {port}"
+
+
 def stop_workers() -> None:
     """End what the runner started and left running; does nothing after an ordinary end."""
     import psutil  # a requirement of deepspeed, which looks after its own workers with it
@@ -124,41 +265,41 @@ def launch(argv: list[str]) -> None:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.launcher import runner
 
-    accelerator = get_accelerator()
+    get_accelerator()
     logging.disable(logging.NOTSET)
     # Port 0: none asked for. At "error" the launcher repeats the whole command of a failed worker.
     defaults = ["--master_port=0", "--log_level=critical"]
+    own, argv = OwnFlags().take(argv, lambda words: runner.parse_args(defaults + words))
     options = runner.parse_args(defaults + argv)
     first_of_script = len(argv) - len(options.user_args) - 1
-    own_flags, script_and_flags = argv[:first_of_script], argv[first_of_script:]
+    launcher_flags, script_and_flags = argv[:first_of_script], argv[first_of_script:]
     if not (options.module or options.no_python or os.path.exists(options.user_script)):
         raise ValueError(f"no training script {options.user_script} (seen from {os.getcwd()})")
     put_first("PATH", os.path.dirname(sys.executable))
     put_first("PYTHONPATH", str(REPOSITORY))
-    chosen: list[str] = []
-    if os.path.isfile(options.hostfile):  # its nodes agree on a port, and have their own devices
-        words = f"hosts of {options.hostfile}"
-        defaults.remove("--master_port=0")
-    else:
-        if accelerator.device_name() == "cpu":
-            chosen, words = choose_cpu(options)
-        else:
-            chosen, words = choose_devices(options, accelerator.device_count())
-        port = choose_port(options.master_port)
-        if options.master_port not in (0, port):
-            words += f", port {options.master_port} is taken"
-        words += f", port {port}"
-        chosen.append(f"--master_port={port}")
-    print(f"my_deepspeed: {options.user_script}: {words}", flush=True)
-    runner.main(defaults + own_flags + chosen + script_and_flags)
+    if own.debug:
+        run_here(options, launcher_flags)
+        return
+    debugging = prepare_debugging(own)
+    chosen, words = choose(options)
+    print(f"my_deepspeed: {options.user_script}: {words}{debugging}", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        runner.main(defaults + launcher_flags + chosen + script_and_flags)
+    finally:
+        stop_workers()
 
 
 def main(argv: list[str]) -> int:
     """Run the launcher; return this process's exit code."""
+    # What PYTHONPATH does for the workers.
+    site.addsitedir(str(REPOSITORY))
+    from alpaca_rlhf.utils.debugging import under_debugger
+
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
+        OwnFlags().print_help()
         argv = ["--help"]
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         launch(argv)
     except SystemExit as ended:
@@ -168,10 +309,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        if under_debugger():
+            raise
         print(f"my_deepspeed: {error}", file=sys.stderr)
         return 2
-    finally:
-        stop_workers()
     return 0
 
 

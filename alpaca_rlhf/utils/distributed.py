@@ -5,6 +5,7 @@ Everything works the same in a single plain process: it becomes rank 0 of a worl
 
 import contextlib
 import errno
+import functools
 import os
 import random
 import socket
@@ -13,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from alpaca_rlhf.utils import debugging
 from alpaca_rlhf.utils.errors import UserError
 
 
@@ -27,7 +30,13 @@ def initialize(seed: int) -> None:
     """Join the process group (or found one of a single process) and seed every generator.
 
     Every rank gets the same seed: what differs by rank (sampling) takes a generator of its own.
+
+    Raises:
+        UserError: mpirun has started this without saying where rank 0 is, or no debugger can be
+            waited for.
     """
+    take_place()
+    debugging.wait_for_client()
     import deepspeed
     import transformers
 
@@ -36,14 +45,10 @@ def initialize(seed: int) -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     # Between these libraries: what one will rename, another still calls by its old name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}
-        os.environ.update({k: str(v) for k, v in alone.items()}, MASTER_ADDR="127.0.0.1")
     if not on_cpu():
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        # srun may show each rank its own device only.
+        local_rank = int(os.environ["LOCAL_RANK"])
+        get_accelerator().set_device(local_rank % get_accelerator().device_count())
     # Only DeepSpeed's own inference uses this extension; on a CPU the first start would compile it,
     # for a minute and with a compiler that may not be there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -51,6 +56,41 @@ def initialize(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+# Which rank this is, of how many, and which on this node, as mpirun and srun say it.
+_PLACES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+def take_place() -> None:
+    """Settle RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous, unless a launcher has.
+
+    Below mpirun or srun the place is the one they give, if MASTER_ADDR says where rank 0 is (else a
+    plain `python main.py` in a slurm job would wait for the others); otherwise this is the only
+    process.
+
+    Raises:
+        UserError: one of several processes of mpirun, without MASTER_ADDR.
+    """
+    if "RANK" in os.environ:
+        return
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for names in _PLACES:
+        if "MASTER_ADDR" in os.environ and all(name in os.environ for name in names):
+            os.environ.setdefault("MASTER_PORT", "29500")
+            os.environ.update(zip(place, map(os.environ.__getitem__, names), strict=True))
+            return
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        raise UserError("mpirun has started several processes, but MASTER_ADDR is not set; start "
+                        "them with my_deepspeed.py --launcher openmpi, or with mpirun -x "
+                        "MASTER_ADDR=HOST")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def on_cpu() -> bool:
@@ -63,14 +103,33 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def has_bf16() -> bool:
+    """Whether there is an accelerator that computes in bf16 by itself.
+
+    torch calls it supported also where it is only emulated, slower than fp32 (before Ampere).
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not on_cpu() and accelerator.is_bf16_supported()
+
+
+@functools.cache  # step 3 asks for each of its roles
+def _note_missing_bf16() -> None:
+    say("--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is faster and "
+        "takes less memory")
+
+
 def resolve_dtype(name: str) -> torch.dtype:
     """auto, fp32, bf16 or fp16 -> dtype; auto is bf16 where the accelerator has it, else fp32.
 
     Raises:
         UserError: fp16 on a CPU, or bf16 on an accelerator without it.
     """
-    bf16 = not on_cpu() and get_accelerator().is_bf16_supported()
+    bf16 = has_bf16()
     if name == "auto":
+        if not (bf16 or on_cpu()):
+            _note_missing_bf16()
         return torch.bfloat16 if bf16 else torch.float32
     if name == "fp16" and on_cpu():
         raise UserError("--dtype fp16: a CPU does not train in fp16; take fp32 or bf16")
@@ -144,6 +203,42 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+def describe_devices() -> str:
+    """This machine's accelerators, or the cores that this process may run on."""
+    if on_cpu():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"no accelerator; {cores} cores of the CPU, {torch.get_num_threads()} thread(s)"
+    accelerator = get_accelerator()
+    name = accelerator.device_name()
+    if name == "cuda":
+        name = torch.cuda.get_device_name()
+    precision = "bf16" if has_bf16() else "no bf16: --dtype auto is fp32"
+    size = accelerator.total_memory() / 1e9
+    return f"{accelerator.device_count()} x {name}, {size:.0f} GB each, {precision}"
+
+
+# What a container may use, and uses: control groups of version 2 and 1.
+_CONTAINER = (("memory.max", "memory.current"),
+              ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
+    """Bytes that this rank may still take: of its device, and its share of the host's memory.
+
+    On a CPU the two are the same memory. A container's limit counts.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, used in _CONTAINER:
+        if (groups / limit).exists() and (groups / used).exists():
+            allowed = (groups / limit).read_text().strip()
+            if allowed != "max":
+                free = min(free, int(allowed) - int((groups / used).read_text()))
+    host = max(0, free) / int(os.environ.get("LOCAL_SIZE", "1"))
+    return host if on_cpu() else get_accelerator().available_memory(), host
+
+
 def memory_gb() -> float:
     """Peak memory of this rank so far in GB: the accelerator's, or the process's on a CPU."""
     if on_cpu():
@@ -172,6 +267,8 @@ def run_main(main: Callable[[], None]) -> None:
         _last_words(f"error: no space left on the disk of {where}; free some and start again")
         code = 1
     except Exception:
+        if debugging.under_debugger():
+            raise  # to where the debugger stops at it
         _last_words(traceback.format_exc())
         code = 1
     several = world_size() > 1

@@ -1,10 +1,15 @@
 """Parameter groups, the optimizer for the device, and the learning-rate schedule."""
 
+import os
+import shutil
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import get_scheduler
+
+from alpaca_rlhf.utils.errors import UserError
 
 BETAS = (0.9, 0.95)
 
@@ -29,6 +34,38 @@ def parameter_groups(
         kind = "lora" if "lora_" in name else "decay" if dimensions > 1 else "no_decay"
         groups[kind]["params"].append(parameter)
     return [{"name": kind, **group} for kind, group in groups.items() if group["params"]]
+
+
+def missing_build_tools() -> list[str]:
+    """What this machine lacks to compile an extension, each with how to get it."""
+    missing = []
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        missing.append(f"C++ compiler ({compiler}; Debian and Ubuntu: apt-get install g++)")
+    # Of an environment that is not active, too.
+    path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)])
+    if shutil.which("ninja", path=path) is None:
+        missing.append("ninja (pip install ninja)")
+    return missing
+
+
+def require_offloading() -> None:
+    """See to it that the optimizer for offloaded state can be had, before anything else is done.
+
+    Raises:
+        UserError: it would have to be compiled, and cannot be.
+    """
+    from deepspeed.git_version_info import installed_ops
+
+    if installed_ops.get("cpu_adam"):
+        return
+    missing = missing_build_tools()
+    if missing:
+        raise UserError("--offload: DeepSpeed compiles its CPU optimizer at first use, and there "
+                        f"is no {' and no '.join(missing)}; install it, or leave --offload out")
+    here = os.path.dirname(sys.executable)
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + here
 
 
 def create_optimizer(

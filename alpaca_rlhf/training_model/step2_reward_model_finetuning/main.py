@@ -9,13 +9,21 @@ from functools import partial
 
 import torch
 
-from alpaca_rlhf.utils import arguments, checkpoint, distributed, losses, training_loop
+from alpaca_rlhf.utils import (
+    arguments,
+    checkpoint,
+    distributed,
+    losses,
+    preflight,
+    training_loop,
+)
 from alpaca_rlhf.utils.arguments import Step2Arguments
 from alpaca_rlhf.utils.data import preprocessing, raw_datasets
 from alpaca_rlhf.utils.data.collators import PairBatch, collate_pairs
 from alpaca_rlhf.utils.data.preprocessing import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.reward_model import (
@@ -36,6 +44,9 @@ def main() -> None:
     folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
     home = preprocessing.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
+    preflight.check(
+        [Planned(path, model_settings(args), scores=True)], args.loading.tokenizer_name_or_path
+    )
     form = ChatFormat(load_tokenizer(
         args.loading.tokenizer_name_or_path or path, args.data.chat_template,
         args.loading.trust_remote_code,

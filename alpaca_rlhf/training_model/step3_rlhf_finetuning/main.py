@@ -33,7 +33,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     make_experience,
     mean_over_ranks,
 )
-from alpaca_rlhf.utils import arguments, checkpoint, distributed
+from alpaca_rlhf.utils import arguments, checkpoint, distributed, preflight
 from alpaca_rlhf.utils.arguments import Step3Arguments
 from alpaca_rlhf.utils.data import (
     assistant_world,
@@ -47,6 +47,7 @@ from alpaca_rlhf.utils.data.preprocessing import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.engine import ModelSettings, Schedule
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.decoding import SamplingConfig
 from alpaca_rlhf.utils.model.ema import Ema
@@ -68,6 +69,7 @@ def main() -> None:
     )
     normalizer = score_normalizer(args)
     folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
+    preflight.check(planned(args), args.loading.tokenizer_name_or_path)
     form = ChatFormat(load_tokenizers(args))
     distributed.say(describe(form.tokenizer))
     data = load_data(args, form)
@@ -304,6 +306,16 @@ def critic_settings(args: Step3Arguments) -> ModelSettings:
         critic.critic_lora_module_name, "--critic_lora_module_name", lora.only_optimize_lora,
         ADAM_EPS,
     )
+
+
+def planned(args: Step3Arguments) -> list[Planned]:
+    """Actor and critic, with the reference and, unless a function rates, the reward model."""
+    actor, critic = args.actor.actor_model_name_or_path, args.critic.critic_model_name_or_path
+    rated = args.reward.reward_function is None
+    return [
+        Planned(actor, actor_settings(args), "actor_", has_twin=True),
+        Planned(critic, critic_settings(args), "critic_", scores=True, has_twin=rated),
+    ]
 
 
 def load_options(args: Step3Arguments, dropout: float, checkpointing: bool) -> LoadOptions:

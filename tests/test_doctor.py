@@ -1,0 +1,206 @@
+"""The doctor: what it finds on a machine that lacks something, and that wrong numbers are seen."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from alpaca_rlhf import doctor
+from alpaca_rlhf.utils import losses, optimizer, rl_math, self_test
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+Usage = namedtuple("Usage", "total used free")
+
+
+def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(
+        [sys.executable, *words, "--output_dir", str(tmp_path), "--data_output_path",
+         str(tmp_path / "new")],
+        env={**kept, "HF_HUB_OFFLINE": "1"}, cwd=REPOSITORY, text=True, capture_output=True,
+        timeout=200)
+
+
+NAMES = ["versions", "devices", "memory", "compiler", "port", "shared memory", "output", "cache",
+         "hub", "maths", "generation"]
+
+
+def test_every_thing_has_its_row(group, tmp_path, monkeypatch):
+    from alpaca_rlhf.utils import distributed
+
+    monkeypatch.setattr(distributed, "initialize", lambda seed: None)  # the group is there
+    rows = doctor.examine({"output": tmp_path, "cache": tmp_path / "new"})
+    found = {row.name: row.status for row in rows}
+    assert [name for name in found if name in NAMES] == NAMES
+    assert found["maths"] == found["generation"] == found["port"] == "OK"
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_launch_meet_and_each_machine_has_its_table(tmp_path):
+    done = run(tmp_path, "alpaca_rlhf/training_model/my_deepspeed.py", "--num_gpus", "2",
+               "--module", "alpaca_rlhf.doctor")
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    rows = re.findall(r"^(?:OK|WARN)\s+(\w+(?: \w+)?)  +(.*)$", done.stdout, re.MULTILINE)
+    found = dict(rows)
+    assert [name for name in found if name in (*NAMES, "ranks")] == [*NAMES, "ranks"]
+    assert len(rows) == len(found), "one table a machine, not one a rank"
+    assert found["maths"] == f"{len(self_test.CASES)} numbers as by hand"
+    assert found["generation"] == "3 replies in a batch as alone"
+    assert found["ranks"].startswith("2 ranks add up to 3, ")
+
+
+def test_what_is_in_the_way_is_exit_code_1(monkeypatch, capsys):
+    rows = [doctor.Row("disk", doctor.FAIL, "full", "free some"), doctor.Row("hub", doctor.OK, "x")]
+    monkeypatch.setattr(doctor, "examine", lambda places: rows)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert doctor.main([]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:4] == ["FAIL  disk           full", "                     -> free some",
+                         "OK    hub            x"]
+    assert said[-1].startswith("1 OK, 0 WARN, 1 FAIL (")
+    monkeypatch.setattr(doctor, "examine", lambda places: rows[1:])
+    assert doctor.main([]) == 0
+
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+def test_the_tested_versions_are_those_of_requirements_txt():
+    pins = doctor.tested_versions()
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    assert [f"{name}=={version}" for name, version in pins.items()] == [
+        line for line in lines if not line.startswith("#")]
+
+
+def test_an_installed_package_knows_the_tested_versions_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "REQUIREMENTS", tmp_path / "none")
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [
+        "torch<3,>=2.9", 'torch==2.13.0; extra == "tested"', 'debugpy<2,>=1.8; extra == "debug"'])
+    assert doctor.tested_versions() == {"torch": "2.13.0"}
+
+
+def test_setup_py_offers_the_pins_as_an_extra():
+    code = "import setuptools, json; setuptools.setup = lambda **given: print(json.dumps(" \
+           "given['extras_require']['tested'])); exec(open('setup.py').read())"
+    done = subprocess.run([sys.executable, "-c", f"__file__ = 'setup.py'\n{code}"], cwd=REPOSITORY,
+                          capture_output=True, text=True, check=True)
+    assert '"torch==' in done.stdout
+
+
+def test_missing_and_untested_versions_are_named(monkeypatch):
+    monkeypatch.setattr(doctor, "tested_versions",
+                        lambda: {"torch": "0.1", "nonesuch": "1.0", "pytest": pytest.__version__})
+    first, *rows = doctor.versions()
+    assert (first.status, first.found.split("; ")[1]) == ("OK", "1 of 3 libraries as tested")
+    assert [(row.name, row.status) for row in rows] == [("torch", "WARN"), ("nonesuch", "FAIL")]
+    assert rows[0].found == f"{importlib.metadata.version('torch')}, tested with 0.1"
+    assert {row.remedy for row in rows} == {"pip install -r requirements.txt"}
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def test_a_machine_without_compiler(monkeypatch):
+    monkeypatch.setattr(optimizer.shutil, "which", lambda name, path=None: None)
+    [row] = doctor.compiler()
+    assert (row.status, row.remedy) == ("WARN", "needed for --offload only")
+    assert row.found.startswith("no C++ compiler (")
+    assert row.found.endswith(" and no ninja (pip install ninja)")
+
+
+@pytest.mark.parametrize(("free", "status"), [(64 * 10**6, "WARN"), (2 * 10**9, "OK")])
+def test_shared_memory_of_a_container(monkeypatch, tmp_path, free, status):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(free, 0, free))
+    [row] = doctor.shared_memory(tmp_path)
+    assert (row.status, bool(row.remedy)) == (status, status == "WARN")
+
+
+def test_disks(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 5 * 10**9))
+    rows = doctor.disks({"output": tmp_path / "not" / "yet", "cache": tmp_path / "file" / "x"})
+    assert [(row.name, row.status) for row in rows] == [("output", "WARN"), ("cache", "FAIL")]
+    assert rows[0].found == f"{tmp_path}/not/yet: 5.0 GB free"
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_network_that_is_not_there(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    [row] = doctor.hub()
+    assert row.status == "WARN"
+    assert row.found.startswith("http://127.0.0.1:9 cannot be reached (")
+    assert "HF_HUB_OFFLINE=1" in row.remedy
+
+
+def test_a_check_that_breaks_down_is_a_finding_and_the_others_go_on():
+    def broken() -> list[doctor.Row]:
+        raise ImportError("libcudart.so: cannot\nopen")
+
+    assert doctor.look("devices", broken) == [doctor.Row(
+        "devices", "FAIL", "ImportError: libcudart.so: cannot open", "see docs/launching.md")]
+
+
+def test_reading_the_doctor_needs_none_of_the_libraries():
+    code = "import sys, alpaca_rlhf.doctor; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+# --- wrong numbers -------------------------------------------------------------------------------
+
+
+def test_right_maths_and_generation_are_no_finding(group):
+    assert self_test.maths() == []
+    assert self_test.generation() == []
+
+
+def wrong_gae(rewards, values, mask, gamma, lam):
+    """Lets what stands behind a reply into its advantages."""
+    return RIGHT_GAE(rewards, values, torch.ones_like(mask), gamma, lam)
+
+
+RIGHT_GAE = rl_math.gae
+
+
+@pytest.mark.parametrize(("room", "name", "wrong", "finding"), [
+    (rl_math, "gae", wrong_gae, "advantages"),
+    (rl_math, "whiten", lambda values, mask, moments: values * mask, "whitening"),
+    (losses, "pairwise_loss", lambda chosen, rejected: (rejected - chosen).sum(), "pairwise loss"),
+])
+def test_wrong_maths_is_a_finding(group, monkeypatch, room, name, wrong, finding):
+    monkeypatch.setattr(room, name, wrong)
+    row = doctor.maths()[0]
+    assert row.status == "FAIL"
+    assert f"{finding}: [" in row.found
+
+
+def test_a_reply_that_depends_on_its_batch_is_a_finding(group, monkeypatch):
+    """Positions counted over the pads are the classic mistake."""
+    monkeypatch.setattr(rl_math, "position_ids", lambda mask: torch.arange(
+        mask.shape[1]).expand(mask.shape))
+    monkeypatch.setattr(self_test, "_left_padded", padded_without_mask)
+    row = doctor.generation()[0]
+    assert row.status == "FAIL"
+    assert "in a batch, [" in row.found
+
+
+def padded_without_mask(prompts):
+    ids, mask = LEFT_PADDED(prompts)
+    return ids, torch.ones_like(mask)
+
+
+LEFT_PADDED = self_test._left_padded

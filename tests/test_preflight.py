@@ -1,0 +1,215 @@
+"""What is refused, or said, before data and models are loaded: memory, compiler, precision."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from alpaca_rlhf.utils import distributed, memory_plan, optimizer, preflight
+from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.memory_plan import Planned
+
+GB = 10**9
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives the machine so many ranks, bytes and precisions."""
+
+    def make(device: float, host: float, ranks: int = 1, cpu: bool = False, bf16: bool = False):
+        monkeypatch.setattr(distributed, "free_memory", lambda: (device, host))
+        monkeypatch.setattr(distributed, "on_cpu", lambda: cpu)
+        monkeypatch.setattr(distributed, "has_bf16", lambda: bf16)
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def billion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the configuration of a LLaMA of 10^9 parameters, nearly, and no weights."""
+    folder = tmp_path_factory.mktemp("billion")
+    LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=19, num_attention_heads=32,
+        num_key_value_heads=4, vocab_size=32000, tie_word_embeddings=True,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+BILLION = 902_379_520  # 32000 x 2048 + 19 x (attention 9,437,184 + MLP 34,603,008 + norms) + norm
+
+
+def need(small, machine, path, ranks=1, **changes):
+    machine(GB, GB, ranks)
+    twin = changes.pop("has_twin", False)
+    dtype = changes.pop("dtype", torch.float32)
+    settings = small.settings(**changes)
+    settings = replace(settings, load=replace(settings.load, dtype=dtype))
+    return memory_plan.need([Planned(path, settings, has_twin=twin)], ranks)
+
+
+def test_parameters_are_counted_without_making_them(small, billion):
+    assert memory_plan.size(Planned(billion, small.settings())) == (
+        memory_plan.Size(BILLION, BILLION))
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_the_count_is_that_of_the_loaded_model(small, scores):
+    path = small.critic if scores else small.actor
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    count = sum(weight.numel() for weight in auto.from_pretrained(path).parameters())
+    assert memory_plan.size(Planned(path, small.settings(), scores=scores)).total == count
+
+
+def test_adapters_are_counted_as_peft_makes_them(small):
+    engine = small.trained("actor", lora=4)
+    trained = sum(w.numel() for w in engine.module.parameters() if w.requires_grad)
+    assert memory_plan.size(Planned(small.actor, small.settings(lora=4))).trained == trained
+
+
+@pytest.mark.parametrize(("changes", "device", "host"), [
+    ({}, 4 + 4 + 8, 0),
+    ({"has_twin": True}, 2 * 4 + 4 + 8, 0),
+    ({"dtype": torch.bfloat16}, 2 + 2 + 8 + 4, 0),
+    ({"ranks": 4, "stage": 1}, 4 + 4 + 8 / 4, 0),
+    ({"ranks": 4, "stage": 2}, 4 + 4 / 4 + 8 / 4, 0),
+    ({"ranks": 4, "stage": 3}, 4, 0),
+    ({"ranks": 4, "stage": 2, "offload": True}, 4 + 4 / 4, 8 / 4),
+    ({"stage": 3, "offload": True, "dtype": torch.bfloat16}, 2, 2 + 8 + 4),
+])
+def test_bytes_a_parameter(small, machine, billion, changes, device, host):
+    wanted = need(small, machine, billion, **changes)
+    assert (wanted.device / BILLION, wanted.host / BILLION) == pytest.approx((device, host))
+
+
+def test_with_an_adapter_only_it_has_gradients_and_state_and_no_twin_is_held(
+    small, machine, billion
+):
+    wanted = need(small, machine, billion, lora=8, has_twin=True)
+    count = memory_plan.size(Planned(billion, small.settings(lora=8)))
+    assert count.trained < BILLION / 100
+    assert wanted.device == pytest.approx(4 * count.total + 12 * count.trained)
+
+
+def test_what_fits_is_not_mentioned(small, machine, billion):
+    machine(16.1 * BILLION, GB)
+    assert memory_plan.check([Planned(billion, small.settings())]) is None
+
+
+def test_weights_that_fit_without_the_rest_are_a_warning(small, machine, billion):
+    machine(10 * GB, 40 * GB)
+    assert memory_plan.check([Planned(billion, small.settings())]) == (
+        "warning: weights, gradients and optimizer take 14.4 GB on each rank, activations not "
+        "counted, and 10.0 GB are free on the device and 40.0 GB in host memory; try --lora_dim 16")
+
+
+def test_weights_that_do_not_fit_are_refused(small, machine, billion):
+    machine(3 * GB, 3 * GB, cpu=True)
+    with pytest.raises(UserError, match=(
+            r"^the weights alone take 3.6 GB on each rank, and 3.0 GB are free; take a smaller "
+            r"model, or more ranks and --zero_stage 3$")):
+        memory_plan.check([Planned(billion, small.settings())])
+
+
+@pytest.mark.parametrize(("device", "host", "ranks", "bf16", "flags"), [
+    (13.5, 1, 2, True, "--dtype bf16 --actor_zero_stage 3"),
+    (11.5, 1, 1, True, "--dtype bf16 --actor_lora_dim 16"),
+    (10.1, 1, 2, False, "--actor_zero_stage 3"),
+    (5, 1, 2, False, "--actor_zero_stage 3 --actor_lora_dim 16"),
+    (1, 9, 2, False, "--actor_zero_stage 3 --actor_lora_dim 16 --offload"),
+    (0.1, 9, 1, False, "--actor_lora_dim 16 --offload --actor_zero_stage 3"),
+])
+def test_the_flags_that_help_are_named(
+    small, machine, billion, device, host, ranks, bf16, flags
+):
+    machine(device * BILLION, host * BILLION, ranks, bf16=bf16)
+    models = [Planned(billion, small.settings(), "actor_", has_twin=True)]
+    assert memory_plan.remedy(models, ranks) == f"try {flags}"
+
+
+def test_preflight_says_the_warning_and_leaves_what_is_no_model_to_its_loader(
+    small, machine, billion, capsys, tmp_path
+):
+    machine(10 * GB, 40 * GB)
+    preflight.check([Planned(billion, small.settings())])
+    assert capsys.readouterr().out.startswith("warning: weights, gradients and optimizer take 14")
+    preflight.check([Planned(str(tmp_path), small.settings())])
+    assert capsys.readouterr().out == ""
+
+
+# --- memory that is there ------------------------------------------------------------------------
+
+
+def test_a_containers_limit_counts_and_ranks_share_the_host(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    for version in ("", "memory"):
+        groups = tmp_path / f"v{version}"
+        limit, used = (("memory.limit_in_bytes", "memory.usage_in_bytes") if version
+                       else ("memory.max", "memory.current"))
+        (groups / version).mkdir(parents=True)
+        (groups / version / limit).write_text("900000\n")
+        (groups / version / used).write_text("100000\n")
+        assert distributed.free_memory(groups)[1] == 200_000
+    (tmp_path / "v" / "memory.max").write_text("max\n")
+    assert distributed.free_memory(tmp_path / "v")[1] > 200_000
+
+
+# --- a compiler ----------------------------------------------------------------------------------
+
+
+def test_offloading_without_compiler_and_ninja_says_what_to_install(small, monkeypatch, machine):
+    machine(GB, GB)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    with pytest.raises(UserError) as refused:
+        preflight.check([Planned(small.actor, small.settings(stage=2, offload=True))])
+    assert str(refused.value) == (
+        "--offload: DeepSpeed compiles its CPU optimizer at first use, and there is no C++ "
+        "compiler (c++; Debian and Ubuntu: apt-get install g++) and no ninja (pip install ninja); "
+        "install it, or leave --offload out")
+    preflight.check([Planned(small.actor, small.settings(stage=2))])
+
+
+def test_the_ninja_of_an_environment_that_is_not_active_is_found(monkeypatch, tmp_path):
+    for folder, name in (("usr", "c++"), ("venv", "ninja")):
+        program = tmp_path / folder / name
+        program.parent.mkdir()
+        program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "usr"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(optimizer.sys, "executable", str(tmp_path / "venv" / "python"))
+    optimizer.require_offloading()
+    assert shutil.which("ninja") == str(tmp_path / "venv" / "ninja")
+    assert os.environ["PATH"].startswith(str(tmp_path / "usr"))
+
+
+# --- a GPU without bf16 --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU before Ampere: bf16 only by emulation, which torch counts as supported."""
+    gpu = types.SimpleNamespace(device_name=lambda: "cuda", is_bf16_supported=lambda: True)
+    monkeypatch.setattr(distributed, "get_accelerator", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation)
+    distributed._note_missing_bf16.cache_clear()
+
+
+def test_auto_on_a_gpu_without_bf16_is_fp32_and_says_so_once(old_gpu, capsys):
+    assert [distributed.resolve_dtype("auto") for _ in range(2)] == [torch.float32] * 2
+    assert capsys.readouterr().out == (
+        "--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is faster and "
+        "takes less memory\n")
+
+
+def test_bf16_on_a_gpu_that_only_emulates_it_is_refused(old_gpu):
+    with pytest.raises(UserError, match="^--dtype bf16: this accelerator has no bf16; take fp16"):
+        distributed.resolve_dtype("bf16")
