@@ -9,15 +9,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from alpaca_rlhf.utils.data.raw_datasets import RawData, load
+from loading import Loaded, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ALPACA_EVAL = SHARED / "alpaca_eval" / "alpaca-7b_vs_text_davinci_003.json.gz"
 HH_RLHF = SHARED / "hh_rlhf" / "harmless-base.jsonl.gz"
 
 
-def loaded(path: Path, name: str = "") -> RawData:
+def loaded(path: Path, name: str = "") -> Loaded:
     if not path.is_file():
         pytest.skip(f"no {path.name} in ../shared/data/{path.parent.name}")
     return load([f"{name}={path}" if name else str(path)])
