@@ -24,6 +24,7 @@ FLOORS = {
     "utils/checkpoint.py": 2,
     "utils/engine.py": 2,
     "utils/data/preprocessing.py": 2,
+    "inspect_data.py": 4,
     "utils/distributed.py": 1,
     "utils/ds_config.py": 1,
     "utils/optimizer.py": 1,
@@ -42,7 +43,7 @@ FILES = sorted(
     if path.name != "__init__.py" or path.read_text()
 )
 # Programs of a console, which run before or beside the ranks that `distributed.say` speaks for.
-CONSOLE = ("training_model/my_deepspeed.py", "pipeline_report.py")
+CONSOLE = ("training_model/my_deepspeed.py", "pipeline_report.py", "inspect_data.py")
 LONGEST_FUNCTION = 60
 
 

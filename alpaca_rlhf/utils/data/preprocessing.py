@@ -63,8 +63,8 @@ class Prepared:
         lines = [f"data: {_counts(self.report, cut)}"]
         if len(self.report["data_sets"]) > 1:
             lines += [
-                f"  {one['data_set']}: {one['rows']:,} rows read, {one['samples']:,} usable samples; "
-                f"{_counts(one)}"
+                f"  {one['data_set']}: {one['rows']:,} rows read, {one['samples']:,} usable "
+                f"samples; {_counts(one)}"
                 for one in self.report["data_sets"]
             ]
         return "\n".join(lines)
