@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loading import Given, given as data_set
+from loading import Given
+from loading import given as data_set
 from tiny_model import word_tokenizer
 
 from alpaca_rlhf.utils.data import preprocessing

@@ -1,4 +1,4 @@
-"""Who trains on which prompt: drawn alike in every step, saved with the model, checked by the next."""
+"""Who trains on which prompt: drawn alike in every step, saved with the model, checked later."""
 
 import json
 from collections import Counter

@@ -275,6 +275,7 @@ def prepare(
                 if not _is_whole(folder):
                     _write(sources, split, encode, lengths, folder, workers)
     report = json.loads((folder / "report.json").read_text())
+    del report["files"]
     return Prepared(_read(folder / "train"), _read(folder / "held_out"), report)
 
 
