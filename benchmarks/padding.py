@@ -22,8 +22,8 @@ ENCODERS = {1: preprocessing.encode_replies, 2: preprocessing.encode_pairs}
 def main() -> None:
     """Prepare the rows, print a table."""
     args = parse()
-    print("| step | rows | tokens | of like length | shuffled | padded to the maximum | one by one |"
-          "\n| --- | --- | --- | --- | --- | --- | --- |")
+    print("| step | rows | tokens | of like length | shuffled | padded to the maximum "
+          "| one by one |\n| --- | --- | --- | --- | --- | --- | --- |")
     for step in args.step:
         rows = sequences(args, step)
         lengths = [max(row) for row in rows]

@@ -110,8 +110,8 @@ FORMS = [
      [{"id": "0", "question": "你好", "human_answers": ["好", "不"], "chatgpt_answers": ["是"]}],
      [Sample((user("你好"),), "好")]),
     ("mkqa", [{"example_id": 1, "queries": {"en": "Hi", "zh_cn": "你好", "ja": "問"},
-               "answers": {"en": [{"type": 1, "text": "Good."}], "zh_cn": [{"type": 1, "text": "好"}],
-                           "ja": [{"type": 1, "text": "答"}]}}],
+               "answers": {"en": [{"type": 1, "text": "Good."}],
+                           "zh_cn": [{"type": 1, "text": "好"}], "ja": [{"type": 1, "text": "答"}]}}],
      [Sample((user("你好"),), "好"), Sample((user("問"),), "答")]),
     ("lmqg/qg_jaquad", [{"answer": "x", "question": "問", "sentence": "文", "paragraph": "段"}],
      [Sample((user("問"),), "文")]),
@@ -197,7 +197,7 @@ def test_a_data_set_saved_with_datasets_is_read(tmp_path):
 def test_what_datasets_saved_and_something_tore_is_refused(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"datasets cannot read what it saved there .*save it again"):
+    with pytest.raises(UserError, match=r"cannot read what it saved there .*; save it again"):
         load([str(tmp_path)])
 
 

@@ -67,8 +67,8 @@ def test_sound_data_is_shown_drawn_and_passed(step, flags, tmp_path, monkeypatch
 
 
 def test_data_to_look_at_ends_with_exit_code_1(flags, tmp_path, monkeypatch, capsys):
-    rows = (tmp_path / "rows.jsonl").read_text() + '{"prompt": "", "chosen": "", "rejected": ""}\n' * 99
-    (tmp_path / "rows.jsonl").write_text(rows)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "", "chosen": "", "rejected": ""}\n' * 99)
     code = inspect(monkeypatch, "--step", 1, "--histogram", tmp_path / "lengths.png",
                    "--data_path", tmp_path / "rows.jsonl", "--data_output_path", tmp_path / "cache",
                    *flags[1])

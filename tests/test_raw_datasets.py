@@ -15,6 +15,7 @@ from loading import load
 
 from alpaca_rlhf.utils.data import adaptors
 from alpaca_rlhf.utils.data.adaptors import ADAPTORS, Sample, parse_dialogue
+from alpaca_rlhf.utils.data.raw_datasets import open_sources
 from alpaca_rlhf.utils.errors import UserError
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Good {i}.", "rejected": f"Bad {i}."}
@@ -104,6 +105,26 @@ def test_a_name_before_the_path_chooses_the_adaptor(tmp_path):
 def test_a_path_may_hold_an_equals_sign(tmp_path):
     path = write(tmp_path / "lr=1" / "rows.jsonl", lines(PAIRS))
     assert load([path]).train == SAMPLES
+
+
+def test_a_fingerprint_follows_the_bytes_and_nothing_else(tmp_path):
+    def fingerprint(path):
+        (source,) = open_sources([str(path)])
+        return source.rows.fingerprint()
+
+    path = Path(write(tmp_path / "train.jsonl", lines(PAIRS)))
+    first, folder = fingerprint(path), fingerprint(tmp_path)
+    os.utime(path, (0, 0))
+    assert (fingerprint(path), fingerprint(tmp_path)) == (first, folder)
+    write(path, lines(PAIRS).replace("Good 1", "Nice 1"))
+    assert len({first, fingerprint(path)}) == 2
+    changed = fingerprint(tmp_path)
+    write(tmp_path / "README.md", "not data")
+    assert fingerprint(tmp_path) == changed != folder
+    write(tmp_path / "test.jsonl", lines(PAIRS))
+    assert fingerprint(tmp_path) not in (changed, folder)
+    write(path, '{"broken": ')  # is not parsed
+    fingerprint(path)
 
 
 def test_several_data_sets_are_joined_in_order(tmp_path):

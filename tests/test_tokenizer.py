@@ -24,6 +24,7 @@ from alpaca_rlhf.utils.data.adaptors import Sample
 from alpaca_rlhf.utils.data.preprocessing import Lengths
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.model import tiny_llama
 
 SMOLLM2 = Path(__file__).resolve().parents[1] / "output" / "smollm2-135m"
 WIDE = Lengths(10**6, 10**6, "truncate", "--max_seq_len 2000000")
@@ -359,7 +360,8 @@ def test_different_templates_are_refused():
 # --- properties over random dialogues ------------------------------------------------------------
 
 OURS = list(chat_template.TEMPLATES)
-FORMATS = ([f"small {name}" for name in OURS if name != "chatml"] + ["small-im chatml"]
+FORMATS = ([f"{kind} {name}" for kind in ("small", "small-space") for name in OURS
+            if name != "chatml"] + ["small-im chatml"]
            + [f"smollm2 {name}" for name in (*OURS, "tokenizer")])
 # A lone surrogate is no text, and U+2581 is how sentencepiece writes a space. What is printed does
 # not need every byte, and SmolLM2's vocabulary has not got every byte.
@@ -390,12 +392,21 @@ def dialogues(draw) -> list[dict[str, str]]:
 
 @cache
 def folder_of(name: str) -> str:
-    """A folder with a tokenizer: small, with chatml's tokens (small-im), or SmolLM2's."""
+    """A folder with a tokenizer.
+
+    It is small; or with the space that LLaMA's own puts before a text (small-space), or with
+    chatml's tokens (small-im); or SmolLM2's.
+    """
     if name == "smollm2":
         if not SMOLLM2.is_dir():
             pytest.skip("no output/smollm2-135m; scripts/fetch_smollm2.py makes it")
         return str(SMOLLM2)
     tokenizer = small_tokenizer()
+    if name == "small-space":
+        tokenizer = type(tokenizer)(
+            vocab=tokenizer.get_vocab(), merges=tiny_llama._merges(tokenizer.get_vocab()),
+            add_bos_token=True, add_prefix_space=True, pad_token="<pad>")
+        assert tokenizer.tokenize("a") == ["▁a"]
     if name == "small-im":
         tokens = [AddedToken(text, special=True) for text in chat_template.CHATML_TOKENS]
         tokenizer.add_tokens(tokens)

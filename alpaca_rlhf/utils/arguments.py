@@ -43,6 +43,7 @@ from alpaca_rlhf.utils.errors import UserError
 
 # Flags that are known but not yet served: anything but their default is refused, with the reason.
 UNAVAILABLE: dict[str, str] = {
+    "max_tokens_per_micro_batch": "micro-batches are counted in rows, of like lengths",
     "save_steps": "the model is saved once, at the end",
     "resume_from_checkpoint": "a run always starts at its first step",
     "tracker": "metrics go to the console and to a JSONL file",
@@ -243,6 +244,7 @@ class BatchArguments:
     per_device_train_batch_size: Count = _option(16, "rows a rank trains on at once")
     per_device_eval_batch_size: Count = _option(16, "rows a rank evaluates at once")
     max_seq_len: Count = _option(512, "longest row, in tokens")
+    max_tokens_per_micro_batch: Count | None = _unavailable("max_tokens_per_micro_batch", None)
     eval_interval: Whole = _option(0, "steps between evaluations; 0: before and after only")
     eval_iters: Count | None = _option(None, "batches of one evaluation (default: all)")
 
