@@ -11,7 +11,7 @@ import pytest
 from loading import load
 
 from alpaca_rlhf.utils.data import adaptors
-from alpaca_rlhf.utils.data.adaptors import Sample
+from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.errors import UserError
 
 

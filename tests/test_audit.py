@@ -6,8 +6,8 @@ import pytest
 from loading import given
 
 from alpaca_rlhf.utils.data import audit
-from alpaca_rlhf.utils.data.adaptors import Sample
 from alpaca_rlhf.utils.data.audit import Finding, verdict
+from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.splitting import Split
 
 GOOD = [Sample(({"role": "user", "content": f"question {i}"},), f"answer {i}" + "!" * (i % 2),

@@ -15,8 +15,8 @@ from loading import given as data_set
 from tiny_model import word_tokenizer
 
 from alpaca_rlhf.utils.data import preprocessing
-from alpaca_rlhf.utils.data.adaptors import Sample
 from alpaca_rlhf.utils.data.preprocessing import Lengths
+from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from loading import load
 
 from alpaca_rlhf.utils.data import adaptors
-from alpaca_rlhf.utils.data.adaptors import ADAPTORS, Sample, parse_dialogue
+from alpaca_rlhf.utils.data.adaptors import ADAPTORS
 from alpaca_rlhf.utils.data.raw_datasets import open_sources
+from alpaca_rlhf.utils.data.samples import Sample, parse_dialogue
 from alpaca_rlhf.utils.errors import UserError
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Good {i}.", "rejected": f"Bad {i}."}

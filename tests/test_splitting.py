@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from loading import given as data_set
 
 from alpaca_rlhf.utils.data import splitting
-from alpaca_rlhf.utils.data.adaptors import Sample
 from alpaca_rlhf.utils.data.raw_datasets import Tally
+from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.splitting import Split
 
 

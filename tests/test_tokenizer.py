@@ -20,8 +20,8 @@ from tiny_model import word_tokenizer
 from tokenizers import AddedToken
 
 from alpaca_rlhf.utils.data import chat_template, preprocessing
-from alpaca_rlhf.utils.data.adaptors import Sample
 from alpaca_rlhf.utils.data.preprocessing import Lengths
+from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model import tiny_llama

@@ -93,7 +93,8 @@ def main() -> None:
     after = measure(args, maker, data)
 
     export(engine, form, folder, ema, after)
-    data.save_record(folder.path)
+    for role in ("actor", "critic"):
+        data.save_record(folder.path and folder.path / role)
     folder.finish(arguments.to_config(args), results(data, before, after))
 
 

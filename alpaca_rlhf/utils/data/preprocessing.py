@@ -28,8 +28,8 @@ import transformers
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data import splitting
-from alpaca_rlhf.utils.data.adaptors import Sample
 from alpaca_rlhf.utils.data.raw_datasets import Source, Tally
+from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data import adaptors, assistant_world, reading
-from alpaca_rlhf.utils.data.adaptors import EMBEDDED, LOCAL_JSON, Adaptor, Sample
+from alpaca_rlhf.utils.data.adaptors import EMBEDDED, LOCAL_JSON, Adaptor
 from alpaca_rlhf.utils.data.reading import HELD_OUT, TRAIN, Row, Rows
+from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.errors import UserError
 
 

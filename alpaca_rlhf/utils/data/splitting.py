@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from alpaca_rlhf.utils.data.adaptors import Sample
 from alpaca_rlhf.utils.data.raw_datasets import Source, Tally
 from alpaca_rlhf.utils.data.reading import HELD_OUT, TRAIN
+from alpaca_rlhf.utils.data.samples import Sample
 
 HELD_OUT_SHARE = 0.05
 RECORD_FILE = "data_split.json"

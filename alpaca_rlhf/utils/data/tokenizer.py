@@ -17,7 +17,7 @@ from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.errors import UserError
 
-# {"role": "system" | "user" | "assistant", "content": text}; see `adaptors.Sample` for two more.
+# {"role": "system" | "user" | "assistant", "content": text}; see `samples.Sample` for two more.
 Message = dict[str, str]
 
 _PAD = "<pad>"
