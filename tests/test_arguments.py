@@ -48,6 +48,8 @@ ALL_STEPS = """
 --max_steps 5
 --overwrite_output_dir
 --chat_template tokenizer
+--chat_template alpaca_short
+--lang en zh_cn
 --overlong drop
 --trust_remote_code
 --attn_implementation eager
@@ -62,6 +64,7 @@ STEPS_1_AND_2 = """
 --per_device_train_batch_size 4
 --per_device_eval_batch_size 4
 --max_seq_len 128
+--max_tokens_per_micro_batch 4096
 --learning_rate 9.65e-6
 --lora_learning_rate 5e-4 --lora_dim 8
 --weight_decay 0.1
@@ -80,6 +83,7 @@ STEPS_1_AND_2 = """
 """
 STEP_1 = """
 --sft_only_data_path extra.json
+--train_on last
 --train_on_prompt
 """
 STEP_3 = """

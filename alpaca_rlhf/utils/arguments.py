@@ -136,7 +136,8 @@ class DataArguments:
         [], "languages, such as en zh: leaves out what is stated to be in another")
     overlong: Literal["truncate", "drop", "error"] = _option(
         "truncate", "what becomes of a sample that is too long")
-    preprocessing_num_workers: Count | None = _option(None, "processes for preprocessing")
+    preprocessing_num_workers: Count | None = _option(
+        None, "processes for preprocessing (default: one for each core, up to eight)")
 
 
 @dataclass(frozen=True)
