@@ -46,6 +46,7 @@ ALL_STEPS = """
 --eot_token </s>
 --preprocessing_num_workers 2
 --max_steps 5
+--max_tokens_per_micro_batch 4096
 --overwrite_output_dir
 --chat_template tokenizer
 --chat_template alpaca_short
@@ -64,7 +65,6 @@ STEPS_1_AND_2 = """
 --per_device_train_batch_size 4
 --per_device_eval_batch_size 4
 --max_seq_len 128
---max_tokens_per_micro_batch 4096
 --learning_rate 9.65e-6
 --lora_learning_rate 5e-4 --lora_dim 8
 --weight_decay 0.1

@@ -173,6 +173,7 @@ class OptimizationArguments:
     num_train_epochs: Count = _option(1, "passes over the data")
     max_steps: Count | None = _option(None, "stop after so many optimizer steps")
     gradient_accumulation_steps: Count = _option(1, "micro-batches in one optimizer step")
+    max_tokens_per_micro_batch: Count | None = _unavailable("max_tokens_per_micro_batch", None)
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
         "constant_with_warmup"] = _option("cosine", "shape of the learning rate's schedule")
@@ -245,7 +246,6 @@ class BatchArguments:
     per_device_train_batch_size: Count = _option(16, "rows a rank trains on at once")
     per_device_eval_batch_size: Count = _option(16, "rows a rank evaluates at once")
     max_seq_len: Count = _option(512, "longest row, in tokens")
-    max_tokens_per_micro_batch: Count | None = _unavailable("max_tokens_per_micro_batch", None)
     eval_interval: Whole = _option(0, "steps between evaluations; 0: before and after only")
     eval_iters: Count | None = _option(None, "batches of one evaluation (default: all)")
 
