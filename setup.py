@@ -45,6 +45,8 @@ setup(
         "sentencepiece>=0.2,<1",
         "protobuf>=5,<8",
         "numpy>=2,<3",
+        "py3langid>=0.3,<1",
+        "filelock>=3.15",
         "matplotlib>=3.9,<4",
         "psutil>=5.9",
         "PyYAML>=6,<7",

@@ -46,8 +46,11 @@ ALL_STEPS = """
 --eot_token </s>
 --preprocessing_num_workers 2
 --max_steps 5
+--max_tokens_per_micro_batch 4096
 --overwrite_output_dir
 --chat_template tokenizer
+--chat_template alpaca_short
+--lang en zh_cn
 --overlong drop
 --trust_remote_code
 --attn_implementation eager
@@ -80,6 +83,7 @@ STEPS_1_AND_2 = """
 """
 STEP_1 = """
 --sft_only_data_path extra.json
+--train_on last
 --train_on_prompt
 """
 STEP_3 = """

@@ -53,9 +53,70 @@ def test_braces_in_a_message_are_text_not_template():
         "<s>Human: {{ 1 + 1 }} {% if %}\n\nAssistant:")
 
 
-def test_another_role_is_an_error():
+@pytest.mark.parametrize("name", chat_template.TEMPLATES)
+def test_another_role_is_an_error(name):
     with pytest.raises(jinja2.TemplateError, match="unknown role tool"):
-        rendered([{"role": "tool", "content": "x"}])
+        rendered([{"role": "tool", "content": "x"}], name)
+
+
+SYSTEM = {"role": "system", "content": " Be brief. "}
+ADD = {"role": "user", "content": "Add.\n\n1, 2", "instruction": "Add.", "input": "1, 2"}
+BYE = {"role": "assistant", "content": "  Bye. "}
+PREAMBLE = ("Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.\n\n")
+WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
+              "further context. Write a response that appropriately completes the request.\n\n")
+CHAT = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. ")
+
+
+@pytest.mark.parametrize(("name", "messages", "text"), [
+    ("alpaca", [QUESTION],
+     "<s>" + PREAMBLE + "### Instruction:\nWho are you?\n\n### Response:\n"),
+    ("alpaca", [ADD],
+     "<s>" + WITH_INPUT + "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"),
+    ("alpaca", [SYSTEM, ADD],
+     "<s>Be brief.\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"),
+    ("alpaca", [QUESTION, ANSWER, THANKS],
+     "<s>" + PREAMBLE + "### Instruction:\nWho are you?\n\n### Response:\nA model.</s>\n\n"
+     "### Instruction:\nThanks!\n\n### Response:\n"),
+    ("alpaca_short", [QUESTION], "<s>### Instruction:\nWho are you?\n\n### Response:\n"),
+    ("alpaca_short", [ADD],
+     "<s>### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"),
+    ("vicuna", [QUESTION, ANSWER, THANKS],
+     "<s>" + CHAT + "USER: Who are you? ASSISTANT: A model.</s>USER: Thanks! ASSISTANT:"),
+    ("vicuna", [SYSTEM, ADD], "<s>Be brief. USER: Add.\n\n1, 2 ASSISTANT:"),
+    ("llama2", [QUESTION, ANSWER, THANKS],
+     "<s>[INST] Who are you? [/INST] A model.</s><s>[INST] Thanks! [/INST]"),
+    ("llama2", [SYSTEM, QUESTION, ANSWER, THANKS],
+     "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWho are you? [/INST] A model.</s>"
+     "<s>[INST] Thanks! [/INST]"),
+    ("chatml", [SYSTEM, QUESTION, ANSWER, THANKS],
+     "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
+     "<|im_start|>assistant\nA model.<|im_end|>\n<|im_start|>user\nThanks!<|im_end|>\n"
+     "<|im_start|>assistant\n"),
+])
+def test_each_template_renders_its_own_form(name, messages, text):
+    assert rendered(messages, name, prompt=True) == text
+
+
+@pytest.mark.parametrize(("name", "end"), [
+    ("alpaca", "\nBye.</s>"), ("vicuna", " Bye.</s>"), ("llama2", " Bye.</s>"),
+    ("chatml", "\nBye.<|im_end|>")])
+def test_a_reply_ends_with_the_end_of_turn_and_nothing_else(name, end):
+    assert rendered([QUESTION, BYE], name).endswith(end)
+
+
+def test_llama2_has_a_bos_before_each_turn_only_where_the_tokenizer_has_one():
+    assert rendered([QUESTION, ANSWER, THANKS], "llama2", adds_bos=False, prompt=True) == (
+        "[INST] Who are you? [/INST] A model.</s>[INST] Thanks! [/INST]")
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("name", chat_template.TEMPLATES)
+def test_a_template_is_known_by_its_source(name, adds_bos):
+    assert chat_template.name_of(chat_template.jinja(name, adds_bos)) == name
+    assert chat_template.name_of(chat_template.jinja(name, adds_bos) + " ") is None
 
 
 def test_a_name_that_is_no_template_is_an_error():

@@ -1,18 +1,23 @@
-"""The split, the lengths, the counts and the cache: what a step trains on, and what it says."""
+"""The lengths, the counts and the cache: what a step trains on, and what it says."""
 
 import json
-from collections import Counter
+import subprocess
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loading import Given
+from loading import given as data_set
 from tiny_model import word_tokenizer
 
 from alpaca_rlhf.utils.data import preprocessing
-from alpaca_rlhf.utils.data.preprocessing import Lengths, encode_pair, encode_prompt, encode_reply
-from alpaca_rlhf.utils.data.raw_datasets import RawData, Sample
+from alpaca_rlhf.utils.data.preprocessing import Lengths
+from alpaca_rlhf.utils.data.samples import Sample
+from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
 
@@ -23,111 +28,16 @@ def sample(prompt: str, chosen: str = "yes", rejected: str | None = "no") -> Sam
     return Sample(({"role": "user", "content": prompt},), chosen, rejected)
 
 
-def prompts(part: list[Sample]) -> list[str]:
-    return [one.messages[0]["content"] for one in part]
+def encode_reply(one: Sample, *args, **options) -> dict:
+    return preprocessing.encode_replies([one], *args, **options)[0]
 
 
-# --- the split -----------------------------------------------------------------------------------
-
-MANY = RawData(train=[sample(f"prompt {i}") for i in range(5000)])
-
-
-def parts(data: RawData, shares: list[float], seed: int = 1234) -> list[RawData]:
-    return [preprocessing.split(data, shares, step, seed) for step in (1, 2, 3)]
+def encode_pair(one: Sample, *args) -> dict:
+    return preprocessing.encode_pairs([one], *args)[0]
 
 
-def test_every_prompt_stands_in_one_step_or_is_held_out():
-    first, second, third = parts(MANY, [2, 4, 4])
-    everything = [*prompts(first.train), *prompts(second.train), *prompts(third.train),
-                  *prompts(first.held_out)]
-    assert len(everything) == 5000
-    assert set(everything) == set(prompts(MANY.train))
-
-
-def test_the_same_prompts_are_held_out_of_every_step():
-    first, second, third = parts(MANY, [2, 4, 4])
-    assert prompts(first.held_out) == prompts(second.held_out) == prompts(third.held_out)
-
-
-def test_shares_are_kept():
-    sizes = [len(part.train) / 5000 for part in parts(MANY, [2, 4, 4])]
-    assert sizes == pytest.approx([0.19, 0.38, 0.38], abs=0.02)
-    assert len(parts(MANY, [2, 4, 4])[0].held_out) / 5000 == pytest.approx(0.05, abs=0.01)
-
-
-def test_a_step_with_share_0_gets_nothing():
-    first, second, third = parts(MANY, [0, 1, 0])
-    assert (len(first.train), len(third.train)) == (0, 0)
-    assert len(second.train) == 5000 - len(second.held_out)
-
-
-def test_shares_count_relative_to_their_sum():
-    assert [prompts(part.train) for part in parts(MANY, [2, 4, 4])] == [
-        prompts(part.train) for part in parts(MANY, [0.5, 1, 1])]
-
-
-def test_the_seed_decides():
-    again = preprocessing.split(MANY, [2, 4, 4], 1, 1234)
-    other = preprocessing.split(MANY, [2, 4, 4], 1, 1235)
-    first = preprocessing.split(MANY, [2, 4, 4], 1, 1234)
-    assert prompts(first.train) == prompts(again.train)
-    assert len(set(prompts(first.train)) & set(prompts(other.train))) < 0.5 * len(first.train)
-
-
-def test_a_prompts_place_does_not_depend_on_the_other_rows():
-    few = RawData(train=MANY.train[::-3])
-    first, _, _ = parts(MANY, [2, 4, 4])
-    expected = set(prompts(first.train)) & set(prompts(few.train))
-    assert set(prompts(preprocessing.split(few, [2, 4, 4], 1, 1234).train)) == expected
-
-
-def test_equal_prompts_stand_in_one_part():
-    twice = RawData(train=[sample(f"p {i % 300}", f"reply {i}") for i in range(900)])
-    places = [set(prompts(part.train)) for part in parts(twice, [1, 1, 1])]
-    places.append(set(prompts(parts(twice, [1, 1, 1])[0].held_out)))
-    assert sum(map(len, places)) == 300
-    assert len(preprocessing.split(twice, [1, 0, 0], 1, 0).train) % 3 == 0
-
-
-def test_a_data_sets_own_held_out_part_is_kept_and_its_prompts_taken_from_training():
-    data = RawData(train=[sample("a"), sample("b"), sample("a", "other")], held_out=[sample("a")],
-                   counted_out=Counter({"tie": 2}))
-    part = preprocessing.split(data, [1, 0, 0], 1, 0)
-    assert (prompts(part.train), prompts(part.held_out)) == (["b"], ["a"])
-    assert part.counted_out == {"tie": 2, "prompt is held out": 2}
-    assert data.counted_out == {"tie": 2}
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(
-    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=40),
-    shares=st.lists(st.floats(0, 100), min_size=3, max_size=3).filter(lambda s: sum(s) > 0.01),
-    seed=st.integers(0, 2**40),
-)
-def test_no_row_is_lost_or_used_twice(texts, shares, seed):
-    data = RawData(train=[sample(text, f"reply {i}") for i, text in enumerate(texts)])
-    split = parts(data, shares, seed)
-    used = [one.chosen for part in split for one in part.train]
-    used += [one.chosen for one in split[0].held_out]
-    assert sorted(used) == sorted(one.chosen for one in data.train)
-    assert not set(prompts(split[0].train)) & set(prompts(split[1].train))
-
-
-def test_step_2_counts_rows_without_a_rejected_reply():
-    data = RawData([sample("a"), sample("b", rejected=None)], [sample("c", rejected=None)],
-                   Counter({"tie": 1}))
-    part = preprocessing.pairs_only(data)
-    assert (prompts(part.train), prompts(part.held_out)) == (["a"], [])
-    assert part.counted_out == {"tie": 1, "no rejected reply": 2}
-
-
-def test_step_3_takes_each_prompt_once():
-    data = RawData([sample("a", "1"), sample("b"), sample("a", "2")], [sample("c"), sample("c")])
-    part = preprocessing.unique_prompts(data)
-    assert [(one.messages[0]["content"], one.chosen) for one in part.train] == [
-        ("a", "1"), ("b", "yes")]
-    assert prompts(part.held_out) == ["c"]
-    assert part.counted_out == {"prompt occurred before": 2}
+def encode_prompt(one: Sample, *args) -> dict:
+    return preprocessing.encode_prompts([one], *args)[0]
 
 
 # --- lengths -------------------------------------------------------------------------------------
@@ -230,10 +140,10 @@ def test_a_prompt_of_step_3_keeps_its_end():
 
 # --- prepare -------------------------------------------------------------------------------------
 
-DATA = RawData(
-    train=[sample("a", "b", "c"), sample("a b", "c d e", "e"), sample("b", "a", "c")],
-    held_out=[sample("c", "a", "b")], counted_out=Counter({"tie": 2}),
-)
+TRAIN = [sample("a", "b", "c"), sample("a b", "c d e", "e"), sample("b", "a", "c")]
+HELD_OUT = [sample("c", "a", "b")]
+DATA = data_set(TRAIN, HELD_OUT, {"tie": 2})
+ALL_TO_STEP_1 = Split(1, (1.0, 0.0, 0.0), 1234)
 
 
 def with_another_pad() -> ChatFormat:
@@ -250,22 +160,23 @@ class Preparation:
         self.encoded = 0
 
     def run(
-        self, data: RawData = DATA, size: int = 64, overlong: str = "truncate",
-        chat: ChatFormat | None = None, workers: int | None = None, **variant,
+        self, *data: Given, size: int = 64, overlong: str = "truncate",
+        chat: ChatFormat | None = None, workers: int = 1, split: Split = ALL_TO_STEP_1, **variant,
     ) -> preprocessing.Prepared:
         chat = chat or form()
         lengths = of(size, overlong)
         self.encoded = 0
 
-        def encode(one: Sample) -> dict:
-            self.encoded += 1
-            return encode_reply(one, chat, lengths)
+        def encode(samples: Sequence[Sample]) -> list[dict]:
+            self.encoded += len(samples)
+            return preprocessing.encode_replies(samples, chat, lengths)
 
         return preprocessing.prepare(
-            data, encode, chat, lengths, self.home, {"step": 1, **variant}, workers)
+            data or (DATA,), split, encode, chat, lengths, self.home, variant, workers)
 
     def folders(self) -> list[str]:
-        return sorted(path.name for path in (self.home / "data").iterdir())
+        found = (self.home / "data").iterdir()
+        return sorted(path.name for path in found if path.suffix != ".lock")
 
 
 @pytest.fixture
@@ -278,20 +189,34 @@ def test_rows_are_prepared_in_order(preparation):
     assert prepared.train["input_ids"][:] == [
         [1, 4, 6, 5, 7, 2], [1, 4, 6, 7, 5, 8, 9, 10, 2], [1, 4, 7, 5, 6, 2]]
     assert prepared.held_out["labels"][:] == [[-100, -100, -100, -100, 6, 2]]
-    assert prepared.train.column_names == ["input_ids", "labels"]
+    assert prepared.train.column_names == ["prompt", "input_ids", "labels", "length"]
+    assert prepared.lengths() == [6, 9, 6]
 
 
 def test_the_report_counts_what_was_used_cut_and_counted_out(preparation):
     prepared = preparation.run(size=7)
-    assert prepared.report == {
-        "counted_out": {"tie": 2}, "cut": {"cut to --max_seq_len 7": 1}, "train": 3, "held_out": 1}
+    report = {name: prepared.report[name] for name in
+              ("counted_out", "cut", "train", "held_out", "data_sets")}
+    assert report == {
+        "counted_out": {"tie": 2}, "cut": {"cut to --max_seq_len 7": 1}, "train": 3, "held_out": 1,
+        "data_sets": [{"data_set": "given", "rows": 4, "samples": 4, "train": 3, "held_out": 1,
+                       "counted_out": {"tie": 2}}]}
     assert prepared.describe() == (
         "data: 3 rows to train on, 1 held out; 1 cut to --max_seq_len 7; counted out: 2 tie")
 
 
+def test_each_of_several_data_sets_has_a_line_of_its_own(preparation):
+    longer = data_set([sample("d", "a b c d"), sample("e", "a")], [], label="other")
+    assert preparation.run(DATA, longer, size=7, overlong="drop").describe() == (
+        "data: 3 rows to train on, 1 held out; counted out: 2 tie, 2 over --max_seq_len 7\n"
+        "  given: 4 rows read, 4 usable samples; 2 rows to train on, 1 held out; counted out: "
+        "2 tie, 1 over --max_seq_len 7\n"
+        "  other: 2 rows read, 2 usable samples; 1 rows to train on, 0 held out; counted out: "
+        "1 over --max_seq_len 7")
+
+
 def test_nothing_cut_or_counted_out_is_said_so(preparation):
-    data = RawData(DATA.train, DATA.held_out)
-    assert preparation.run(data).describe() == (
+    assert preparation.run(data_set(TRAIN, HELD_OUT)).describe() == (
         "data: 3 rows to train on, 1 held out; counted out: none")
 
 
@@ -305,7 +230,7 @@ def test_drop_leaves_long_rows_out_and_counts_them(preparation):
 def refusal(preparation: Preparation, *args, **options) -> str:
     with pytest.raises(UserError) as refused:
         preparation.run(*args, **options)
-    assert not (preparation.home / "data").exists() or preparation.folders() == []
+    assert preparation.folders() == []
     return str(refused.value)
 
 
@@ -322,35 +247,36 @@ def test_prompts_that_are_all_too_long_are_refused(preparation, overlong):
 
 
 def test_a_held_out_part_of_long_prompts_alone_is_cut_not_refused(preparation):
-    data = RawData(DATA.train, [sample("a b c d e a b c d e a b c d e", "a")])
+    data = data_set(TRAIN, [sample("a b c d e a b c d e a b c d e", "a")])
     prepared = preparation.run(data, size=12)
     assert len(prepared.held_out["input_ids"][0]) == 12
 
 
 def test_nothing_left_to_train_on_is_refused_with_the_reasons(preparation):
-    data = RawData([], [sample("a")], Counter({"tie": 2, "empty chosen": 1}))
+    data = data_set([], [sample("a")], {"tie": 2, "empty chosen": 1})
     assert refusal(preparation, data) == (
         "--data_path: no row is left to train on (2 tie; 1 empty chosen); give more data, or this "
         "step a larger share of --data_split")
 
 
 def test_everything_dropped_is_refused_with_the_reasons(preparation):
-    data = RawData([sample("a", "b c d e a b c d e")])
+    data = data_set([sample("a", "b c d e a b c d e")], [])
     assert refusal(preparation, data, size=8, overlong="drop") == (
         "--data_path: no row is left to train on (1 over --max_seq_len 8); give more data, or "
         "this step a larger share of --data_split")
 
 
 def test_a_part_without_held_out_rows_is_prepared(preparation):
-    prepared = preparation.run(RawData(DATA.train))
+    prepared = preparation.run(data_set(TRAIN, []))
     assert (len(prepared.train), len(prepared.held_out)) == (3, 0)
 
 
 def test_several_workers_give_the_same_rows(preparation, tmp_path):
-    alone = preparation.run()
-    together = Preparation(tmp_path / "other").run(workers=2)
+    many = data_set([sample(f"a {i}", "b " * (i % 7), "c") for i in range(4200)], HELD_OUT)
+    alone = preparation.run(many)
+    together = Preparation(tmp_path / "other").run(many, workers=2)
     assert together.train["input_ids"][:] == alone.train["input_ids"][:]
-    assert together.report == alone.report
+    assert together.report["data_sets"] == alone.report["data_sets"]
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -370,17 +296,22 @@ def test_the_second_time_nothing_is_encoded(preparation):
     {"size": 63},
     {"overlong": "drop"},
     {"train_on_prompt": True},
-    {"step": 2},
-    {"data": RawData(DATA.train[::-1], DATA.held_out, DATA.counted_out)},
-    {"data": RawData([*DATA.train, *DATA.held_out], [], DATA.counted_out)},
-    {"data": RawData(DATA.train, DATA.held_out)},
+    {"train_on": "last"},
+    {"data": data_set(TRAIN[::-1], HELD_OUT, {"tie": 2})},
+    {"data": data_set(TRAIN, HELD_OUT, {"tie": 2}, name="seed_tasks")},
+    {"data": data_set(TRAIN, HELD_OUT, {"tie": 2}, share=0.999)},
+    {"data": data_set(TRAIN, HELD_OUT, {"tie": 2}, whole=True)},
+    {"split": Split(1, (2.0, 0.0, 0.0), 1234)},
+    {"split": Split(1, (1.0, 0.0, 0.0), 1235)},
+    {"split": Split(1, (1.0, 0.0, 0.0), 1234, ("en",))},
     {"chat": form("Human: Assistant: a b c e d")},
     {"chat": with_another_pad()},
     {"chat": form(template=word_tokenizer().chat_template.replace("Human: ", "Human : "))},
 ], ids=lambda change: next(iter(change)))
 def test_what_decides_the_result_is_in_the_key(preparation, change):
     preparation.run()
-    preparation.run(**change)
+    change = dict(change)
+    preparation.run(*[change.pop("data")] if "data" in change else [], **change)
     assert preparation.encoded > 0
     assert len(preparation.folders()) == 2
 
@@ -397,21 +328,74 @@ def test_an_unfinished_cache_is_not_taken(preparation):
     assert preparation.folders() == [name, torn.name]
 
 
+@pytest.mark.parametrize("tear", ["missing", "shorter", "no report", "half a report"])
+def test_a_torn_cache_is_made_again(preparation, capsys, tear):
+    whole = preparation.run()
+    ids = whole.train["input_ids"][:]
+    (name,) = preparation.folders()
+    folder = preparation.home / "data" / name
+    arrow, report = folder / "train" / "data-00000-of-00001.arrow", folder / "report.json"
+    if tear == "missing":
+        arrow.unlink()
+    elif tear == "shorter":
+        arrow.write_bytes(arrow.read_bytes()[:-8])
+    elif tear == "no report":
+        report.unlink()
+    else:
+        report.write_bytes(report.read_bytes()[:40])
+    again = preparation.run()
+    assert again.train["input_ids"][:] == ids
+    assert preparation.encoded == 4
+    assert capsys.readouterr().out == f"data: the cache {folder} is torn; it is made again\n"
+    preparation.run()
+    assert preparation.encoded == 0
+
+
+CHILD = """
+import sys
+from functools import partial
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_preprocessing as t
+prepared = t.Preparation(Path(sys.argv[1]))
+prepared.run()
+print(prepared.encoded)
+"""
+
+
+def test_of_processes_that_start_together_one_prepares_and_the_others_wait(tmp_path):
+    command = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    encoded = sorted(process.communicate(timeout=240)[0].split()[-1] for process in running)
+    assert encoded == ["0", "0", "4"]
+
+
 def test_a_failed_preparation_leaves_nothing(preparation):
-    def broken(one: Sample) -> dict:
+    def broken(samples: Sequence[Sample]) -> list[dict]:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        preprocessing.prepare(DATA, broken, form(), of(64), preparation.home, {"step": 1})
-    assert not (preparation.home / "data").exists() or preparation.folders() == []
+        preprocessing.prepare(
+            [DATA], ALL_TO_STEP_1, broken, form(), of(64), preparation.home, {}, 1)
+    assert preparation.folders() == []
+
+
+def test_a_dialogue_that_the_template_refuses_is_counted(preparation):
+    template = ("{% if messages[0].content == 'b' %}{{ raise_exception('no') }}{% endif %}"
+                "{% for m in messages %}{{ m.content }}"
+                "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}")
+    prepared = preparation.run(chat=form(template=template))
+    assert prepared.report["counted_out"] == {"tie": 2, "refused by the chat template": 1}
+    assert len(prepared.train) == 2
 
 
 def test_step_3_is_prepared_with_its_messages(tmp_path):
     lengths = Lengths(3, 0, "truncate", "--max_prompt_seq_len 3")
     chat = form()
-    data = RawData([sample("a b"), sample("")], [])
     prepared = preprocessing.prepare(
-        data, partial(encode_prompt, form=chat, lengths=lengths), chat, lengths, tmp_path, {})
+        [data_set([sample("a b"), sample("")], [])], Split(3, (0.0, 0.0, 1.0), 1),
+        partial(preprocessing.encode_prompts, form=chat, lengths=lengths), chat, lengths, tmp_path,
+        {})
     assert prepared.train["prompt_ids"][:] == [[6, 7, 5], [1, 4, 5]]
     assert json.loads(prepared.train["messages"][0]) == [{"role": "user", "content": "a b"}]
 

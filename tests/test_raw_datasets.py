@@ -11,9 +11,12 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loading import load
 
-from alpaca_rlhf.utils.data import raw_datasets
-from alpaca_rlhf.utils.data.raw_datasets import ADAPTORS, Sample, Unusable, load, parse_dialogue
+from alpaca_rlhf.utils.data import adaptors
+from alpaca_rlhf.utils.data.adaptors import ADAPTORS
+from alpaca_rlhf.utils.data.raw_datasets import open_sources
+from alpaca_rlhf.utils.data.samples import Sample, parse_dialogue
 from alpaca_rlhf.utils.errors import UserError
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Good {i}.", "rejected": f"Bad {i}."}
@@ -103,6 +106,26 @@ def test_a_name_before_the_path_chooses_the_adaptor(tmp_path):
 def test_a_path_may_hold_an_equals_sign(tmp_path):
     path = write(tmp_path / "lr=1" / "rows.jsonl", lines(PAIRS))
     assert load([path]).train == SAMPLES
+
+
+def test_a_fingerprint_follows_the_bytes_and_nothing_else(tmp_path):
+    def fingerprint(path):
+        (source,) = open_sources([str(path)])
+        return source.rows.fingerprint()
+
+    path = Path(write(tmp_path / "train.jsonl", lines(PAIRS)))
+    first, folder = fingerprint(path), fingerprint(tmp_path)
+    os.utime(path, (0, 0))
+    assert (fingerprint(path), fingerprint(tmp_path)) == (first, folder)
+    write(path, lines(PAIRS).replace("Good 1", "Nice 1"))
+    assert len({first, fingerprint(path)}) == 2
+    changed = fingerprint(tmp_path)
+    write(tmp_path / "README.md", "not data")
+    assert fingerprint(tmp_path) == changed != folder
+    write(tmp_path / "test.jsonl", lines(PAIRS))
+    assert fingerprint(tmp_path) not in (changed, folder)
+    write(path, '{"broken": ')  # is not parsed
+    fingerprint(path)
 
 
 def test_several_data_sets_are_joined_in_order(tmp_path):
@@ -267,9 +290,11 @@ def test_alpaca_eval_counts_ties_and_what_is_no_preference(tmp_path):
 
 def test_unknown_columns_list_what_is_there_and_what_is_known(tmp_path):
     path = write(tmp_path / "rows.jsonl", lines([{"question": "a", "answer": "b"}]))
-    assert refusal(path) == (
+    line = refusal(path)
+    assert line.startswith(
         f"--data_path {path}: the columns question, answer fit no known form; known are "
-        "prompt+chosen+rejected; instruction+output_1+output_2+preference; chosen+rejected")
+        "prompt+chosen+rejected; question+chosen+rejected; chosen+rejected; history+human_ref_A+")
+    assert line.endswith("; question+sentence")
 
 
 def test_a_missing_column_of_a_named_form(tmp_path):
@@ -295,7 +320,7 @@ def test_blank_lines_count_as_lines(tmp_path):
 
 
 def test_a_broken_list_names_its_line(tmp_path):
-    path = write(tmp_path / "rows.json", '[\n{"prompt": "Hi"},\n{"prompt" "Hi"}\n]')
+    path = write(tmp_path / "rows.json", f'[\n{json.dumps(PAIRS[0])},\n{{"prompt" "Hi"}}\n]')
     assert refusal(path) == (
         f"{path}, line 3: not JSON (Expecting ':' delimiter); mend or remove the line")
 
@@ -303,7 +328,18 @@ def test_a_broken_list_names_its_line(tmp_path):
 def test_an_html_page_named_json_is_refused(tmp_path):
     path = write(tmp_path / "rows.json", "<!DOCTYPE html>\n<html></html>\n")
     assert refusal(path) == (
-        f"{path}, line 1: not JSON (Expecting value); mend or remove the line")
+        f"{path}, line 1: not JSON but a web page; download the file itself")
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("[ROW", "line 1: not JSON (Expecting ',' delimiter)"),
+    ("[ROW,\n", "line 2: not JSON (Expecting value)"),
+    ("\n[ROW,\n]", "line 3: not JSON (Expecting value)"),
+    ("[ROW]\n{}", "line 1: not JSON (something follows the list)"),
+])
+def test_a_list_that_does_not_end_well_names_its_line(tmp_path, text, reason):
+    path = write(tmp_path / "rows.json", text.replace("ROW", json.dumps(PAIRS[0])))
+    assert refusal(path) == f"{path}, {reason}; mend or remove the line"
 
 
 def test_an_entry_that_is_no_object_is_named(tmp_path):
@@ -330,17 +366,18 @@ def test_an_empty_file_is_refused(tmp_path, text):
     assert refusal(path) == f"--data_path {path}: the file is empty; give one with rows"
 
 
-def test_invalid_utf8_names_the_byte(tmp_path):
+def test_invalid_utf8_names_the_line(tmp_path):
     path = write(tmp_path / "rows.jsonl", lines(PAIRS[:1]).encode() + b'{"prompt": "\xff"}\n')
-    assert refusal(path) == f"{path}: not UTF-8 at byte 81; convert the file"
+    assert refusal(path) == f"{path}, line 2: not UTF-8; convert the file"
 
 
 def test_a_truncated_gz_is_refused(tmp_path):
     path = Path(write(tmp_path / "rows.jsonl.gz", lines(PAIRS * 100)))
     path.write_bytes(path.read_bytes()[:-20])
-    assert refusal(str(path)) == (
-        f"{path}: cannot be read (Compressed file ended before the end-of-stream marker was "
-        "reached); write it again")
+    line = refusal(str(path))
+    assert line.startswith(f"{path}, after line ")
+    assert line.endswith(": cannot be read (Compressed file ended before the end-of-stream marker "
+                         "was reached); write it again")
 
 
 def test_a_corrupt_gz_is_refused(tmp_path):
@@ -370,17 +407,22 @@ def test_another_kind_of_file_is_refused(tmp_path):
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path):
-    assert refusal(f"{tmp_path}/rows.jsonl") == (
+    line = refusal(f"{tmp_path}/rows.jsonl")
+    assert line.startswith(
         f"--data_path {tmp_path}/rows.jsonl: no such file or folder, and no data set of that name "
-        "is known; known are local/jsonfile, tatsu-lab/alpaca_eval, Anthropic/hh-rlhf, and local "
-        ".json, .jsonl and .parquet files")
+        "is known; known are Dahoas/synthetic-instruct-gptj-pairwise, ")
+    assert line.endswith(", owner/name of the hub, and local .json, .jsonl and .parquet files")
+
+
+def test_a_relative_path_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal("data/rows.jsonl").startswith("--data_path data/rows.jsonl: no such file")
 
 
 def test_a_name_that_no_adaptor_has_is_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", lines(PAIRS))
-    assert refusal(f"some/set={path}") == (
-        f"--data_path some/set={path}: no adaptor some/set; known are local/jsonfile, "
-        "tatsu-lab/alpaca_eval, Anthropic/hh-rlhf")
+    assert refusal(f"some/set={path}").startswith(
+        f"--data_path some/set={path}: no adaptor some/set; known are ")
 
 
 def test_a_folder_without_a_train_file_is_refused(tmp_path):
@@ -397,16 +439,43 @@ def test_local_jsonfile_without_a_folder_data_is_refused(tmp_path, monkeypatch):
         "eval.json there, or give the path of a file")
 
 
-def test_a_hub_set_out_of_reach_names_the_remedy(monkeypatch):
+@pytest.mark.parametrize("name", ["Anthropic/hh-rlhf", "someone/pairs"])
+def test_a_hub_set_out_of_reach_names_the_remedy(monkeypatch, name):
     import datasets
 
     def unreachable(name):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    assert refusal("Anthropic/hh-rlhf") == (
-        "--data_path Anthropic/hh-rlhf: the hub did not give it (ConnectionError); download it "
-        "and give Anthropic/hh-rlhf=PATH")
+    assert refusal(name) == (
+        f"--data_path {name}: the hub did not give it (ConnectionError); download it "
+        f"and give {name}=PATH")
+
+
+def test_a_hub_set_made_by_a_script_is_read_from_its_parquet_form(monkeypatch):
+    import datasets
+
+    def scripted(name, revision=None):
+        if revision != "refs/convert/parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found mkqa.py")
+        return {"train": [{"queries": {"ja": "問", "zh_cn": None},
+                           "answers": {"ja": [{"text": "答"}], "zh_cn": []}}]}
+
+    monkeypatch.setattr(datasets, "load_dataset", scripted)
+    assert load(["mkqa"]).train == [Sample((user("問"),), "答")]
+
+
+def test_a_hub_set_with_splits_for_preferences_gives_those_alone(monkeypatch):
+    import datasets
+
+    def rows(name):
+        return [{"prompt": name, "chosen": "Yes.", "rejected": "No."}]
+
+    splits = ("train_sft", "train_prefs", "test_prefs", "test_gen")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {s: rows(s) for s in splits})
+    data = load(["HuggingFaceH4/ultrafeedback_binarized"])
+    assert [one.messages[0]["content"] for one in data.train] == ["train_prefs"]
+    assert [one.messages[0]["content"] for one in data.held_out] == ["test_prefs"]
 
 
 def test_a_hub_set_keeps_its_own_split(monkeypatch):
@@ -455,30 +524,50 @@ ANYTHING = st.recursive(
 VALUE = TEXT | st.lists(MESSAGE, max_size=3) | ANYTHING | st.integers(0, 3)
 
 
-@pytest.mark.parametrize("adaptor", ADAPTORS, ids=lambda adaptor: adaptor.names[0])
-@settings(max_examples=200, deadline=None, derandomize=True)
+@pytest.mark.parametrize(
+    "adaptor", ADAPTORS, ids=lambda adaptor: f"{adaptor.names[0]} {adaptor.columns[0]}")
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_row_becomes_a_sample_or_is_counted(adaptor, data):
     row = data.draw(st.fixed_dictionaries({column: VALUE for column in adaptor.columns}))
-    try:
-        sample = adaptor.convert(row)
-    except Unusable as reason:
-        assert "\n" not in str(reason)
-        return
-    assert sample.messages[-1]["role"] == "user"
-    assert {message["role"] for message in sample.messages} <= {"system", "user", "assistant"}
-    for text in (sample.messages[-1]["content"], sample.chosen, sample.rejected):
-        assert text == text.strip() != ""
-    sample.prompt_key().encode()
-    assert sample.chosen != sample.rejected
+    unused = Counter()
+    samples = list(adaptor.read([row], unused))
+    assert not any("\n" in reason for reason in unused)
+    for sample in samples:
+        assert sample.messages[-1]["role"] == "user"
+        assert {message["role"] for message in sample.messages} <= {"system", "user", "assistant"}
+        for text in (sample.messages[-1]["content"], sample.chosen, sample.rejected):
+            assert text is None or text == text.strip() != ""
+        sample.prompt_key().encode()
+        assert sample.chosen != sample.rejected
+
+
+NODE = st.recursive(
+    st.fixed_dictionaries({}, optional={"text": TEXT, "role": st.sampled_from(
+        ["prompter", "assistant", "x"]), "rank": st.none() | st.integers(0, 3),
+        "deleted": st.booleans(), "replies": ANYTHING}),
+    lambda inner: st.fixed_dictionaries(
+        {"text": TEXT, "role": st.sampled_from(["prompter", "assistant"]),
+         "replies": st.lists(inner, max_size=3)}, optional={"rank": st.integers(0, 3)}),
+    max_leaves=8)
+FLAT = st.fixed_dictionaries({
+    "message_id": st.sampled_from(["a", "b", "c", "d", "", None]), "text": TEXT,
+    "parent_id": st.sampled_from(["a", "b", "c", "e", "", None, 3]),
+    "role": st.sampled_from(["prompter", "assistant"]), "rank": st.none() | st.integers(0, 2)})
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(trees=st.lists(NODE, max_size=3), messages=st.lists(FLAT, max_size=8))
+def test_any_tree_and_any_flat_messages_are_read_to_the_end(trees, messages):
+    flat, nested = adaptors.named("OpenAssistant/oasst1")
+    for adaptor, rows in ((nested, [{"prompt": tree} for tree in trees]), (flat, messages)):
+        for sample in adaptor.read(rows, Counter()):
+            roles = [message["role"] for message in sample.messages]
+            assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
+            assert len(roles) % 2
 
 
 def test_the_counts_of_several_files_are_added(tmp_path):
     text = lines([GOOD, {**GOOD, "chosen": ""}])
     paths = [write(tmp_path / name, text) for name in ("a.json", "b.json")]
     assert load(paths).counted_out == Counter({"empty chosen": 2})
-
-
-def test_every_known_name_has_one_adaptor():
-    names = [name for adaptor in raw_datasets.ADAPTORS for name in adaptor.names]
-    assert len(names) == len(set(names)) == 4

@@ -9,22 +9,24 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from alpaca_rlhf.utils.data.raw_datasets import RawData, load
+from loading import Loaded, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ALPACA_EVAL = SHARED / "alpaca_eval" / "alpaca-7b_vs_text_davinci_003.json.gz"
 HH_RLHF = SHARED / "hh_rlhf" / "harmless-base.jsonl.gz"
+OASST = SHARED / "oasst" / "en_trees_70.jsonl.gz"
+SEED_TASKS = SHARED / "alpaca" / "seed_tasks.jsonl"
 
 
-def loaded(path: Path, name: str = "") -> RawData:
+def loaded(path: Path, name: str = "") -> Loaded:
     if not path.is_file():
         pytest.skip(f"no {path.name} in ../shared/data/{path.parent.name}")
     return load([f"{name}={path}" if name else str(path)])
 
 
 def text_of(path: Path) -> str:
-    return gzip.decompress(path.read_bytes()).decode()
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
 
 
 def test_alpaca_eval_is_used_but_for_its_ties():
@@ -90,3 +92,42 @@ def test_hh_rlhf_dialogues_begin_and_end_with_the_user():
     # In three dialogues of the file the assistant speaks twice in a row.
     alternate = [turns == ["user", "assistant"] * (len(turns) // 2) + ["user"] for turns in roles]
     assert alternate.count(False) == 3
+
+
+def replied_to(node: dict, path: tuple = ()) -> list[tuple]:
+    """(dialogue, best reply, worst reply or None) of each prompter's turn of a tree."""
+    found = []
+    said = (*path, node["text"].strip())
+    if node["role"] == "prompter":
+        ranked = sorted((one["rank"], one["text"]) for one in node["replies"] if "rank" in one)
+        texts = [text for _, text in ranked] or [one["text"] for one in node["replies"][:1]]
+        worst = texts[-1].strip() if len(texts) > 1 else None
+        found.append((said, texts[0].strip() if texts else None, worst))
+    for reply in node["replies"]:
+        found += replied_to(reply, said)
+    return found
+
+
+@pytest.mark.parametrize("name", ["", "OpenAssistant/oasst1"])
+def test_open_assistants_trees_are_used_but_for_turns_without_a_reply(name):
+    data = loaded(OASST, name)
+    assert (len(data.train), data.counted_out) == (182, {"prompt without a reply": 140})
+    turns = [turn for line in text_of(OASST).splitlines()
+             for turn in replied_to(json.loads(line)["prompt"])]
+    assert Counter(best is None for _, best, _ in turns) == {False: 182, True: 140}
+    samples = Counter((tuple(m["content"] for m in one.messages), one.chosen, one.rejected)
+                      for one in data.train)
+    assert samples == Counter(turn for turn in turns if turn[1] is not None)
+    assert sum(one.rejected is None for one in data.train) == 36
+
+
+def test_seed_tasks_give_a_sample_for_each_instance():
+    data = loaded(SEED_TASKS)
+    rows = [json.loads(line) for line in text_of(SEED_TASKS).splitlines()]
+    instances = [(row["instruction"], one) for row in rows for one in row["instances"]]
+    assert (len(rows), len(data.train), data.counted_out) == (175, len(instances), {})
+    for (instruction, one), sample in zip(instances, data.train, strict=True):
+        assert sample.chosen == one["output"].strip()
+        (message,) = sample.messages
+        assert message.get("input", "") == one["input"].strip()
+        assert message["content"].startswith(instruction.strip())

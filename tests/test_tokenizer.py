@@ -1,11 +1,15 @@
 """From dialogues to ids: one prompt, one reply, one ending, the same in all three steps.
 
-The properties are checked with a small sentencepiece tokenizer, and with that of SmolLM2-135M under
-both templates where `scripts/fetch_smollm2.py` has put it into output/smollm2-135m.
+The properties are checked under every template with a small sentencepiece tokenizer, and with that
+of SmolLM2-135M where `scripts/fetch_smollm2.py` has put it into output/smollm2-135m.
 """
 
+import atexit
+import dataclasses
 import json
-from functools import cache
+import shutil
+import tempfile
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +19,12 @@ from hypothesis import strategies as st
 from tiny_model import word_tokenizer
 from tokenizers import AddedToken
 
-from alpaca_rlhf.utils.data import preprocessing
+from alpaca_rlhf.utils.data import chat_template, preprocessing
 from alpaca_rlhf.utils.data.preprocessing import Lengths
-from alpaca_rlhf.utils.data.raw_datasets import Sample
+from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.model import tiny_llama
 
 SMOLLM2 = Path(__file__).resolve().parents[1] / "output" / "smollm2-135m"
 WIDE = Lengths(10**6, 10**6, "truncate", "--max_seq_len 2000000")
@@ -31,6 +36,18 @@ def user(text: str) -> dict[str, str]:
 
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def encode_reply(sample: Sample, form: ChatFormat, lengths: Lengths = WIDE, **options) -> dict:
+    return preprocessing.encode_replies([sample], form, lengths, **options)[0]
+
+
+def encode_pair(sample: Sample, form: ChatFormat) -> dict:
+    return preprocessing.encode_pairs([sample], form, WIDE)[0]
+
+
+def encode_prompt(sample: Sample, form: ChatFormat) -> dict:
+    return preprocessing.encode_prompts([sample], form, WIDE)[0]
 
 
 # --- literal ids ---------------------------------------------------------------------------------
@@ -57,30 +74,66 @@ def test_response_ids_are_the_reply_and_one_eos():
 
 def test_step_1_trains_exactly_the_reply_and_its_eos():
     sample = Sample((user("hi you"),), "yes no")
-    row = preprocessing.encode_reply(sample, word_format(), WIDE)
+    row = encode_reply(sample, word_format())
     assert row["input_ids"] == [1, 4, 6, 7, 5, 8, 9, 2]
     assert row["labels"] == [-100, -100, -100, -100, -100, 8, 9, 2]
 
 
-def test_step_1_does_not_train_the_earlier_replies():
-    sample = Sample((user("hi"), assistant("yes"), user("you")), "no")
-    labels = preprocessing.encode_reply(sample, word_format(), WIDE)["labels"]
-    assert labels == [-100] * 9 + [9, 2]
+TWO_TURNS = Sample((user("hi"), assistant("yes"), user("you")), "no")
+#              <s> Human: hi Assistant: yes </s> Human: you Assistant: no </s>
+TWO_TURN_IDS = [1, 4, 6, 5, 8, 2, 4, 7, 5, 9, 2]
+
+
+def test_step_1_trains_every_reply_and_its_eos_and_nothing_else():
+    row = encode_reply(TWO_TURNS, word_format())
+    assert row["input_ids"] == TWO_TURN_IDS
+    assert row["labels"] == [-100, -100, -100, -100, 8, 2, -100, -100, -100, 9, 2]
+
+
+def test_step_1_trains_the_last_reply_alone_when_told_so():
+    row = encode_reply(TWO_TURNS, word_format(), train_on="last")
+    assert row["input_ids"] == TWO_TURN_IDS
+    assert row["labels"] == [-100] * 9 + [9, 2]
+
+
+def test_a_reply_that_is_trained_in_a_row_of_its_own_is_not_trained_as_history():
+    once = dataclasses.replace(TWO_TURNS, history_is_trained=False)
+    assert encode_reply(once, word_format())["labels"] == [-100] * 9 + [9, 2]
+
+
+def test_an_earlier_reply_without_a_word_is_not_trained():
+    silent = Sample((user("hi"), assistant(""), user("you")), "no")
+    row = encode_reply(silent, word_format())
+    assert row["input_ids"] == [1, 4, 6, 5, 2, 4, 7, 5, 9, 2]
+    assert row["labels"] == [-100] * 8 + [9, 2]
+
+
+def test_labels_are_cut_with_the_prompt():
+    row = encode_reply(TWO_TURNS, word_format(), Lengths.of_sequence(8, "truncate"))
+    assert row["input_ids"] == TWO_TURN_IDS[-8:]
+    assert row["labels"] == [-100, 8, 2, -100, -100, -100, 9, 2]
+
+
+def test_two_replies_in_a_row_are_both_trained():
+    twice = Sample((user("hi"), assistant("yes"), assistant("no"), user("you")), "no")
+    row = encode_reply(twice, word_format())
+    assert row["input_ids"] == [1, 4, 6, 5, 8, 2, 5, 9, 2, 4, 7, 5, 9, 2]
+    assert row["labels"] == [-100] * 4 + [8, 2, -100, 9, 2, -100, -100, -100, 9, 2]
 
 
 def test_train_on_prompt_trains_every_token():
-    row = preprocessing.encode_reply(Sample((user("hi"),), "no"), word_format(), WIDE, True)
-    assert row["labels"] == row["input_ids"] == [1, 4, 6, 5, 9, 2]
+    row = encode_reply(TWO_TURNS, word_format(), train_on_prompt=True)
+    assert row["labels"] == row["input_ids"] == TWO_TURN_IDS
 
 
 def test_step_2_pairs_share_the_prompt():
-    row = preprocessing.encode_pair(Sample((user("hi"),), "yes", "no no"), word_format(), WIDE)
+    row = encode_pair(Sample((user("hi"),), "yes", "no no"), word_format())
     assert row["chosen_ids"] == [1, 4, 6, 5, 8, 2]
     assert row["rejected_ids"] == [1, 4, 6, 5, 9, 9, 2]
 
 
 def test_step_3_keeps_the_messages_for_people():
-    row = preprocessing.encode_prompt(Sample((user("hi ü"),), "yes"), word_format(), WIDE)
+    row = encode_prompt(Sample((user("hi ü"),), "yes"), word_format())
     assert row["prompt_ids"] == [1, 4, 6, 3, 5]
     assert json.loads(row["messages"]) == [{"role": "user", "content": "hi ü"}]
 
@@ -108,7 +161,10 @@ def test_decoded_text_has_no_special_tokens():
 
 
 def saved(folder: Path, words: str = WORDS, **special: str | None) -> str:
-    word_tokenizer(words, **special).save_pretrained(folder)
+    """A tokenizer as others make them, without a template."""
+    tokenizer = word_tokenizer(words, **special)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -170,7 +226,67 @@ def test_a_tokenizer_without_a_template_is_refused_when_its_own_is_asked_for(tmp
         load_tokenizer(str(tmp_path), "tokenizer")
     assert str(refused.value) == (
         f"--chat_template tokenizer: the tokenizer of {tmp_path} has none; "
-        "choose one of human_assistant")
+        "choose one of human_assistant, alpaca, alpaca_short, vicuna, llama2, chatml")
+
+
+OTHERS = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+
+
+def test_without_a_flag_a_tokenizer_of_others_gets_human_assistant(tmp_path):
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.chat_template = OTHERS
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.chat_template == chat_template.jinja("human_assistant", adds_bos=False)
+
+
+@pytest.mark.parametrize("name", ["human_assistant", "alpaca", "vicuna", "llama2", "tokenizer"])
+def test_a_template_is_handed_on_by_the_model(tmp_path, name, capsys):
+    base = word_tokenizer(WORDS)
+    base.chat_template = OTHERS
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(tmp_path / "base"), name).save_pretrained(tmp_path / "sft")
+    first = load_tokenizer(str(tmp_path / "sft"))
+    first.save_pretrained(tmp_path / "reward")
+    again = load_tokenizer(str(tmp_path / "reward"), fixed=True)
+    same = load_tokenizer(str(tmp_path / "reward"), name, fixed=True)
+    own = load_tokenizer(str(tmp_path / "reward"), "tokenizer", fixed=True)
+    expected = (OTHERS if name == "tokenizer" else chat_template.jinja(name, adds_bos=False))
+    assert {t.chat_template for t in (first, again, same, own)} == {expected}
+    assert capsys.readouterr().out == ""
+
+
+def test_another_template_than_the_models_is_told_or_refused(tmp_path, capsys):
+    load_tokenizer(saved(tmp_path / "base"), "vicuna").save_pretrained(tmp_path / "sft")
+    folder = str(tmp_path / "sft")
+    changed = load_tokenizer(folder, "alpaca")
+    assert changed.chat_template == chat_template.jinja("alpaca", adds_bos=False)
+    assert capsys.readouterr().out == (
+        f"--chat_template alpaca: {folder} was trained with vicuna; from here on it is alpaca\n")
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(folder, "alpaca", fixed=True)
+    assert str(refused.value) == (
+        f"--chat_template alpaca: {folder} was trained with vicuna; remove the flag")
+
+
+def test_chatml_makes_its_end_of_turn_eos_where_the_tokenizer_has_it(tmp_path, capsys):
+    folder = saved(tmp_path, WORDS + " <|im_start|> <|im_end|>", pad_token=None)
+    tokenizer = load_tokenizer(folder, "chatml")
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 11)
+    assert tokenizer.pad_token_id not in (2, 11, None)
+    assert capsys.readouterr().out == "--chat_template chatml: <|im_end|> is eos from here on\n"
+    tokenizer.save_pretrained(tmp_path / "sft")
+    form = ChatFormat(load_tokenizer(str(tmp_path / "sft")))
+    assert form.eos_id == form.response_ids("yes")[-1] == 11
+
+
+def test_chatml_is_refused_where_its_end_of_turn_would_be_several_ids(tmp_path):
+    folder = saved(tmp_path, WORDS + " <|im_start|>")
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(folder, "chatml")
+    assert str(refused.value) == (
+        f"--chat_template chatml: the tokenizer of {folder} has no <|im_end|>; choose another "
+        "template, or a model that has them")
 
 
 def with_template(template: str) -> ChatFormat:
@@ -194,8 +310,6 @@ def test_a_template_whose_generation_prompt_is_not_what_precedes_a_reply_is_refu
     assert str(refused.value) == (
         "--chat_template tokenizer: the template's generation prompt is not what stands before a "
         "reply; choose human_assistant")
-
-
 
 
 def test_a_dialogue_that_the_tokenizers_own_template_refuses_is_one_line():
@@ -245,7 +359,10 @@ def test_different_templates_are_refused():
 
 # --- properties over random dialogues ------------------------------------------------------------
 
-FORMATS = ("small", "smollm2 human_assistant", "smollm2 tokenizer")
+OURS = list(chat_template.TEMPLATES)
+FORMATS = ([f"{kind} {name}" for kind in ("small", "small-space") for name in OURS
+            if name != "chatml"] + ["small-im chatml"]
+           + [f"smollm2 {name}" for name in (*OURS, "tokenizer")])
 # A lone surrogate is no text, and U+2581 is how sentencepiece writes a space. What is printed does
 # not need every byte, and SmolLM2's vocabulary has not got every byte.
 PRINTED = st.characters(exclude_categories=["C"], exclude_characters="\u2581")
@@ -269,22 +386,46 @@ def dialogues(draw) -> list[dict[str, str]]:
     turns = draw(st.integers(1, 3))
     made = [user(draw(SPOKEN))]
     for _ in range(turns - 1):
-        made += [assistant(draw(SPOKEN)), user(draw(SPOKEN))]
+        made += [assistant(draw(SPOKEN).strip()), user(draw(SPOKEN))]
     return made
 
 
 @cache
+def folder_of(name: str) -> str:
+    """A folder with a tokenizer.
+
+    It is small; or with the space that LLaMA's own puts before a text (small-space), or with
+    chatml's tokens (small-im); or SmolLM2's.
+    """
+    if name == "smollm2":
+        if not SMOLLM2.is_dir():
+            pytest.skip("no output/smollm2-135m; scripts/fetch_smollm2.py makes it")
+        return str(SMOLLM2)
+    tokenizer = small_tokenizer()
+    if name == "small-space":
+        tokenizer = type(tokenizer)(
+            vocab=tokenizer.get_vocab(), merges=tiny_llama._merges(tokenizer.get_vocab()),
+            add_bos_token=True, add_prefix_space=True, pad_token="<pad>")
+        assert tokenizer.tokenize("a") == ["▁a"]
+    if name == "small-im":
+        tokens = [AddedToken(text, special=True) for text in chat_template.CHATML_TOKENS]
+        tokenizer.add_tokens(tokens)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@cache
 def chat_format(name: str) -> ChatFormat:
-    if name == "small":
-        return ChatFormat(small_tokenizer())
-    if not SMOLLM2.is_dir():
-        pytest.skip("no output/smollm2-135m; scripts/fetch_smollm2.py makes it")
-    return ChatFormat(load_tokenizer(str(SMOLLM2), name.split()[1]))
+    tokenizer, template = name.split()
+    folder = folder_of(tokenizer)
+    return ChatFormat(load_tokenizer(folder, template))
 
 
 def property_of_every_format(test):
     """Run a property with each tokenizer and template."""
-    randomly = settings(max_examples=60, deadline=None, derandomize=True)(test)
+    randomly = settings(max_examples=25, deadline=None, derandomize=True)(test)
     return pytest.mark.parametrize("name", FORMATS)(randomly)
 
 
@@ -294,14 +435,46 @@ def has_special(form: ChatFormat, *texts: str) -> bool:
 
 @property_of_every_format
 @given(messages=dialogues(), reply=SPOKEN)
-def test_prompt_and_response_ids_are_those_of_the_whole_dialogue(name, messages, reply):
+def test_prompt_and_response_ids_are_those_of_any_other_tool(name, messages, reply):
     form = chat_format(name)
     assume(not has_special(form, reply, *(m["content"] for m in messages)))
-    whole = form.tokenizer.apply_chat_template(
-        [*messages, assistant(reply.strip())], return_dict=False)
+    tool = partial(form.tokenizer.apply_chat_template, return_dict=False)
+    assert form.prompt_ids(messages) == tool(messages, add_generation_prompt=True)
+    whole = tool([*messages, assistant(reply.strip())])
     ids = form.prompt_ids(messages) + form.response_ids(reply)
+    if name == "smollm2 tokenizer":  # which ends each turn with eos and a line break
+        assert form.tokenizer.decode(whole[len(ids) :]) == "\n"
+        whole = whole[: len(ids)]
+    assert ids == whole
+
+
+@property_of_every_format
+@given(instruction=SPOKEN, extra=SPOKEN, reply=SPOKEN)
+def test_an_alpaca_turn_with_an_input_has_the_ids_of_any_other_tool(
+    name, instruction, extra, reply
+):
+    form = chat_format(name)
+    assume(not has_special(form, reply, instruction, extra, instruction + extra))
+    turn = {**user(f"{instruction}\n\n{extra}"), "instruction": instruction, "input": extra}
+    whole = form.tokenizer.apply_chat_template(
+        [turn, assistant(reply.strip())], return_dict=False)
+    ids = form.prompt_ids([turn]) + form.response_ids(reply)
     assert ids == whole[: len(ids)]
-    assert form.tokenizer.decode(whole[len(ids) :]).strip() == ""
+    assert len(whole) - len(ids) <= (name == "smollm2 tokenizer")
+
+
+@property_of_every_format
+@given(messages=dialogues(), reply=SPOKEN)
+def test_labels_cover_exactly_the_replies_and_their_eos(name, messages, reply):
+    form = chat_format(name)
+    row = encode_reply(Sample(tuple(messages), reply.strip()), form)
+    said = [m["content"] for m in messages if m["role"] == "assistant"] + [reply]
+    trained = [form.response_ids(text) for text in said]
+    expected = [ids for ids in trained if len(ids) > 1 or ids is trained[-1]]
+    assert [i for i in row["labels"] if i != -100] == sum(expected, [])
+    assert sum(label == form.eos_id for label in row["labels"]) == len(expected)
+    for label, token in zip(row["labels"], row["input_ids"], strict=True):
+        assert label in (-100, token)
 
 
 @property_of_every_format
@@ -315,7 +488,7 @@ def test_response_ids_decode_to_the_stripped_text(name, reply):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(reply=st.text(ANY_CHARACTER, max_size=30))
 def test_every_character_survives_a_tokenizer_that_has_every_byte(reply):
-    form = chat_format("small")
+    form = chat_format("small human_assistant")
     assume(not has_special(form, reply))
     assert form.decode(form.response_ids(reply)) == reply.strip()
 
@@ -346,9 +519,9 @@ def test_no_text_adds_a_special_id_to_a_prompt(name, text):
 def test_all_steps_read_the_same_ids(name, messages, chosen, rejected):
     form = chat_format(name)
     sample = Sample(tuple(messages), chosen, rejected)
-    prompt = preprocessing.encode_prompt(sample, form, WIDE)["prompt_ids"]
-    reply = preprocessing.encode_reply(sample, form, WIDE)
-    pair = preprocessing.encode_pair(sample, form, WIDE)
+    prompt = encode_prompt(sample, form)["prompt_ids"]
+    reply = encode_reply(sample, form)
+    pair = encode_pair(sample, form)
     assert prompt == form.prompt_ids(messages)
     assert pair["chosen_ids"] == reply["input_ids"] == prompt + form.response_ids(chosen)
     assert pair["rejected_ids"] == prompt + form.response_ids(rejected)

@@ -223,6 +223,44 @@ def test_the_order_is_one_of_all_rows_new_in_each_epoch_and_fixed_by_the_seed():
     assert first != samplers.shuffled(50, seed=2, epoch=0)
 
 
+LENGTHS = [(37 * i * i) % 101 + 1 for i in range(1003)]
+
+
+def test_grouped_by_length_every_row_comes_once_in_an_order_of_each_epoch_and_seed():
+    first = samplers.length_grouped(LENGTHS, 8, seed=1, epoch=0)
+    assert sorted(first) == list(range(1003))
+    assert first == samplers.length_grouped(LENGTHS, 8, seed=1, epoch=0)
+    others = [samplers.length_grouped(LENGTHS, 8, *how) for how in ((1, 1), (2, 0))]
+    batches = [{frozenset(order[i : i + 8]) for i in range(0, 1003, 8)}
+               for order in (first, *others)]
+    assert len(batches[0] & batches[1]) < 10 > len(batches[0] & batches[2])
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 400, 401, 1003])
+def test_batches_are_of_like_lengths_and_only_the_last_is_not_full(n):
+    order = samplers.length_grouped(LENGTHS[:n], 8, seed=1, epoch=3)
+    assert sorted(order) == list(range(n))
+    spread = [max(s) - min(s) for s in (
+        [LENGTHS[row] for row in order[i : i + 8]] for i in range(0, n - 7, 8))]
+    if n >= 400:
+        assert sum(spread) / len(spread) < 6  # of 101; shuffled it is 78
+
+
+def test_batches_of_like_lengths_come_in_no_order_of_length():
+    order = samplers.length_grouped(LENGTHS, 8, seed=1, epoch=0)
+    means = [sum(LENGTHS[row] for row in order[i : i + 8]) / 8 for i in range(0, 1000, 8)]
+    rising = sum(one < other for one, other in zip(means, means[1:], strict=False))
+    assert 0.35 < rising / len(means) < 0.65
+
+
+def test_ranks_share_a_batch_of_like_lengths_as_one_rank_with_a_larger_batch_has_it():
+    order = samplers.length_grouped(LENGTHS, 8, seed=1, epoch=0)
+    alone = samplers.rank_batches(order, 8, 0, 1)
+    dealt = [samplers.rank_batches(order, 4, rank, 2) for rank in range(2)]
+    together = [sorted(sum(batches, [])) for batches in zip(*dealt, strict=True)]
+    assert together == [sorted(batch) for batch in alone]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 7, 12])
 def test_measuring_covers_each_row_once_with_as_many_batches_on_every_rank(n, world):
@@ -245,7 +283,7 @@ class Recorder:
         self.logged.append((step, metrics))
 
 
-def run(small, plan, rows=5, objective=None, evaluate=dict):
+def run(small, plan, rows=5, objective=None, evaluate=dict, lengths=None):
     """Train on rows that name themselves by their length; gives back the steps and the rows."""
     engine, seen, tracker = actor(small), [], Recorder()
     data = [{"input_ids": [1] + [60 + i] * (i + 1), "labels": [-100] + [60 + i] * (i + 1)}
@@ -256,7 +294,8 @@ def run(small, plan, rows=5, objective=None, evaluate=dict):
         return collate_tokens(chosen, pad_id=3)
 
     training_loop.train(
-        engine, data, collate, objective or token_objective(engine), plan, tracker, evaluate
+        engine, data, collate, objective or token_objective(engine), plan, tracker, evaluate,
+        lengths,
     )
     return tracker.logged, seen
 
@@ -275,6 +314,13 @@ def test_each_epoch_takes_every_row_once_in_an_order_of_its_own(small):
     assert first != second
     assert [step for step, _ in logged] == [1, 2, 3, 4]
     assert plan().total_steps(5) == 4
+
+
+def test_rows_whose_lengths_are_given_share_batches_with_their_like(small):
+    logged, seen = run(small, plan(epochs=1), rows=7, lengths=[5, 1, 3, 5, 3, 1, 9])
+    assert sorted(map(sorted, seen)) == [[0, 3], [1, 5], [2, 4], [6]]
+    assert seen[-1] == [6]
+    assert len(logged) == plan(epochs=1).total_steps(7) == 2
 
 
 @pytest.mark.parametrize("limit", [1, 3])

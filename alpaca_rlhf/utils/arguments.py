@@ -43,6 +43,7 @@ from alpaca_rlhf.utils.errors import UserError
 
 # Flags that are known but not yet served: anything but their default is refused, with the reason.
 UNAVAILABLE: dict[str, str] = {
+    "max_tokens_per_micro_batch": "micro-batches are counted in rows, of like lengths",
     "save_steps": "the model is saved once, at the end",
     "resume_from_checkpoint": "a run always starts at its first step",
     "tracker": "metrics go to the console and to a JSONL file",
@@ -86,6 +87,8 @@ Share = Annotated[float, Bound(lambda x: 0 < x <= 1, "must be above 0 and at mos
 Decay = Annotated[float, Bound(lambda x: 0 < x < 1, "must be above 0 and below 1")]
 Dropout = Annotated[float, Bound(lambda x: 0 <= x < 1, "must be 0 or more and below 1")]
 ZeroStage = Literal[0, 1, 2, 3]
+ChatTemplate = Literal[
+    "human_assistant", "alpaca", "alpaca_short", "vicuna", "llama2", "chatml", "tokenizer"]
 
 _MODULES = ("comma list of module names or parts of them "
             "(default: the family's attention and MLP projections)")
@@ -120,16 +123,21 @@ class DataArguments:
     _argument_group_name = "data"
 
     data_path: list[str] = _option(
-        [], "data sets: hub name, adaptor name, folder, or .json/.jsonl/.parquet file, also .gz; "
-        "local/jsonfile reads data/train.json and data/eval.json (default: the embedded data set)")
+        [], "data sets, each a hub name, a folder or a .json/.jsonl/.parquet file, also .gz; "
+        "NAME=PATH names its form, PATH:0.3 takes that share of it; local/jsonfile reads "
+        "data/train.json and data/eval.json (default: the embedded data set)")
     data_split: str = _option("2,4,4", "disjoint shares of the three steps, fixed by the seed")
     data_output_path: str | None = _option(
         None, "folder for preprocessed data (default: a folder under the user's cache home)")
-    chat_template: Literal["human_assistant", "tokenizer"] = _option(
-        "human_assistant", "what a turn looks like; tokenizer: the template saved with it")
+    chat_template: ChatTemplate | None = _option(
+        None, "what a turn looks like; tokenizer: as the template of the tokenizer has it "
+        "(default: as an earlier step saved it with the model, else human_assistant)")
+    lang: list[str] = _option(
+        [], "languages, such as en zh: leaves out what is stated to be in another")
     overlong: Literal["truncate", "drop", "error"] = _option(
         "truncate", "what becomes of a sample that is too long")
-    preprocessing_num_workers: Count | None = _option(None, "processes for preprocessing")
+    preprocessing_num_workers: Count | None = _option(
+        None, "processes for preprocessing (default: one for each core, up to eight)")
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,7 @@ class OptimizationArguments:
     num_train_epochs: Count = _option(1, "passes over the data")
     max_steps: Count | None = _option(None, "stop after so many optimizer steps")
     gradient_accumulation_steps: Count = _option(1, "micro-batches in one optimizer step")
+    max_tokens_per_micro_batch: Count | None = _unavailable("max_tokens_per_micro_batch", None)
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
         "constant_with_warmup"] = _option("cosine", "shape of the learning rate's schedule")
@@ -247,6 +256,8 @@ class SftArguments:
     _argument_group_name = "supervised finetuning"
 
     sft_only_data_path: list[str] = _option([], "more data sets, added whole to this step")
+    train_on: Literal["all", "last"] = _option(
+        "all", "the assistant's turns that are trained: all, or the last of each dialogue")
     train_on_prompt: bool = _option(False, "the loss covers the prompt too")
 
 

@@ -23,7 +23,6 @@ from alpaca_rlhf.utils.model.lora import gathered_state_dict, merged_state_dict,
 
 ARGUMENTS_FILE = "training_arguments.json"
 RESULTS_FILE = "results.json"
-SPLIT_FILE = "data_split.json"
 ADAPTER_FOLDER = "adapter"
 
 

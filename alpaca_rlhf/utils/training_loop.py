@@ -163,8 +163,19 @@ def train(
     plan: Plan,
     tracker: Tracker,
     evaluate: Callable[[], dict[str, float]],
+    lengths: Sequence[int] | None = None,
 ) -> None:
     """Train on every row of every epoch, in an order of its own each time.
+
+    Args:
+        engine: is trained.
+        rows: encoded; all ranks hold the same.
+        collate: rows -> batch.
+        objective: batch -> (sum of losses, sums or maxima for the record).
+        plan: how long.
+        tracker: is told every step.
+        evaluate: measures in between.
+        lengths: of the rows; rows of like length then share a batch.
 
     Raises:
         FloatingPointError: the loss was not finite.
@@ -172,7 +183,11 @@ def train(
     total = plan.total_steps(len(rows))
     step, seen, started = 0, Counter[str](), time.perf_counter()
     for epoch in range(plan.epochs):
-        order = samplers.shuffled(len(rows), plan.seed, epoch)
+        size = plan.batch_size * distributed.world_size()
+        order = (
+            samplers.length_grouped(lengths, size, plan.seed, epoch) if lengths
+            else samplers.shuffled(len(rows), plan.seed, epoch)
+        )
         batches = samplers.rank_batches(
             order, plan.batch_size, distributed.rank(), distributed.world_size()
         )

@@ -21,6 +21,8 @@ from alpaca_rlhf.utils.arguments import Step1Arguments
 from alpaca_rlhf.utils.data import preprocessing, raw_datasets
 from alpaca_rlhf.utils.data.collators import TokenBatch, collate_tokens
 from alpaca_rlhf.utils.data.preprocessing import Prepared
+from alpaca_rlhf.utils.data.raw_datasets import Source
+from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
 from alpaca_rlhf.utils.memory_plan import Planned
@@ -48,6 +50,7 @@ def main() -> None:
     distributed.say(describe(form.tokenizer))
     data = load_data(args, form)
     distributed.say(data.describe())
+    data.check_against(path, "the model to start from")
     plan = training_loop.Plan(
         args.optimization.num_train_epochs, args.optimization.max_steps,
         args.batches.per_device_train_batch_size, args.optimization.gradient_accumulation_steps,
@@ -69,7 +72,7 @@ def main() -> None:
     with Tracker(folder.path, total_steps, ["loss", "lr"]) as tracker:
         training_loop.train(
             engine, data.train, partial(collate_tokens, pad_id=form.pad_id),
-            partial(objective, engine), plan, tracker, evaluate,
+            partial(objective, engine), plan, tracker, evaluate, data.lengths(),
         )
     after = evaluate()
     distributed.say(f"after: {summary(after)}")
@@ -77,29 +80,33 @@ def main() -> None:
     facts = {"base model": path, "held-out perplexity": summary(after)}
     card = checkpoint.model_card("Supervised fine-tuned model", facts)
     checkpoint.export(engine.module, form.tokenizer, folder.path, card)
+    data.save_record(folder.path)
     results = {"step": 1, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
 
 
 def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:
     """This step's share of the data, and the data that is for this step only."""
-    shares = list(arguments.split_shares(args.data.data_split))
-    data = preprocessing.split(
-        raw_datasets.load(args.data.data_path), shares, step=1, seed=args.run.seed
-    )
-    if args.sft.sft_only_data_path:
-        extra = raw_datasets.load(args.sft.sft_only_data_path, "--sft_only_data_path")
-        data.train += extra.train + extra.held_out
-        data.counted_out += extra.counted_out
     lengths = preprocessing.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
+    split = Split(
+        1, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
+    )
     encode = partial(
-        preprocessing.encode_reply, form=form, lengths=lengths,
+        preprocessing.encode_replies, form=form, lengths=lengths, train_on=args.sft.train_on,
         train_on_prompt=args.sft.train_on_prompt,
     )
     return preprocessing.prepare(
-        data, encode, form, lengths, preprocessing.cache_home(args.data.data_output_path),
-        {"step": 1, "train_on_prompt": args.sft.train_on_prompt},
+        data_sources(args), split, encode, form, lengths,
+        preprocessing.cache_home(args.data.data_output_path),
+        {"train_on": args.sft.train_on, "train_on_prompt": args.sft.train_on_prompt},
         args.data.preprocessing_num_workers,
+    )
+
+
+def data_sources(args: Step1Arguments) -> list[Source]:
+    """What is shared with the other steps, and what is for this one only."""
+    return raw_datasets.open_sources(args.data.data_path) + raw_datasets.open_sources(
+        args.sft.sft_only_data_path, "--sft_only_data_path", whole=True
     )
 
 

@@ -21,6 +21,7 @@ from alpaca_rlhf.utils.arguments import Step2Arguments
 from alpaca_rlhf.utils.data import preprocessing, raw_datasets
 from alpaca_rlhf.utils.data.collators import PairBatch, collate_pairs
 from alpaca_rlhf.utils.data.preprocessing import Prepared
+from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
 from alpaca_rlhf.utils.memory_plan import Planned
@@ -54,6 +55,7 @@ def main() -> None:
     distributed.say(describe(form.tokenizer))
     data = load_data(args, form)
     distributed.say(data.describe())
+    data.check_against(path, "the model to start from")
     plan = training_loop.Plan(
         args.optimization.num_train_epochs, args.optimization.max_steps,
         args.batches.per_device_train_batch_size, args.optimization.gradient_accumulation_steps,
@@ -77,7 +79,7 @@ def main() -> None:
     with Tracker(folder.path, total_steps, shown) as tracker:
         training_loop.train(
             engine, data.train, partial(collate_pairs, pad_id=form.pad_id),
-            partial(objective, engine), plan, tracker, evaluate,
+            partial(objective, engine), plan, tracker, evaluate, data.lengths(),
         )
     after = evaluate()
     distributed.say(f"after: {summary(after)}")
@@ -89,20 +91,21 @@ def main() -> None:
         save_statistics(
             folder.path, after["score_mean"], after["score_std"], int(after["pairs"])
         )
+    data.save_record(folder.path)
     results = {"step": 2, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
 
 
 def load_data(args: Step2Arguments, form: ChatFormat) -> Prepared:
     """This step's share of the pairs."""
-    shares = list(arguments.split_shares(args.data.data_split))
-    data = preprocessing.pairs_only(preprocessing.split(
-        raw_datasets.load(args.data.data_path), shares, step=2, seed=args.run.seed
-    ))
+    split = Split(
+        2, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
+    )
     lengths = preprocessing.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
     return preprocessing.prepare(
-        data, partial(preprocessing.encode_pair, form=form, lengths=lengths), form, lengths,
-        preprocessing.cache_home(args.data.data_output_path), {"step": 2},
+        raw_datasets.open_sources(args.data.data_path), split,
+        partial(preprocessing.encode_pairs, form=form, lengths=lengths), form, lengths,
+        preprocessing.cache_home(args.data.data_output_path), {},
         args.data.preprocessing_num_workers,
     )
 

@@ -44,6 +44,7 @@ from alpaca_rlhf.utils.data import (
 )
 from alpaca_rlhf.utils.data.collators import TokenBatch, collate_prompts, collate_tokens
 from alpaca_rlhf.utils.data.preprocessing import Prepared
+from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.engine import ModelSettings, Schedule
 from alpaca_rlhf.utils.errors import UserError
@@ -74,6 +75,8 @@ def main() -> None:
     distributed.say(describe(form.tokenizer))
     data = load_data(args, form)
     distributed.say(data.describe())
+    data.check_against(args.actor.actor_model_name_or_path, "the actor")
+    data.check_against(args.critic.critic_model_name_or_path, "the reward model")
     rounds = Rounds(args, len(data.train))
     engine = build(args, form, rounds.total_steps, needs_reward_model=reward_function is None)
     hybrid = HybridEngine(
@@ -92,6 +95,8 @@ def main() -> None:
     after = measure(args, maker, data)
 
     export(engine, form, folder, ema, after)
+    for role in ("actor", "critic"):
+        data.save_record(folder.path and folder.path / role)
     folder.finish(arguments.to_config(args), results(data, before, after))
 
 
@@ -219,7 +224,7 @@ def load_tokenizers(args: Step3Arguments) -> Any:
     """
     load = partial(
         load_tokenizer, template=args.data.chat_template,
-        trust_remote_code=args.loading.trust_remote_code,
+        trust_remote_code=args.loading.trust_remote_code, fixed=True,
     )
     actor, critic = args.actor.actor_model_name_or_path, args.critic.critic_model_name_or_path
     tokenizer = load(args.loading.tokenizer_name_or_path or actor)
@@ -245,17 +250,17 @@ def score_normalizer(args: Step3Arguments) -> ScoreNormalizer:
 
 def load_data(args: Step3Arguments, form: ChatFormat) -> Prepared:
     """This step's prompts."""
-    shares = list(arguments.split_shares(args.data.data_split))
-    data = preprocessing.unique_prompts(preprocessing.split(
-        raw_datasets.load(args.data.data_path), shares, step=3, seed=args.run.seed
-    ))
+    split = Split(
+        3, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
+    )
     limit = args.rollout.max_prompt_seq_len
     lengths = preprocessing.Lengths(
         limit, 0, args.data.overlong, f"--max_prompt_seq_len {limit}"
     )
     return preprocessing.prepare(
-        data, partial(preprocessing.encode_prompt, form=form, lengths=lengths), form, lengths,
-        preprocessing.cache_home(args.data.data_output_path), {"step": 3},
+        raw_datasets.open_sources(args.data.data_path), split,
+        partial(preprocessing.encode_prompts, form=form, lengths=lengths), form, lengths,
+        preprocessing.cache_home(args.data.data_output_path), {},
         args.data.preprocessing_num_workers,
     )
 

@@ -1,12 +1,20 @@
 """What a dialogue looks like to the model, as Jinja: the form that is saved with the tokenizer.
 
 A template renders bos, the turns and the generation prompt, so `tokenizer.apply_chat_template` in
-any other tool gives the text that was trained on. A turn of the assistant ends with eos, and with
-nothing else: what the policy learns to emit is one token.
+any other tool gives the ids that were trained on. A turn of the assistant ends with eos, and with
+nothing else: what the policy learns to emit is one token. A user's turn in the form of Stanford
+Alpaca has `instruction` and `input` beside its content, which is both; only `alpaca` and
+`alpaca_short` look at them.
 """
 
+DEFAULT = "human_assistant"
 # The name under which a tokenizer keeps the template it came with.
 OWN_TEMPLATE = "tokenizer"
+# Tokens that a template cannot do without; the second takes the place of eos.
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+_BOS = "{{- bos_token -}}"
+_UNKNOWN_ROLE = "{{- raise_exception('unknown role ' + message['role']) -}}"
 
 _HUMAN_ASSISTANT = (
     "{%- for message in messages -%}"
@@ -16,14 +24,98 @@ _HUMAN_ASSISTANT = (
     "{{- 'Assistant: ' + (message['content'] | trim) + eos_token -}}"
     "{%- elif message['role'] == 'system' -%}"
     "{{- (message['content'] | trim) + '\\n\\n' -}}"
-    "{%- else -%}"
-    "{{- raise_exception('unknown role ' + message['role']) -}}"
-    "{%- endif -%}"
+    "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
 )
 
-TEMPLATES = {"human_assistant": _HUMAN_ASSISTANT}
+# The words are those of Stanford Alpaca's two prompts, which its models were trained on.
+_ALPACA_PREAMBLE = (
+    "{%- if messages and messages[0]['role'] != 'system' -%}"
+    "{{- 'Below is an instruction that describes a task' -}}"
+    "{%- if messages[0]['input'] -%}"
+    "{{- ', paired with an input that provides further context' -}}"
+    "{%- endif -%}"
+    "{{- '. Write a response that appropriately completes the request.\\n\\n' -}}"
+    "{%- endif -%}"
+)
+_ALPACA_TURNS = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{%- if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' -%}"
+    "{{- '\\n\\n' -}}"
+    "{%- endif -%}"
+    "{%- if message['input'] -%}"
+    "{{- '### Instruction:\\n' + (message['instruction'] | trim) + '\\n\\n' -}}"
+    "{{- '### Input:\\n' + (message['input'] | trim) + '\\n\\n' -}}"
+    "{%- else -%}"
+    "{{- '### Instruction:\\n' + (message['content'] | trim) + '\\n\\n' -}}"
+    "{%- endif -%}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- '### Response:\\n' + (message['content'] | trim) + eos_token -}}"
+    "{%- elif message['role'] == 'system' -%}"
+    "{{- (message['content'] | trim) + '\\n\\n' -}}"
+    "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}"
+)
+
+# Vicuna 1.1's form, its opening sentences included.
+_VICUNA = (
+    "{%- if messages and messages[0]['role'] != 'system' -%}"
+    "{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the user\\'s questions. ' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- 'USER: ' + (message['content'] | trim) + ' ' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- 'ASSISTANT: ' + (message['content'] | trim) + eos_token -}}"
+    "{%- elif message['role'] == 'system' -%}"
+    "{{- (message['content'] | trim) + ' ' -}}"
+    "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
+)
+
+# Llama 2's form, but that eos follows the reply at once: Meta's own puts a space between them.
+_LLAMA2 = (
+    "{%- set state = namespace(system='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{%- if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' -%}"
+    "BOS"
+    "{%- endif -%}"
+    "{{- '[INST] ' + state.system + (message['content'] | trim) + ' [/INST]' -}}"
+    "{%- set state.system = '' -%}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- ' ' + (message['content'] | trim) + eos_token -}}"
+    "{%- elif message['role'] == 'system' -%}"
+    "{%- set state.system = '<<SYS>>\\n' + (message['content'] | trim) + '\\n<</SYS>>\\n\\n' -%}"
+    "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+# The line break stands before each further turn, not behind each: it is no part of a reply.
+_CHATML = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ('system', 'user', 'assistant') -%}" + _UNKNOWN_ROLE
+    + "{%- endif -%}"
+    "{%- if not loop.first -%}{{- '\\n' -}}{%- endif -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] | trim) -}}"
+    "{{- '<|im_end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '\\n<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+TEMPLATES = {
+    "human_assistant": _HUMAN_ASSISTANT,
+    "alpaca": _ALPACA_PREAMBLE + _ALPACA_TURNS,
+    "alpaca_short": _ALPACA_TURNS,
+    "vicuna": _VICUNA,
+    "llama2": _LLAMA2,
+    "chatml": _CHATML,
+}
 
 
 def jinja(name: str, adds_bos: bool) -> str:
@@ -36,4 +128,10 @@ def jinja(name: str, adds_bos: bool) -> str:
     Raises:
         KeyError: no template of that name.
     """
-    return ("{{- bos_token -}}" if adds_bos else "") + TEMPLATES[name]
+    bos = _BOS if adds_bos else ""
+    return bos + TEMPLATES[name].replace("BOS", bos)
+
+
+def name_of(source: str) -> str | None:
+    """The name of the template that a Jinja source is, or None."""
+    return next((n for n in TEMPLATES for bos in (False, True) if jinja(n, bos) == source), None)

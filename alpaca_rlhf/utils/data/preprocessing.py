@@ -1,6 +1,9 @@
-"""Samples -> ids of one step: split, tokenized, cut to length, counted and cached.
+"""Sources -> ids of one step: split, tokenized, cut to length, counted and cached.
 
-One process writes the cache, the others wait and read it; a cache is complete or not there.
+The rows are read once, one at a time; what a step needs of them goes to an Arrow file, and from
+there in batches through the tokenizer to the rows that are trained on. One process writes the
+cache, the others wait and read it. A cache is found by what decides it, the bytes of the data
+included, so a second start parses nothing; one that is torn is made again.
 """
 
 import hashlib
@@ -9,24 +12,35 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+import filelock
+import numpy as np
+import tokenizers
+import transformers
 
 from alpaca_rlhf.utils import distributed
-from alpaca_rlhf.utils.data import chat_template, collators, raw_datasets, tokenizer
-from alpaca_rlhf.utils.data.raw_datasets import RawData, Sample
+from alpaca_rlhf.utils.data import splitting
+from alpaca_rlhf.utils.data.raw_datasets import Source, Tally
+from alpaca_rlhf.utils.data.samples import Sample
+from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
 
-HELD_OUT_SHARE = 0.05
-STEP_NAMES = ("sft", "reward", "ppo")
-Encoder = Callable[[Sample], dict[str, Any]]
+Encoder = Callable[[Sequence[Sample]], list[dict[str, Any]]]
 DISCARDED = "discarded"  # column of an encoded row: the reason it is not used, or ""
+PROMPT = "prompt"  # column of an encoded row: the digest of its prompt
+LENGTH = "length"  # column of an encoded row: tokens of it, of the longer one of a pair
+_THREADS = "TOKENIZERS_PARALLELISM"
+_BATCH = 256  # samples that are tokenized at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Prepared:
     Attributes:
         train: encoded rows of this step's part.
         held_out: encoded rows that no step trains on.
-        report: how many rows were used, cut and counted out, by reason.
+        report: how many rows were used, cut and counted out, by reason and data set.
     """
 
     train: datasets.Dataset
@@ -44,69 +58,39 @@ class Prepared:
     report: dict[str, Any]
 
     def describe(self) -> str:
-        """The report as one line."""
-        out = ", ".join(f"{n} {reason}" for reason, n in self.report["counted_out"].items())
-        cut = "".join(f"; {n} {what}" for what, n in self.report["cut"].items() if n)
-        return (
-            f"data: {self.report['train']:,} rows to train on, {self.report['held_out']:,} held "
-            f"out{cut}; counted out: {out or 'none'}"
-        )
+        """The report: a line of all, and where there are several data sets one of each."""
+        cut = "".join(f"; {n:,} {what}" for what, n in self.report["cut"].items() if n)
+        lines = [f"data: {_counts(self.report, cut)}"]
+        if len(self.report["data_sets"]) > 1:
+            lines += [
+                f"  {one['data_set']}: {one['rows']:,} rows read, {one['samples']:,} usable "
+                f"samples; {_counts(one)}"
+                for one in self.report["data_sets"]
+            ]
+        return "\n".join(lines)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row to train on."""
+        return self.train[LENGTH][:]
+
+    def check_against(self, folder: str, what: str) -> None:
+        """Say on the console what of this data an earlier model was trained on already."""
+        prompts = [rows[PROMPT][:] if len(rows) else [] for rows in (self.train, self.held_out)]
+        for line in splitting.check_record(folder, what, self.report, *prompts):
+            distributed.say(line)
+
+    def save_record(self, folder: Path | None) -> None:
+        """Leave what was trained on in a model's folder, for the next step to check."""
+        if distributed.is_main():
+            splitting.save_record(folder, self.report, self.train[PROMPT][:])
 
 
-def split(data: RawData, shares: list[float], step: int, seed: int) -> RawData:
-    """The part of one step, and what is held out of all three.
-
-    A prompt's place is drawn from its text and the seed alone: equal prompts stand in one part,
-    and every step draws alike.
-
-    Args:
-        data: all samples.
-        shares: of steps 1, 2, 3.
-        step: 1, 2 or 3.
-        seed: of the split.
-    """
-    held_keys = {sample.prompt_key() for sample in data.held_out}
-    low, high = sum(shares[: step - 1]) / sum(shares), sum(shares[:step]) / sum(shares)
-    part = RawData(held_out=list(data.held_out), counted_out=Counter(data.counted_out))
-    for sample in data.train:
-        key = sample.prompt_key()
-        if key in held_keys:
-            part.counted_out["prompt is held out"] += 1
-        elif not data.held_out and _draw(key, seed, "held out") < HELD_OUT_SHARE:
-            part.held_out.append(sample)
-        elif low <= _draw(key, seed, "step") < high:
-            part.train.append(sample)
-    return part
-
-
-def _draw(key: str, seed: int, purpose: str) -> float:
-    digest = hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def unique_prompts(data: RawData) -> RawData:
-    """One sample for each prompt, for step 3, which uses nothing else of it."""
-    part = RawData(counted_out=Counter(data.counted_out))
-    seen: set[str] = set()
-    for samples, kept in ((data.train, part.train), (data.held_out, part.held_out)):
-        for sample in samples:
-            key = sample.prompt_key()
-            if key in seen:
-                part.counted_out["prompt occurred before"] += 1
-            else:
-                kept.append(sample)
-                seen.add(key)
-    return part
-
-
-def pairs_only(data: RawData) -> RawData:
-    """Samples with a rejected reply, for step 2."""
-    part = RawData(counted_out=Counter(data.counted_out))
-    for samples, kept in ((data.train, part.train), (data.held_out, part.held_out)):
-        kept.extend(sample for sample in samples if sample.rejected is not None)
-        if len(samples) > len(kept):
-            part.counted_out["no rejected reply"] += len(samples) - len(kept)
-    return part
+def _counts(report: dict[str, Any], cut: str = "") -> str:
+    out = ", ".join(f"{n:,} {reason}" for reason, n in report["counted_out"].items())
+    return (
+        f"{report['train']:,} rows to train on, {report['held_out']:,} held out{cut}; counted out: "
+        f"{out or 'none'}"
+    )
 
 
 def cache_home(data_output_path: str | None) -> Path:
@@ -126,6 +110,9 @@ def cache_home(data_output_path: str | None) -> Path:
     if not os.access(home, os.W_OK):
         raise UserError(f"--data_output_path {home}: cannot be written; give a folder that can")
     return home
+
+
+# --- lengths -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -159,53 +146,103 @@ class Lengths:
         return prompt, [response[: total - len(prompt)] for response in responses]
 
 
-def _cut_or_discard(row: dict[str, Any], before: int, after: int, lengths: Lengths) -> None:
-    row["cut"] = after < before
-    row[DISCARDED] = ""
-    if row["cut"] and lengths.overlong != "truncate":
-        row[DISCARDED] = f"over {lengths.flag}"
+# --- encoding ------------------------------------------------------------------------------------
 
 
-def encode_reply(
-    sample: Sample, form: ChatFormat, lengths: Lengths, train_on_prompt: bool = False
-) -> dict[str, Any]:
-    """Step 1: `input_ids`, and `labels` that are -100 on the prompt unless it is trained too."""
-    full = form.prompt_ids(sample.messages), form.response_ids(sample.chosen)
-    prompt, (response,) = lengths.fit(*full)
-    labels = prompt if train_on_prompt else [IGNORE_INDEX] * len(prompt)
-    row: dict[str, Any] = {"input_ids": prompt + response, "labels": labels + response}
-    _cut_or_discard(row, sum(map(len, full)), len(prompt) + len(response), lengths)
-    row["prompt_cut"] = len(prompt) < len(full[0])
-    return row
+def encode_replies(
+    samples: Sequence[Sample], form: ChatFormat, lengths: Lengths, train_on: str = "all",
+    train_on_prompt: bool = False,
+) -> list[dict[str, Any]]:
+    """Step 1: `input_ids`, and `labels` that are -100 where nothing is trained.
+
+    Args:
+        samples: of which `chosen` is learnt.
+        form: the tokenizer.
+        lengths: budgets.
+        train_on: "last" trains the reply alone, "all" the assistant's earlier turns too, unless
+            they are the replies of rows of their own.
+        train_on_prompt: every token is trained.
+    """
+    dialogues = form.segments([sample.messages for sample in samples])
+    replies = form.responses(sample.chosen for sample in samples)
+    rows = []
+    for sample, segments, reply in zip(samples, dialogues, replies, strict=True):
+        whole = list(chain.from_iterable(segments))
+        prompt, (response,) = lengths.fit(whole, reply)
+        trained = train_on == "all" and sample.history_is_trained
+        labels = whole if train_on_prompt else _labels(segments, trained)
+        labels = labels[len(whole) - len(prompt) :]
+        row = {"input_ids": prompt + response, "labels": labels + response}
+        before, after = len(whole) + len(reply), len(row["input_ids"])
+        rows.append(row | _fate(segments, before, after, len(whole) - len(prompt), lengths))
+    return rows
 
 
-def encode_pair(sample: Sample, form: ChatFormat, lengths: Lengths) -> dict[str, Any]:
+def _labels(segments: list[list[int]], trained: bool) -> list[int]:
+    """The ids of earlier replies (every second segment) where they are trained, -100 elsewhere.
+
+    A reply that is nothing but its eos is not learnt.
+    """
+    return [
+        token if trained and number % 2 and len(segment) > 1 else IGNORE_INDEX
+        for number, segment in enumerate(segments) for token in segment
+    ]
+
+
+def encode_pairs(
+    samples: Sequence[Sample], form: ChatFormat, lengths: Lengths
+) -> list[dict[str, Any]]:
     """Step 2: `chosen_ids` and `rejected_ids`, each the prompt and one reply."""
-    assert sample.rejected is not None, "pairs_only comes first"
-    full = [form.response_ids(sample.chosen), form.response_ids(sample.rejected)]
-    whole = form.prompt_ids(sample.messages)
-    prompt, (chosen, rejected) = lengths.fit(whole, *full)
-    row: dict[str, Any] = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
-    before = sum(map(len, full)) + len(whole)
-    _cut_or_discard(row, before, len(chosen) + len(rejected) + len(prompt), lengths)
-    row["prompt_cut"] = len(prompt) < len(whole)
-    if chosen == rejected:
-        row[DISCARDED] = "replies are alike where they were cut"
-    return row
+    dialogues = form.segments([sample.messages for sample in samples])
+    better = form.responses(sample.chosen for sample in samples)
+    worse = form.responses(sample.rejected or "" for sample in samples)
+    rows = []
+    for segments, *full in zip(dialogues, better, worse, strict=True):
+        whole = list(chain.from_iterable(segments))
+        prompt, (chosen, rejected) = lengths.fit(whole, *full)
+        row: dict[str, Any] = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
+        before = sum(map(len, full)) + len(whole)
+        after = len(chosen) + len(rejected) + len(prompt)
+        row |= _fate(segments, before, after, len(whole) - len(prompt), lengths)
+        row[LENGTH] = len(prompt) + max(len(chosen), len(rejected))
+        if chosen == rejected:
+            row[DISCARDED] = "replies are alike where they were cut"
+        rows.append(row)
+    return rows
 
 
-def encode_prompt(sample: Sample, form: ChatFormat, lengths: Lengths) -> dict[str, Any]:
+def encode_prompts(
+    samples: Sequence[Sample], form: ChatFormat, lengths: Lengths
+) -> list[dict[str, Any]]:
     """Step 3: `prompt_ids`, and the `messages` as JSON, for people and for gold rules."""
-    whole = form.prompt_ids(sample.messages)
-    prompt = whole[-lengths.prompt :]
-    row = {"prompt_ids": prompt, "messages": json.dumps(sample.messages, ensure_ascii=False)}
-    _cut_or_discard(row, len(whole), len(prompt), lengths)
-    row["prompt_cut"] = row["cut"]
-    return row
+    rows = []
+    dialogues = form.segments([sample.messages for sample in samples])
+    for sample, segments in zip(samples, dialogues, strict=True):
+        whole = list(chain.from_iterable(segments))
+        prompt = whole[-lengths.prompt :]
+        row = {"prompt_ids": prompt, "messages": json.dumps(sample.messages, ensure_ascii=False)}
+        cut = len(whole) - len(prompt)
+        rows.append(row | _fate(segments, len(whole), len(prompt), cut, lengths))
+    return rows
+
+
+def _fate(
+    segments: list[list[int]], before: int, after: int, prompt_cut: int, lengths: Lengths
+) -> dict[str, Any]:
+    """What all rows have: whether they were cut, why they are not used, and their length."""
+    cut = after < before
+    reason = f"over {lengths.flag}" if cut and lengths.overlong != "truncate" else ""
+    if not segments:
+        reason = "refused by the chat template"
+    return {"cut": cut, "prompt_cut": prompt_cut > 0, DISCARDED: reason, LENGTH: after}
+
+
+# --- the cache -----------------------------------------------------------------------------------
 
 
 def prepare(
-    data: RawData,
+    sources: Sequence[Source],
+    split: Split,
     encode: Encoder,
     form: ChatFormat,
     lengths: Lengths,
@@ -216,23 +253,39 @@ def prepare(
     """Encode one step's part, or take it from the cache.
 
     Args:
-        data: from `split`.
-        encode: sample -> row.
+        sources: data sets.
+        split: which of their samples the step uses.
+        encode: samples -> rows.
         form: the tokenizer and its template.
         lengths: budgets.
         cache_home: folder under which prepared data is kept.
-        variant: what else decides the result (step, options); part of the cache key.
-        workers: processes that encode.
+        variant: what else decides the result (options of the encoder); part of the cache key.
+        workers: processes that encode; None takes one for each core, up to eight.
 
     Raises:
-        UserError: nothing is left to train on, or a row is over length with `--overlong error`.
+        UserError: rows that cannot be read, nothing left to train on, or a row over length with
+            `--overlong error`.
     """
-    folder = cache_home / "data" / _cache_key(data, form, lengths, variant)
+    folder = cache_home / "data" / _cache_key(sources, split, form, lengths, variant)
     with distributed.main_first():
-        if not folder.exists():
-            _write(data, encode, lengths, folder, workers)
+        if not _is_whole(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Runs that start together prepare once. (The lock goes with the process that holds it.)
+            with filelock.FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not _is_whole(folder):
+                    _write(sources, split, encode, lengths, folder, workers)
     report = json.loads((folder / "report.json").read_text())
+    del report["files"]
     return Prepared(_read(folder / "train"), _read(folder / "held_out"), report)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache has every file it was written with, none of them shorter or longer."""
+    try:
+        files = json.loads((folder / "report.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _read(folder: Path) -> datasets.Dataset:
@@ -242,47 +295,142 @@ def _read(folder: Path) -> datasets.Dataset:
 
 
 def _write(
-    data: RawData, encode: Encoder, lengths: Lengths, folder: Path, workers: int | None
+    sources: Sequence[Source], split: Split, encode: Encoder, lengths: Lengths, folder: Path,
+    workers: int | None,
 ) -> None:
-    report: dict[str, Any] = {"counted_out": Counter(data.counted_out), "cut": Counter()}
+    if folder.exists():
+        distributed.say(f"data: the cache {folder} is torn; it is made again")
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    tallies = [Tally() for _ in sources]
+    datasets.disable_progress_bars()
     try:
-        for name, samples in (("train", data.train), ("held_out", data.held_out)):
-            rows = _encode_all(samples, encode, workers)
-            if name == "train" and samples and all(rows["prompt_cut"]):
-                raise UserError(f"{lengths.flag}: all {len(rows)} prompts are longer; raise it")
-            rows = _without_discarded(rows, lengths, report)
-            report[name] = len(rows)
-            if name == "train" and not len(rows):
-                reasons = "; ".join(f"{n} {why}" for why, n in report["counted_out"].items())
-                raise UserError(
-                    f"--data_path: no row is left to train on ({reasons or 'no data'}); give more "
-                    "data, or this step a larger share of --data_split"
-                )
-            if len(rows):
-                rows.save_to_disk(str(temporary / name))
+        temporary.mkdir(parents=True)
+        parts = _collect(splitting.for_step(sources, split, tallies), temporary)
+        report = _encode_parts(parts, encode, lengths, tallies, temporary, workers)
+        for tally, one, source in zip(tallies, report["data_sets"], sources, strict=True):
+            one |= {"data_set": source.label, "rows": tally.rows, "samples": tally.samples,
+                    "counted_out": tally.unused}
+        report["split"] = _split_record(sources, split)
+        for name in parts:
+            shutil.rmtree(temporary / f"{name}.samples", ignore_errors=True)
+        report["files"] = {
+            str(file.relative_to(temporary)): file.stat().st_size
+            for file in sorted(temporary.rglob("*")) if file.is_file()
+        }
         (temporary / "report.json").write_text(json.dumps(report))
-        if not folder.exists():  # another node may have been quicker
-            os.rename(temporary, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _encode_all(samples: list[Sample], encode: Encoder, workers: int | None) -> datasets.Dataset:
-    if not samples:
-        return datasets.Dataset.from_dict({})
-    texts = datasets.Dataset.from_dict({"sample": [json.dumps(asdict(s)) for s in samples]})
-    datasets.disable_progress_bars()
-    return texts.map(
-        lambda row: encode(_sample(row["sample"])),
-        remove_columns=["sample"], num_proc=workers, keep_in_memory=True,
-    )
+def _split_record(sources: Sequence[Source], split: Split) -> dict[str, Any]:
+    return {
+        "step": split.step, "seed": split.seed, "shares": list(split.shares),
+        "held_out_share": splitting.HELD_OUT_SHARE, "languages": list(split.languages),
+        "data": [{"data_set": source.label, "share": source.share,
+                  "fingerprint": source.rows.fingerprint()} for source in sources],
+    }
+
+
+_SAMPLES = datasets.Features({
+    "sample": datasets.Value("string"), "source": datasets.Value("int32"),
+    PROMPT: datasets.Value("int64"),
+})
+
+
+def _collect(samples: Iterable[splitting.Placed], folder: Path) -> dict[str, datasets.Dataset]:
+    """Samples as Arrow files on disk: those to train on, and those held out."""
+    from datasets.arrow_writer import ArrowWriter
+
+    writers = {}
+    for name in ("train", "held_out"):
+        (folder / f"{name}.samples").mkdir()
+        path = folder / f"{name}.samples" / "samples.arrow"
+        writers[name] = (path, ArrowWriter(features=_SAMPLES, path=str(path)))
+    for one in samples:
+        _, writer = writers["train" if one.step else "held_out"]
+        writer.write({
+            "sample": json.dumps(asdict(one.sample), ensure_ascii=False), "source": one.source,
+            PROMPT: int.from_bytes(splitting.digest(one.key), "big", signed=True),
+        })
+    found = {}
+    for name, (path, writer) in writers.items():
+        rows, _ = writer.finalize()
+        writer.close()
+        empty = datasets.Dataset.from_dict({})
+        found[name] = datasets.Dataset.from_file(str(path)) if rows else empty
+    return found
+
+
+def _encode_parts(
+    parts: dict[str, datasets.Dataset], encode: Encoder, lengths: Lengths,
+    tallies: Sequence[Tally], folder: Path, workers: int | None,
+) -> dict[str, Any]:
+    """Encode both parts into `folder`; gives back the report."""
+    report: dict[str, Any] = {"cut": Counter(), "data_sets": [{} for _ in tallies]}
+    for name, samples in parts.items():
+        rows = _encode_all(samples, encode, folder / f"{name}.samples", workers)
+        if name == "train" and len(rows) and all(rows["prompt_cut"]):
+            raise UserError(f"{lengths.flag}: all {len(rows)} prompts are longer; raise it")
+        rows = _without_discarded(rows, lengths, report, tallies)
+        used = Counter(rows["source"][:] if len(rows) else [])
+        for number, one in enumerate(report["data_sets"]):
+            one[name] = used[number]
+        report[name] = len(rows)
+        if name == "train" and not len(rows):
+            out = sum((tally.unused for tally in tallies), Counter[str]())
+            reasons = "; ".join(f"{n} {why}" for why, n in out.items())
+            raise UserError(
+                f"--data_path: no row is left to train on ({reasons or 'no data'}); give more "
+                "data, or this step a larger share of --data_split"
+            )
+        if len(rows):
+            rows.remove_columns(["source"]).save_to_disk(str(folder / name))
+    report["counted_out"] = sum((tally.unused for tally in tallies), Counter[str]())
+    return report
+
+
+def _encode_all(
+    samples: datasets.Dataset, encode: Encoder, folder: Path, workers: int | None
+) -> datasets.Dataset:
+    if not len(samples):
+        return samples
+    workers = workers or min(8, len(os.sched_getaffinity(0)))
+    # A worker for fewer than a few batches takes longer to start than to work.
+    workers = min(workers, max(1, len(samples) // (8 * _BATCH)))
+    with _threads_of_tokenizer(workers == 1):
+        return samples.map(
+            partial(_encode_batch, encode), batched=True, batch_size=_BATCH,
+            remove_columns=["sample"], num_proc=workers if workers > 1 else None,
+            cache_file_name=str(folder / "rows.arrow"), load_from_cache_file=False,
+            new_fingerprint=uuid.uuid4().hex,
+        )
+
+
+@contextmanager
+def _threads_of_tokenizer(wanted: bool) -> Iterator[None]:
+    """Whether the tokenizer may use threads: beside other processes they would only compete."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = str(wanted).lower() if before is None else before
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+
+
+def _encode_batch(encode: Encoder, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    rows = encode([_sample(text) for text in batch["sample"]])
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    ids = [name for name in columns if name.endswith("ids") or name == "labels"]
+    return columns | {name: [np.asarray(row, np.int32) for row in columns[name]] for name in ids}
 
 
 def _without_discarded(
-    rows: datasets.Dataset, lengths: Lengths, report: dict[str, Any]
+    rows: datasets.Dataset, lengths: Lengths, report: dict[str, Any], tallies: Sequence[Tally]
 ) -> datasets.Dataset:
-    """The rows to use; what was cut or is not used is added to the report."""
+    """The rows to use; what was cut or is not used is counted."""
     if not len(rows):
         return rows
     over = sum(rows["cut"])
@@ -291,35 +439,39 @@ def _without_discarded(
             f"--overlong error: {over} rows are over {lengths.flag}; raise it, or take --overlong "
             "truncate or drop"
         )
-    report["counted_out"].update(reason for reason in rows[DISCARDED] if reason)
-    kept = rows.filter(lambda reason: not reason, input_columns=DISCARDED, keep_in_memory=True)
-    report["cut"][f"cut to {lengths.flag}"] += sum(kept["cut"])
+    reasons = rows[DISCARDED][:]
+    for reason, source in zip(reasons, rows["source"][:], strict=True):
+        if reason:
+            tallies[source].unused[reason] += 1
+    kept = rows.select([number for number, reason in enumerate(reasons) if not reason])
+    report["cut"][f"cut to {lengths.flag}"] += sum(kept["cut"]) if len(kept) else 0
     return kept.remove_columns(["cut", "prompt_cut", DISCARDED])
 
 
 def _sample(text: str) -> Sample:
     record = json.loads(text)
-    return Sample(tuple(record["messages"]), record["chosen"], record["rejected"])
+    return Sample(**{**record, "messages": tuple(record["messages"])})
 
 
-def _cache_key(data: RawData, form: ChatFormat, lengths: Lengths, variant: dict[str, Any]) -> str:
+def _cache_key(
+    sources: Sequence[Source], split: Split, form: ChatFormat, lengths: Lengths,
+    variant: dict[str, Any],
+) -> str:
     """A hash of everything that decides the result, the code that makes it included."""
     digest = hashlib.sha256()
-    for module in (chat_template, collators, raw_datasets, tokenizer):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
     backend = form.tokenizer.backend_tokenizer.to_str() if form.tokenizer.is_fast else None
     settings = {
+        "libraries": [tokenizers.__version__, transformers.__version__],
         "vocabulary": backend or sorted(form.tokenizer.get_vocab().items()),
         "template": form.tokenizer.chat_template,
         "special": [form.tokenizer.bos_token_id, form.eos_id, form.pad_id],
         "lengths": asdict(lengths),
+        "split": asdict(split),
         "variant": variant,
-        "counted_out": data.counted_out,
+        "data": [[source.label, source.name, source.share, source.whole, source.rows.fingerprint()]
+                 for source in sources],
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    for samples in (data.train, data.held_out):
-        for sample in samples:
-            digest.update(json.dumps(asdict(sample), sort_keys=True).encode())
-        digest.update(b"\0")
     return digest.hexdigest()[:24]

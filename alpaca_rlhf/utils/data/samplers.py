@@ -1,6 +1,7 @@
 """Which rows form which batch on which rank: the same number of batches on every rank."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -9,6 +10,32 @@ def shuffled(n: int, seed: int, epoch: int) -> list[int]:
     """The indices 0 … n-1 in an order fixed by seed and epoch, the same on every rank."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator).tolist()
+
+
+def length_grouped(
+    lengths: Sequence[int], size: int, seed: int, epoch: int, pool: int = 50
+) -> list[int]:
+    """The indices of all rows, so that every `size` in turn are a batch of like lengths.
+
+    The rows are shuffled, sorted by length within pools of `pool` batches, cut into batches, and
+    the batches are shuffled. A function of its arguments alone, so that a run that is resumed, or
+    that has another number of ranks for the same global batch, goes on in the same order.
+
+    Args:
+        lengths: tokens of each row.
+        size: rows of a global batch.
+        seed, epoch: of the shuffling.
+        pool: batches that are sorted together; more of them pad less and mix less.
+    """
+    order = shuffled(len(lengths), seed, epoch)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool * size):
+        rows = sorted(order[start : start + pool * size], key=lengths.__getitem__)
+        batches += [rows[at : at + size] for at in range(0, len(rows), size)]
+    # A batch that is not full stays last: what reads the order cuts it into full ones.
+    full = len(order) // size
+    places = [*shuffled(full, seed + 1, epoch), *range(full, len(batches))]
+    return [row for place in places for row in batches[place]]
 
 
 def rank_batches(

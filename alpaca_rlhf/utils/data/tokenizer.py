@@ -6,23 +6,37 @@ scores are the same. eos is appended as an id, never as text, and pad is never e
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.errors import UserError
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# {"role": "system" | "user" | "assistant", "content": text}; see `samples.Sample` for two more.
+Message = dict[str, str]
 
 _PAD = "<pad>"
 _PROBE = "probe"
+# Stands for a reply while a dialogue is rendered; what is between two of them is not a reply.
+_REPLY = "\u27e6alpaca-rlhf reply\u27e7"
+# In tokenizer_config.json: which --chat_template the model was trained with.
+_TEMPLATE_NAME = "chat_template_name"
+
+
+class TemplateRefusal(UserError):
+    """A dialogue that the chat template does not render, or not with its replies as they are."""
 
 
 class ChatFormat:
     """Turns messages and replies into ids with a tokenizer whose chat template is set.
+
+    A dialogue is a list of segments: what stands before a reply, the reply and its eos, what stands
+    before the next, and so on. Each is encoded by itself, in a place like its own.
 
     Raises:
         UserError: the template's end of an assistant's turn is not the single token eos, or its
@@ -56,48 +70,116 @@ class ChatFormat:
         # Sentencepiece puts a space before whatever it is given first, so a reply is encoded
         # behind the end of the prompt, and the ids of that end are cut off again.
         self._anchor = prompt.rstrip("\n").rsplit("\n", 1)[-1] + prompt[len(prompt.rstrip("\n")) :]
-        self._anchor_ids = self._encode(self._anchor)
+        self._anchor_ids = self._encode([self._anchor])[0]
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The text of a dialogue that the assistant is to go on with.
 
         Raises:
-            UserError: the template refuses the dialogue, as some do when roles do not alternate.
+            TemplateRefusal: as some templates do when roles do not alternate.
         """
-        cleaned = [{**m, "content": self._without_specials(m["content"])} for m in messages]
+        cleaned = [
+            {name: self._without_specials(text) for name, text in m.items()} for m in messages
+        ]
         try:
             return self.tokenizer.apply_chat_template(
                 cleaned, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
-            raise UserError(
+            raise TemplateRefusal(
                 f"--chat_template tokenizer: the template refuses a dialogue of {len(messages)} "
                 f"turns ({' '.join(str(error).split())}); choose human_assistant"
             ) from error
 
+    def segments(self, dialogues: Sequence[Sequence[Message]]) -> list[list[list[int]]]:
+        """Ids of dialogues up to where the next reply begins: context, reply, context, …
+
+        The even segments are contexts (bos included, the last one ends with the generation prompt),
+        the odd ones the assistant's earlier replies with their eos. A dialogue that the template
+        refuses has no segments at all.
+        """
+        contexts = [self._contexts(messages) for messages in dialogues]
+        # Behind the first, a context follows an eos: it is encoded behind one, which is cut off.
+        first = self._encode([texts[0] for texts in contexts if texts])
+        later = self._encode(
+            [self.tokenizer.eos_token + text for texts in contexts for text in texts[1:]]
+        )
+        replies = self.responses(
+            m["content"] for messages, texts in zip(dialogues, contexts, strict=True) if texts
+            for m in messages if m["role"] == "assistant"
+        )
+        beginnings, rest = iter(first), iter(zip(replies, later, strict=True))
+        made = []
+        for texts in contexts:
+            found = [next(beginnings)] if texts else []
+            for reply, (_, *context) in islice(rest, max(0, len(texts) - 1)):
+                found += [reply, context]
+            made.append(found)
+        return made
+
+    def _contexts(self, messages: Sequence[Message]) -> list[str]:
+        """What stands before the replies of a dialogue; nothing when the template refuses it."""
+        hidden = [
+            {**m, "content": _REPLY} if m["role"] == "assistant" else m for m in messages
+        ]
+        try:
+            parts = self.prompt_text(hidden).split(_REPLY)
+        except TemplateRefusal:
+            return []
+        eos, separator = self.tokenizer.eos_token, self._separator
+        told = sum(m["role"] == "assistant" for m in messages)
+        if len(parts) != told + 1 or not (
+            all(part.endswith(separator) for part in parts[:-1])
+            and all(part.startswith(eos) for part in parts[1:])
+        ):
+            return []
+        parts = [parts[0], *(part[len(eos) :] for part in parts[1:])]
+        return [*(part[: len(part) - len(separator)] for part in parts[:-1]), parts[-1]]
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a dialogue up to the place where the assistant's reply begins (bos included)."""
-        return self._encode(self.prompt_text(messages))
+        """Ids of a dialogue up to the place where the assistant's reply begins (bos included).
+
+        Raises:
+            TemplateRefusal: the template does not render it.
+        """
+        (segments,) = self.segments([messages])
+        if not segments:
+            self.prompt_text(messages)  # says why
+            raise TemplateRefusal(
+                f"--chat_template tokenizer: the template changes the replies of a dialogue of "
+                f"{len(messages)} turns; choose human_assistant"
+            )
+        return list(chain.from_iterable(segments))
+
+    def responses(self, texts: Iterable[str]) -> list[list[int]]:
+        """Ids of replies, eos last."""
+        replies = [self._separator + self._without_specials(text).strip() for text in texts]
+        n = len(self._anchor_ids)
+        made = self._encode([self._anchor + reply for reply in replies])
+        for i, ids in enumerate(made):
+            # A tokenizer that merges across the border gives the reply on its own instead.
+            whole = ids[:n] == self._anchor_ids
+            made[i] = [*(ids[n:] if whole else self._encode([replies[i]])[0]), self.eos_id]
+        return made
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of a reply, eos last."""
-        reply = self._separator + self._without_specials(text).strip()
-        ids = self._encode(self._anchor + reply)
-        n = len(self._anchor_ids)
-        # A tokenizer that merges across the border gives the reply on its own instead.
-        ids = ids[n:] if ids[:n] == self._anchor_ids else self._encode(reply)
-        return [*ids, self.eos_id]
+        return self.responses([text])[0]
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text, that of no dialogue, eos last."""
-        return [*self._encode(self._without_specials(text)), self.eos_id]
+        return [*self._encode([self._without_specials(text)])[0], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
 
     def _without_specials(self, text: str) -> str:
         """`text` with the spelled-out special tokens taken out: they would become real ones."""
@@ -108,17 +190,20 @@ class ChatFormat:
 
 
 def load_tokenizer(
-    path: str, template: str = "human_assistant", trust_remote_code: bool = False
+    path: str, template: str | None = None, trust_remote_code: bool = False, fixed: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer, with eos and a pad of its own and the chat template set.
 
     Args:
         path: hub id or folder.
-        template: a key of `chat_template.TEMPLATES`, or "tokenizer" for the one it came with.
+        template: a key of `chat_template.TEMPLATES`, or "tokenizer" for the one it came with; None
+            is the one that an earlier step saved with the model, and human_assistant if none did.
         trust_remote_code: allow the code of the repository to run.
+        fixed: whether the model must keep the template it was trained with.
 
     Raises:
-        UserError: no tokenizer there, no usable eos, or no template of its own when asked for.
+        UserError: no tokenizer there, no usable eos, no template of its own when asked for, tokens
+            of the template that the tokenizer lacks, or another template when `fixed`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -128,20 +213,56 @@ def load_tokenizer(
         raise UserError(f"no tokenizer can be loaded from {path}: {reason}; {remedy}") from error
     if not tokenizer.eos_token or tokenizer.eos_token_id == tokenizer.unk_token_id:
         raise UserError(f"{path}: the tokenizer has no eos token; set eos_token in its config")
+    _set_template(tokenizer, path, template, fixed)
     if not tokenizer.pad_token or tokenizer.pad_token_id == tokenizer.eos_token_id:
         _give_pad(tokenizer)
-    if template == chat_template.OWN_TEMPLATE:
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"--chat_template tokenizer: the tokenizer of {path} has none; "
-                f"choose one of {', '.join(chat_template.TEMPLATES)}"
-            )
-    else:
-        adds_bos = tokenizer.bos_token_id is not None and (
-            tokenizer.encode(_PROBE)[:1] == [tokenizer.bos_token_id]
-        )
-        tokenizer.chat_template = chat_template.jinja(template, adds_bos)
     return tokenizer
+
+
+def _set_template(
+    tokenizer: PreTrainedTokenizerBase, path: str, wanted: str | None, fixed: bool
+) -> None:
+    saved = tokenizer.init_kwargs.get(_TEMPLATE_NAME) or (
+        chat_template.name_of(tokenizer.chat_template or "")
+    )
+    name = wanted or saved or chat_template.DEFAULT
+    if name == chat_template.OWN_TEMPLATE and not tokenizer.chat_template:
+        raise UserError(
+            f"--chat_template tokenizer: the tokenizer of {path} has none; "
+            f"choose one of {', '.join(chat_template.TEMPLATES)}"
+        )
+    if saved and name not in (saved, chat_template.OWN_TEMPLATE):
+        if fixed:
+            raise UserError(
+                f"--chat_template {name}: {path} was trained with {saved}; remove the flag"
+            )
+        distributed.say(
+            f"--chat_template {name}: {path} was trained with {saved}; from here on it is {name}"
+        )
+    if name in (saved, chat_template.OWN_TEMPLATE):
+        tokenizer.init_kwargs[_TEMPLATE_NAME] = saved or name
+        return
+    if name == "chatml":
+        _take_chatml_tokens(tokenizer, path)
+    adds_bos = tokenizer.bos_token_id is not None and (
+        tokenizer.encode(_PROBE)[:1] == [tokenizer.bos_token_id]
+    )
+    tokenizer.chat_template = chat_template.jinja(name, adds_bos)
+    tokenizer.init_kwargs[_TEMPLATE_NAME] = name
+
+
+def _take_chatml_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Make <|im_end|> eos. Tokens are not added: an adapter would never train their weights."""
+    missing = [t for t in chat_template.CHATML_TOKENS if t not in tokenizer.get_vocab()]
+    if missing:
+        raise UserError(
+            f"--chat_template chatml: the tokenizer of {path} has no {' and no '.join(missing)}; "
+            "choose another template, or a model that has them"
+        )
+    end = chat_template.CHATML_TOKENS[1]
+    if tokenizer.eos_token != end:
+        tokenizer.eos_token = end
+        distributed.say(f"--chat_template chatml: {end} is eos from here on")
 
 
 def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:

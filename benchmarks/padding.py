@@ -1,0 +1,79 @@
+"""What share of the tokens of a batch is padding, for the orders that a run might take.
+
+    python benchmarks/padding.py PAIRS.jsonl.gz [--batch_size 8] [--tokenizer FOLDER] [--step 1]
+
+Prints it for batches of like lengths (what steps 1 and 2 do), for plain shuffling, and for rows
+padded to `--max_seq_len`, each over an epoch of all rows of the file; and for batches of one row,
+below which no order can go: the two sequences of a pair are of unlike length by themselves.
+"""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from alpaca_rlhf.utils.data import preprocessing, raw_datasets, samplers, tokenizer
+from alpaca_rlhf.utils.data.splitting import Split
+from alpaca_rlhf.utils.model import tiny_llama
+
+ENCODERS = {1: preprocessing.encode_replies, 2: preprocessing.encode_pairs}
+
+
+def main() -> None:
+    """Prepare the rows, print a table."""
+    args = parse()
+    print("| step | rows | tokens | of like length | shuffled | padded to the maximum "
+          "| one by one |\n| --- | --- | --- | --- | --- | --- | --- |")
+    for step in args.step:
+        rows = sequences(args, step)
+        lengths = [max(row) for row in rows]
+        orders = [
+            samplers.length_grouped(lengths, args.batch_size, args.seed, epoch=0),
+            samplers.shuffled(len(rows), args.seed, epoch=0),
+        ]
+        shares = [padding(rows, order, args.batch_size, None) for order in orders]
+        shares.append(padding(rows, orders[1], args.batch_size, args.max_seq_len))
+        shares.append(padding(rows, orders[1], 1, None))
+        shown = " | ".join(f"{share:.1%}" for share in shares)
+        print(f"| {step} | {len(rows):,} | {sum(map(sum, rows)):,} | {shown} |", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data_path", nargs="+")
+    parser.add_argument("--step", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_seq_len", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--tokenizer", help="folder (default: the embedded tiny LLaMA's)")
+    return parser.parse_args()
+
+
+def sequences(args: argparse.Namespace, step: int) -> list[list[int]]:
+    """For each row, the lengths of its sequences: one, or the two of a pair."""
+    path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(preprocessing.cache_home(None)))
+    form = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))
+    lengths = preprocessing.Lengths.of_sequence(args.max_seq_len, "truncate")
+    shares = (float(step == 1), float(step == 2), 0.0)
+    with tempfile.TemporaryDirectory() as cache:
+        train = preprocessing.prepare(
+            raw_datasets.open_sources(args.data_path), Split(step, shares, args.seed),
+            partial(ENCODERS[step], form=form, lengths=lengths), form, lengths, Path(cache), {},
+        ).train
+        columns = ["input_ids"] if step == 1 else ["chosen_ids", "rejected_ids"]
+        return [[len(row[column]) for column in columns] for row in train]
+
+
+def padding(rows: list[list[int]], order: list[int], size: int, longest: int | None) -> float:
+    """The share of pads among all tokens of an epoch; `longest` pads every row to that."""
+    real = total = 0
+    for batch in samplers.rank_batches(order, size, rank=0, world_size=1):
+        lengths = [length for row in batch for length in rows[row]]
+        real += sum(lengths)
+        total += len(lengths) * (longest or max(lengths))
+    return 1 - real / total
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""How long it takes to prepare 100,000 preference rows, at the first start and at the second.
+
+    python benchmarks/preprocessing.py [--rows 100000] [--like PAIRS.jsonl.gz] [--tokenizer FOLDER]
+
+The rows are those of `--like` over and over, each made a prompt of its own by a number (without it,
+the embedded data set's). Each start is a process of its own, as a step would be; "start" is what
+any step spends before it reads data (imports, the tokenizer), "preparation" is the rest. Memory is
+that of all processes together, pages they share counted once, sampled ten times a second.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+import psutil
+
+
+def main() -> None:
+    """Write the rows, start twice, print a table."""
+    args = parse()
+    if args.child:
+        prepare(args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.jsonl"
+        write_rows(data, args.rows, args.like)
+        size = data.stat().st_size / 1e6
+        print(f"{args.rows:,} rows, {size:,.0f} MB, on {len(psutil.Process().cpu_affinity())} "
+              "cores")
+        print("| | start | preparation | rows a second | peak memory |\n| --- | --- | --- | --- | "
+              "--- |")
+        for name in ("first start", "second start"):
+            found, peak = run_child(args, data, Path(folder) / "cache")
+            speed = args.rows / found["preparation"]
+            print(f"| {name} | {found['start']:.1f} s | {found['preparation']:.1f} s | "
+                  f"{speed:,.0f} | {peak / 1e9:.2f} GB |", flush=True)
+        print(found["report"])
+
+
+def parse() -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--like", type=Path, help="a file of preference rows to repeat")
+    parser.add_argument("--tokenizer", help="folder (default: the embedded tiny LLaMA's)")
+    parser.add_argument("--max_seq_len", type=int, default=512)
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_rows(path: Path, count: int, like: Path | None) -> None:
+    """Prompts, chosen and rejected replies, one row a line."""
+    from alpaca_rlhf.utils.data.raw_datasets import Tally, open_sources
+
+    def samples() -> Iterator:
+        sources = open_sources([str(like)] if like else [])
+        return sources[0].samples("train", Tally())
+
+    with path.open("w") as file:
+        for number, sample in enumerate(islice(cycle(samples()), count)):
+            first, *more = sample.messages
+            first = {**first, "content": f"{number}. {first['content']}"}
+            row = {"prompt": [first, *more], "chosen": sample.chosen, "rejected": sample.rejected}
+            file.write(json.dumps(row) + "\n")
+
+
+def run_child(args: argparse.Namespace, data: Path, cache: Path) -> tuple[dict, float]:
+    """What a process found, and the most memory that it and its own held."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", str(data), str(cache)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, memory(process.pid))
+        time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    assert process.stdout is not None, "it is a pipe"
+    return json.loads(process.stdout.read().splitlines()[-1]), peak
+
+
+def memory(pid: int) -> float:
+    """Bytes held by a process and its children, shared pages divided among those who share."""
+    total = 0.0
+    try:
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            total += process.memory_full_info().pss
+    except psutil.Error:  # one of them has just ended
+        pass
+    return total
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """In a process of its own: prepare all rows for step 2, and print what it took."""
+    from alpaca_rlhf.utils.data import preprocessing, raw_datasets, tokenizer
+    from alpaca_rlhf.utils.data.splitting import Split
+    from alpaca_rlhf.utils.model import tiny_llama
+
+    path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(preprocessing.cache_home(None)))
+    form = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))
+    started = time.time()
+    data, cache = args.child
+    lengths = preprocessing.Lengths.of_sequence(args.max_seq_len, "truncate")
+    prepared = preprocessing.prepare(
+        raw_datasets.open_sources([data]), Split(2, (0.0, 1.0, 0.0), 1234),
+        partial(preprocessing.encode_pairs, form=form, lengths=lengths), form, lengths,
+        Path(cache), {}, args.workers,
+    )
+    found = {
+        "start": started - psutil.Process().create_time(),
+        "preparation": time.time() - started, "report": prepared.describe(),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
