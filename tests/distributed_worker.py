@@ -121,7 +121,7 @@ def iterations(
     before, tokens, records = snapshot(engine.actor.module), [], []
     for number in range(2):
         prompts = of_this_rank(small.prompts(8))
-        scored = maker.score(maker.generate([prompts])[0])
+        scored = maker.score(maker.generate(prompts))
         experience, metrics = make_experience(
             scored, ScoreNormalizer("none"), small.reward_settings(), kl_coef=0.05
         )
@@ -282,7 +282,7 @@ def over_ranks(small: Small, experience: Experience) -> dict[str, Any]:
     rank = distributed.rank()
     engine = ending_often(small.roles(0, 4), small)
     maker = small.maker(engine)
-    scored = maker.score(maker.generate([small.prompts(4)])[0])
+    scored = maker.score(maker.generate(small.prompts(4)))
     made, metrics = make_experience(
         scored, ScoreNormalizer("reference"), small.reward_settings(), kl_coef=0.05
     )

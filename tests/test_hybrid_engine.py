@@ -83,7 +83,7 @@ def test_sampled_replies_are_the_same_with_and_without_the_hybrid_engine(small, 
         eos_ids = torch.tensor([small.tokenizer.eos_token_id])
 
     drawn = [
-        small.maker(Roles(), hybrid=hybrid, tokens=10).generate([small.prompts(4)])[0]
+        small.maker(Roles(), hybrid=hybrid, tokens=10).generate(small.prompts(4))
         for hybrid in (False, True)
     ]
     assert drawn[0].input_ids.equal(drawn[1].input_ids)
