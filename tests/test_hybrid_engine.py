@@ -198,7 +198,7 @@ def test_it_is_known_where_the_time_goes(small, engine):
     assert all(seconds > 0 for seconds in hybrid.seconds.values())
 
 
-# ------------------------------------------------------------------- DeepSpeed's backend, a stand-in
+# ------------------------------------------------------------------- DeepSpeed, by a stand-in
 
 
 @pytest.fixture(scope="module")
