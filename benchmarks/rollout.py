@@ -16,7 +16,6 @@ leaving generation mode.
 
 import argparse
 import contextlib
-import json
 import os
 import socket
 import statistics
@@ -99,16 +98,17 @@ def parser() -> argparse.ArgumentParser:
 def build(model: str, stage: int, lora_dim: int) -> tuple[Engine, ChatFormat]:
     """The actor as step 3 has it."""
     tokenizer = load_tokenizer(model)
-    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as overrides:
-        # As in a large model, no weight is too small to be gathered.
-        json.dump({"zero_optimization": {"stage3_param_persistence_threshold": 0}}, overrides)
-    settings = ModelSettings(
-        LoadOptions(), stage, False, overrides.name, 1e-5, 1e-4, 0.0, lora_dim, None, 0.0, None,
-        "--lora_module_name", lora_dim > 0,
-    )
     schedule = Schedule(1, 1, "constant", 0, 1)
     load = partial(load_causal_lm, model, tokenizer)
-    return build_trained(settings, schedule, load)[0], ChatFormat(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        # As in a large model, no weight is too small to be gathered.
+        overrides = Path(folder) / "overrides.json"
+        overrides.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+        settings = ModelSettings(
+            LoadOptions(), stage, False, str(overrides), 1e-5, 1e-4, 0.0, lora_dim, None, 0.0,
+            None, "--lora_module_name", lora_dim > 0,
+        )
+        return build_trained(settings, schedule, load)[0], ChatFormat(tokenizer)
 
 
 def some_prompts(form: ChatFormat, count: int) -> PromptBatch:

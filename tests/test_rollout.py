@@ -12,7 +12,9 @@ from torch.testing import assert_close
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Rollout, ScoredRollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
+    RolloutMaker,
     ScoreNormalizer,
+    length_groups,
     load_reward_function,
     make_experience,
 )
@@ -314,6 +316,47 @@ def test_pads_that_happen_to_be_eos_do_not_count_as_an_end(small, engine):
     ids[:, -rollout.response_length] = 1  # and one that does not
     mask = torch.cat([rollout.attention_mask[:, : -rollout.response_length], cut], dim=-1)
     assert not maker.score(Rollout(ids, mask, cut, cut * 0.0)).has_eos.any()
+
+
+def test_rows_are_scored_in_groups_of_like_length_and_of_so_many_tokens():
+    assert length_groups([3, 8, 1, 4, 3], [1, 1, 1, 1, 1], tokens=10) == [[1], [3, 0], [4, 2]]
+    assert length_groups([3, 8, 1], [1, 1, 1], tokens=1) == [[1], [0], [2]]
+    # 5 + 5 columns of two rows: their padding counts.
+    assert length_groups([5, 1], [1, 5], tokens=20) == [[0, 1]]
+    assert length_groups([5, 1], [1, 5], tokens=19) == [[0], [1]]
+
+
+def test_groups_change_nothing_but_the_memory(small, engine, monkeypatch):
+    maker, sizes, right = small.maker(engine, tokens=8), [], RolloutMaker._score_group
+    rollout = maker.generate(small.prompts(8))
+    monkeypatch.setattr(
+        RolloutMaker, "_score_group",
+        lambda self, part: sizes.append(part.input_ids.numel()) or right(self, part),
+    )
+    grouped = maker.score(rollout)
+    maker._scoring_tokens = 10_000
+    together = maker.score(rollout)
+    assert len(sizes) > 3
+    assert max(sizes[:-1]) <= 60
+    assert sizes[-1] == rollout.input_ids.numel()
+    for field in dataclasses.fields(ScoredRollout):
+        given, expected = getattr(grouped, field.name), getattr(together, field.name)
+        assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_with_fewer_groups_keeps_step_and_counts_none_twice(small, engine, monkeypatch):
+    maker = small.maker(engine, tokens=8)
+    rollout = maker.generate(small.prompts(8))
+    expected, passes = maker.score(rollout), []
+    monkeypatch.setattr(
+        "alpaca_rlhf.utils.distributed.max_over_ranks", lambda most: torch.tensor(11.0)
+    )
+    hook = engine.critic.register_forward_pre_hook(lambda *_: passes.append(1))
+    scored = maker.score(rollout)
+    hook.remove()
+    assert len(passes) == 2 * 11  # values, and scores with the adapter off
+    for field in dataclasses.fields(ScoredRollout):
+        assert getattr(scored, field.name).equal(getattr(expected, field.name))
 
 
 # ------------------------------------------------------------------- a function for a reward

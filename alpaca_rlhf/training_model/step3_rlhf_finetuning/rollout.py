@@ -114,8 +114,9 @@ class RolloutMaker:
         precision that sums in another order do not have (docs/hybrid_engine.md).
         """
         self.engine.train(False)
-        lengths = rollout.attention_mask.sum(-1).tolist()
-        groups = length_groups(lengths, self._scoring_tokens)
+        responses = rollout.response_mask.sum(-1)
+        prompts = rollout.attention_mask.sum(-1) - responses
+        groups = length_groups(prompts.tolist(), responses.tolist(), self._scoring_tokens)
         # Under ZeRO-3 each forward pass is a collective: a rank with fewer groups repeats its last.
         most = torch.tensor(float(len(groups)), device=rollout.input_ids.device)
         turns = int(distributed.max_over_ranks(most).item())
@@ -176,16 +177,24 @@ class RolloutMaker:
         return prompts, replies
 
 
-def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+def length_groups(
+    prompts: Sequence[int], responses: Sequence[int], tokens: int
+) -> list[list[int]]:
     """Rows of like length together, the longest first, so many tokens a group, padding included.
 
-    A row that is longer than that is a group of its own.
+    Prompts are padded to the longest on the left and responses on the right. A row that is longer
+    than `tokens` is a group of its own.
     """
     groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens:
-            groups.append([])
-        groups[-1].append(row)
+    widths = 0, 0
+    for row in sorted(range(len(prompts)), key=lambda i: -(prompts[i] + responses[i])):
+        wider = max(widths[0], prompts[row]), max(widths[1], responses[row])
+        if groups and (len(groups[-1]) + 1) * sum(wider) <= tokens:
+            groups[-1].append(row)
+            widths = wider
+        else:
+            groups.append([row])
+            widths = prompts[row], responses[row]
     return groups
 
 
