@@ -132,9 +132,11 @@ def test_the_packed_step_decodes_only_where_the_hybrid_engine_is_enabled(
     )
     plain = generated(HybridEngine(engine, enabled=False, slots=3), small)
     steps, by_forward[:] = len(by_forward), []
-    packed = generated(HybridEngine(engine, enabled=True, slots=3), small)
+    hybrid = HybridEngine(engine, enabled=True, slots=3)
+    packed = generated(hybrid, small)
     assert steps > 5
     assert by_forward == []
+    assert hybrid._decoder.step is None, "the packed copy outlives its visit"
     assert packed.input_ids.equal(plain.input_ids)
     torch.testing.assert_close(packed.logprobs, plain.logprobs, rtol=0, atol=1e-5)
 
