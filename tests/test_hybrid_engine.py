@@ -9,7 +9,7 @@ from conftest import moved, snapshot
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import deepspeed_backend
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import _built_actor
-from alpaca_rlhf.utils.model import decoding, lora
+from alpaca_rlhf.utils.model import decoding, llama_step, lora
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
 from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.llama_step import LlamaStep
@@ -126,6 +126,7 @@ def test_the_packed_step_decodes_only_where_the_hybrid_engine_is_enabled(
     small, engine, monkeypatch
 ):
     """And with the adapter folded in it writes what the forward pass with the adapter writes."""
+    monkeypatch.setattr(llama_step, "PACKED_FROM", 0)
     by_forward, right = [], decoding.forward_step
     monkeypatch.setattr(
         decoding, "forward_step", lambda *given: by_forward.append(1) or right(*given)

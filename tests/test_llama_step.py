@@ -15,12 +15,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from alpaca_rlhf.utils.model import llama_step
 from alpaca_rlhf.utils.model.llama_step import LlamaStep, agrees
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
 }
+
+
+@pytest.fixture(autouse=True, params=["packed", "as they are"])
+def smallest_weight_that_is_packed(request, monkeypatch):
+    """The weights of the models here are far below what is packed otherwise."""
+    if request.param == "packed":
+        monkeypatch.setattr(llama_step, "PACKED_FROM", 0)
 
 
 def llama(small, **changes):
@@ -100,8 +108,9 @@ def test_parts_of_the_same_names_that_mean_something_else_are_noticed(small, mis
     assert not agrees(model, step)
 
 
-def test_the_packed_weights_are_a_copy(small):
+def test_the_packed_weights_are_a_copy(small, monkeypatch):
     """What an update changes later shows in the next visit to generation mode, not in this one."""
+    monkeypatch.setattr(llama_step, "PACKED_FROM", 0)
     model = made(llama, small)
     before = {name: p.clone() for name, p in model.named_parameters()}
     step = LlamaStep(model, 4)

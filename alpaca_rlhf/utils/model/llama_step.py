@@ -25,6 +25,7 @@ from alpaca_rlhf.utils.model.slot_cache import SlotCache
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PACKED_FROM = 2**18  # numbers of a weight; calling oneDNN takes longer than a smaller one gains
 AGREEMENT = 1e-4  # of logits, relative to the largest: fp32 in another order of summation
 
 
@@ -34,7 +35,10 @@ class _Product:
     def __init__(self, layers: Sequence[Any], rows: int) -> None:
         weights = [layer.weight for layer in layers]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self._packed = weight.numel() >= PACKED_FROM
+        if self._packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self._weight = weight
         biases = [
             torch.zeros(len(w)) if layer.bias is None else layer.bias
             for layer, w in zip(layers, weights, strict=True)
@@ -42,6 +46,8 @@ class _Product:
         self._bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not self._packed:
+            return F.linear(x, self._weight, self._bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
 
