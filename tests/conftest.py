@@ -170,8 +170,8 @@ class Small:
         from alpaca_rlhf.utils.model.decoding import SamplingConfig
 
         return RolloutMaker(
-            engine, HybridEngine(engine.actor, hybrid), self.form,
-            SamplingConfig(tokens, temperature), seed, reward_function,
+            engine, HybridEngine(engine.actor, hybrid, slots=3), self.form,
+            SamplingConfig(tokens, temperature), seed, 60, reward_function,
         )
 
     def prompts(self, count: int = 4) -> Any:
@@ -195,7 +195,7 @@ class Small:
             make_experience,
         )
 
-        scored = maker.score(maker.generate([self.prompts(count)])[0])
+        scored = maker.score(maker.generate(self.prompts(count)))
         return make_experience(
             scored, ScoreNormalizer("none"), self.reward_settings(), kl_coef
         )

@@ -15,9 +15,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from conftest import Small, moved, snapshot
 
@@ -31,10 +33,17 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     make_experience,
 )
 from alpaca_rlhf.utils import checkpoint, distributed, training_loop
-from alpaca_rlhf.utils.data import samplers
-from alpaca_rlhf.utils.data.collators import PromptBatch, collate_pairs, collate_tokens, pad
+from alpaca_rlhf.utils.data import assistant_world, samplers
+from alpaca_rlhf.utils.data.collators import (
+    PromptBatch,
+    collate_pairs,
+    collate_prompts,
+    collate_tokens,
+    pad,
+)
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
+from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.ema import Ema
 
 STAGES = (0, 1, 2, 3)
@@ -116,12 +125,12 @@ def iterations(
 ) -> dict[str, Any]:
     """Two rounds of rollout, experience and update."""
     engine = ending_often(small.roles(stage, lora_rank, **PLAIN), small)
-    maker = small.maker(engine, hybrid=hybrid, tokens=5)
+    maker = small.maker(engine, hybrid=hybrid, tokens=8)
     trainer = PPOTrainer(engine, small.ppo(micro_batch_size=2, accumulation_steps=2))
     before, tokens, records = snapshot(engine.actor.module), [], []
     for number in range(2):
         prompts = of_this_rank(small.prompts(8))
-        scored = maker.score(maker.generate([prompts])[0])
+        scored = maker.score(maker.generate(prompts))
         experience, metrics = make_experience(
             scored, ScoreNormalizer("none"), small.reward_settings(), kl_coef=0.05
         )
@@ -181,6 +190,38 @@ def gathering(small: Small) -> dict[str, Any]:
             "folded": any(layer.merged for layer in lora.lora_layers(model)),
         }
     return record
+
+
+def greedy_replies(small: Small, stage: int, unpin: bool, lora_rank: int) -> dict[str, Any]:
+    """This rank's half of 200 prompts; the ranks' replies are of very unlike length."""
+    engine = small.trained("actor", stage, lora_rank)
+    torch.manual_seed(5)
+    for name, parameter in engine.module.named_parameters():
+        if "lora_B" in name:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if parameter.numel():
+                    torch.nn.init.normal_(parameter, std=0.2)
+    texts = [messages for messages, _ in islice(assistant_world.pretraining_texts(3), 200)]
+    mine = texts[distributed.rank() :: distributed.world_size()]
+    prompts = collate_prompts(
+        [{"prompt_ids": small.form.prompt_ids(messages)[-60:]} for messages in mine], 3
+    )
+    # On rank 0 nearly every reply ends at once; on rank 1 few do.
+    often = 2 if distributed.rank() == 0 else 40
+    hybrid = HybridEngine(engine, enabled=True, slots=16, unpin=unpin)
+    before = snapshot(engine.module)
+    batch = hybrid.generate(
+        RolloutRequest(prompts.input_ids, prompts.attention_mask), SamplingConfig(12, 0),
+        torch.arange(0, len(small.tokenizer), often), 3,
+    )
+    kept = batch.response_mask.bool()
+    tokens = batch.input_ids[:, -kept.shape[1] :]
+    return {
+        "in_step": hybrid.decodes_in_step, "unmoved": not moved(before, engine.module),
+        "replies": distributed.gather_rows(
+            [[row[mask].tolist() for row, mask in zip(tokens, kept, strict=True)]]
+        ),
+    }
 
 
 # ------------------------------------------------------------------- exports, averages, the rest
@@ -282,7 +323,7 @@ def over_ranks(small: Small, experience: Experience) -> dict[str, Any]:
     rank = distributed.rank()
     engine = ending_often(small.roles(0, 4), small)
     maker = small.maker(engine)
-    scored = maker.score(maker.generate([small.prompts(4)])[0])
+    scored = maker.score(maker.generate(small.prompts(4)))
     made, metrics = make_experience(
         scored, ScoreNormalizer("reference"), small.reward_settings(), kl_coef=0.05
     )
@@ -302,6 +343,11 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
     experience = Experience(**torch.load(folder / "experience.pt"))
     assert {f.name for f in fields(Experience)} == set(vars(experience))
     made: dict[str, Callable[[], dict[str, Any]]] = {"gathering": partial(gathering, small)}
+    for stage, unpin in ((0, False), (3, False), (3, True)):
+        for rank in (0, 4):
+            made[f"greedy_{stage}_{unpin}_{rank}"] = partial(
+                greedy_replies, small, stage, unpin, rank
+            )
     for stage in STAGES:
         for rank in (0, 4):
             for role in ("actor", "critic") if rank == 0 or stage in (0, 3) else ():

@@ -573,3 +573,28 @@ def test_help_says_what_has_no_effect_or_is_not_available(flag, capsys, monkeypa
 def test_arguments_import_no_torch():
     code = "import sys, alpaca_rlhf.utils.arguments; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--unpin_actor_parameters", "--enable_hybrid_engine"],
+         "--unpin_actor_parameters has no effect: below ZeRO-3 nothing is gathered"),
+        (["--unpin_actor_parameters", "--actor_zero_stage", "3"],
+         "--unpin_actor_parameters has no effect: without --enable_hybrid_engine layers are "
+         "gathered one by one anyway"),
+        (["--hybrid_engine_backend", "deepspeed"],
+         "--hybrid_engine_backend deepspeed has no effect: without --enable_hybrid_engine no such "
+         "engine is used"),
+    ],
+)
+def test_a_flag_of_the_hybrid_engine_that_changes_nothing_is_noticed(flags, line):
+    assert line in notices(parse_step3([*MODELS, *flags]))
+
+
+def test_the_flags_of_the_hybrid_engine_go_together_without_a_notice():
+    given = ["--enable_hybrid_engine", "--unpin_actor_parameters", "--actor_zero_stage", "3",
+             "--hybrid_engine_backend", "deepspeed", "--repetition_penalty", "1.1"]
+    args = parse_step3([*MODELS, *given])
+    assert notices(args) == []
+    assert args.rollout.repetition_penalty == 1.1

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import distributed_worker as worker
@@ -18,6 +19,10 @@ import torch
 from conftest import Small
 from safetensors.torch import load_file
 from torch.testing import assert_close
+
+from alpaca_rlhf.utils import rl_math
+from alpaca_rlhf.utils.data import assistant_world
+from alpaca_rlhf.utils.data.collators import collate_prompts
 
 pytestmark = pytest.mark.timeout(600)
 STAGES = worker.STAGES
@@ -222,6 +227,49 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(results, stage
     assert record["skipped"]
     assert record["unmoved"]
     assert record["goes_on"]
+
+
+@pytest.fixture(scope="module")
+def by_transformers(alone):
+    """What `generate` makes of each rank's 100 prompts, with and without the adapter."""
+    made = {}
+    for rank in (0, 4):
+        torch.manual_seed(0)  # of the adapter, as in the worker
+        engine = alone.trained("actor", 0, rank)
+        torch.manual_seed(5)
+        for name, parameter in engine.module.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model = engine.module.eval()
+        texts = [messages for messages, _ in islice(assistant_world.pretraining_texts(3), 200)]
+        for number, often in ((0, 2), (1, 40)):
+            prompts = collate_prompts(
+                [{"prompt_ids": alone.form.prompt_ids(m)[-60:]} for m in texts[number::2]], 3
+            )
+            ends = torch.arange(0, len(alone.tokenizer), often)
+            tokens = model.generate(
+                input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,
+                do_sample=False, max_new_tokens=12, eos_token_id=ends.tolist(), pad_token_id=3,
+            )[:, prompts.input_ids.shape[1] :]
+            kept = rl_math.response_mask(tokens, ends).bool()
+            made[rank, number] = [
+                row[mask].tolist() for row, mask in zip(tokens, kept, strict=True)
+            ]
+    return made
+
+
+@pytest.mark.parametrize(("stage", "unpin"), [(0, False), (3, False), (3, True)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_200_prompts_on_two_ranks_get_the_tokens_that_transformers_gives(
+    results, by_transformers, stage, unpin, rank
+):
+    """Also where weights are gathered layer by layer and one rank is done long before the other."""
+    record = results[f"greedy_{stage}_{unpin}_{rank}"]
+    assert record["in_step"] is unpin
+    assert record["unmoved"]
+    assert record["replies"] == [by_transformers[rank, number] for number in (0, 1)]
+    short, long = (sum(map(len, replies)) for replies in record["replies"])
+    assert 2 * short < long
 
 
 # ------------------------------------------------------------------- what is said over ranks

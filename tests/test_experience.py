@@ -16,7 +16,7 @@ def rollout(prompts, responses):
     ids = torch.tensor(ids)
     mask = torch.tensor([[1] * len(b) + [0] * (r - len(b)) for b in responses])
     prompt_mask = torch.tensor([[0] * (p - len(a)) + [1] * len(a) for a in prompts])
-    return Rollout(ids, torch.cat([prompt_mask, mask], dim=-1), mask)
+    return Rollout(ids, torch.cat([prompt_mask, mask], dim=-1), mask, mask / 8)
 
 
 def experience(base):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import small_config
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import alpaca_rlhf
@@ -112,7 +112,8 @@ def test_rewards_advantages_and_whitening(fake):
     [SamplingConfig(4), SamplingConfig(4, temperature=0), SamplingConfig(4, 0.7, 0.9, 20)],
 )
 def test_sampling(fake, sampling):
-    token = decoding.sample(floats(B, V), sampling, None)
+    uniform = torch.rand(B, dtype=torch.float64, device=GPU)
+    token = decoding.sample(floats(B, V), sampling, uniform, ids(B, V).bool())
     assert on_gpu(token)
     assert token.shape == (B,)
 
@@ -120,7 +121,7 @@ def test_sampling(fake, sampling):
 def rollout(responses, prompts):
     return {
         "input_ids": ids(B, prompts + responses), "attention_mask": ids(B, prompts + responses),
-        "response_mask": ids(B, responses),
+        "response_mask": ids(B, responses), "decoded_logprobs": floats(B, responses),
     }
 
 
@@ -142,7 +143,7 @@ def test_batches_are_collated_on_the_host_and_move_with_to(fake):
     rows = [{"input_ids": [1, 5, 6], "labels": [-100, 5, 6], "prompt_ids": [1, 5],
              "chosen_ids": [1, 5, 2], "rejected_ids": [1, 2]}] * 2
     batches = [collate(rows, 3) for collate in (collate_tokens, collate_pairs, collate_prompts)]
-    batches.append(Rollout(*(torch.ones(2, 3, dtype=torch.long) for _ in range(3))))
+    batches.append(Rollout(*(torch.ones(2, 3, dtype=torch.long) for _ in range(4))))
     for batch in batches:
         assert not any(map(on_gpu, vars(batch).values()))
         assert on_gpu(*vars(batch.to(torch.device(GPU, 0))).values())
@@ -209,13 +210,15 @@ def test_the_critics_forward(make, fake, with_lora):
 def test_decoding_with_a_cache(make, fake, monkeypatch):
     from transformers import LlamaForCausalLM
 
-    # Whether a row goes on only numbers tell: it is said that one does.
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: True)
-    tokens = decoding.generate(
-        make(LlamaForCausalLM).eval(), ids(B, P), ids(B, P), SamplingConfig(3), ids(2), pad_id=3
+    # How long prompts and replies are only numbers tell: they are said to be 1 long, and to go on.
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [self.dtype == torch.long] * len(self))
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 3)
+    sampling = SamplingConfig(3, repetition_penalty=1.2, n_samples_per_prompt=2)
+    batch = decoding.Decoder(make(LlamaForCausalLM).eval(), slots=2).generate(
+        decoding.RolloutRequest(ids(B, P), ids(B, P)), sampling, ids(2), pad_id=3
     )
-    assert tokens.shape == (B, 3)
-    assert on_gpu(tokens)
+    assert batch.input_ids.shape == (2 * B, P + 3)
+    assert on_gpu(*vars(batch).values())
 
 
 def test_folding_the_adapter_and_averaging_the_weights(make, fake):

@@ -9,7 +9,6 @@ from conftest import moved, snapshot
 from torch.testing import assert_close
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import ppo_trainer
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
     AdaptiveKLController,
     PPOTrainer,
@@ -391,10 +390,9 @@ def rounds(small, reward_function, count, learning_rate, tokens, batches):
     settings = small.reward_settings(missing_eos_penalty=0.0, clip=10.0)
     history = []
     for number in range(count):
-        prompts = [small.prompts(8)] * batches
-        scored = [maker.score(rollout) for rollout in maker.generate(prompts)]
+        scored = maker.score(maker.generate(small.prompts(8), replies=batches))
         experience, metrics = make_experience(
-            ScoredRollout.joined(scored), ScoreNormalizer("none"), settings, kl_coef=0.05
+            scored, ScoreNormalizer("none"), settings, kl_coef=0.05
         )
         history.append(metrics | trainer.learn(experience, number))
     return history

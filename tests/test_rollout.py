@@ -12,7 +12,9 @@ from torch.testing import assert_close
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Rollout, ScoredRollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
+    RolloutMaker,
     ScoreNormalizer,
+    length_groups,
     load_reward_function,
     make_experience,
 )
@@ -43,7 +45,7 @@ def whole(small):
 @pytest.fixture(scope="module")
 def scored(small, engine):
     maker = small.maker(engine, tokens=8)
-    return maker.score(maker.generate([small.prompts(8)])[0])
+    return maker.score(maker.generate(small.prompts(8)))
 
 
 def disturbed(engine, amount=0.1):
@@ -68,7 +70,7 @@ def disturbed(engine, amount=0.1):
 
 def test_a_rollout_is_the_prompt_then_the_reply_and_padding_behind_it(small, engine):
     prompts = small.prompts(8)
-    rollout = small.maker(engine, tokens=8).generate([prompts])[0]
+    rollout = small.maker(engine, tokens=8).generate(prompts)
     split = prompts.input_ids.shape[1]
     assert rollout.input_ids[:, :split].equal(prompts.input_ids)
     assert rollout.attention_mask[:, :split].equal(prompts.attention_mask)
@@ -85,29 +87,34 @@ def test_a_rollout_is_the_prompt_then_the_reply_and_padding_behind_it(small, eng
 def test_a_reply_that_ends_at_once_keeps_its_row(small, engine, monkeypatch):
     monkeypatch.setattr(engine, "eos_ids", torch.arange(len(small.tokenizer)))
     maker = small.maker(engine)
-    scored = maker.score(maker.generate([small.prompts(4)])[0])
+    scored = maker.score(maker.generate(small.prompts(4)))
     assert scored.response_mask.tolist() == [[1]] * 4
     assert scored.has_eos.all()
 
 
-def test_several_batches_are_drawn_in_one_visit_and_a_seed_gives_them_again(small, engine):
+def test_a_seed_gives_the_same_rollouts_again_and_the_next_round_others(small, engine):
     maker = small.maker(engine, seed=5)
-    batches = [small.prompts(3), small.prompts(5)]
-    first = maker.generate(batches)
-    further = maker.generate(batches)
+    first, further = (maker.generate(small.prompts(8)) for _ in range(2))
     maker.reseed(5)
-    again = maker.generate(batches)
-    assert [len(rollout) for rollout in first] == [3, 5]
-    for one, other in zip(first, again, strict=True):
-        assert one.input_ids.equal(other.input_ids)
-    assert not first[1].input_ids.equal(further[1].input_ids)
+    again = maker.generate(small.prompts(8))
+    assert first.input_ids.equal(again.input_ids)
+    assert not first.input_ids.equal(further.input_ids)
+
+
+def test_several_replies_to_a_prompt_stand_in_a_row_and_differ(small, engine):
+    prompts = small.prompts(3)
+    rollout = small.maker(engine, tokens=8).generate(prompts, replies=4)
+    split = prompts.input_ids.shape[1]
+    assert rollout.input_ids[:, :split].equal(prompts.input_ids.repeat_interleave(4, dim=0))
+    for i in range(0, 12, 4):
+        assert len({tuple(row) for row in rollout.responses[i : i + 4].tolist()}) > 1
 
 
 def test_generating_and_scoring_leave_weights_and_mode_as_they_are(small, engine):
     engine.train(True)
     before = snapshot(engine.actor.module) | snapshot(engine.critic.module)
     maker = small.maker(engine, hybrid=True)
-    maker.score(maker.generate([small.prompts(4)])[0])
+    maker.score(maker.generate(small.prompts(4)))
     assert moved(before, engine.actor.module) == set()
     assert moved(before, engine.critic.module) == set()
     assert engine.actor.module.training
@@ -133,7 +140,7 @@ def plain_logprobs(model, rollout, temperature):
 
 def check_logprobs(small, engine, temperature):
     maker = small.maker(engine, tokens=8, temperature=temperature)
-    scored = maker.score(maker.generate([small.prompts(8)])[0])
+    scored = maker.score(maker.generate(small.prompts(8)))
     expected = plain_logprobs(small.causal_lm(), scored, temperature)
     assert_close(scored.logprobs, expected, rtol=1e-4, atol=1e-4)
     assert_close(scored.ref_logprobs, expected, rtol=1e-4, atol=1e-4)
@@ -196,7 +203,7 @@ def check_reference_stays(small, engine):
     undo = disturbed(engine)
     try:
         maker = small.maker(engine)
-        scored = maker.score(maker.generate([small.prompts(4)])[0])
+        scored = maker.score(maker.generate(small.prompts(4)))
         expected = plain_logprobs(small.causal_lm(), scored, 1.0)
         assert_close(scored.ref_logprobs, expected, rtol=1e-4, atol=1e-4)
         assert (scored.logprobs - scored.ref_logprobs).abs().max() > 0.01
@@ -223,7 +230,7 @@ def test_an_adapter_that_is_not_turned_off_is_noticed(small, engine, monkeypatch
 
 def check_no_dropout(small, dropping):
     maker = small.maker(dropping)
-    rollout = maker.generate([small.prompts(4)])[0]
+    rollout = maker.generate(small.prompts(4))
     first, second = maker.score(rollout), maker.score(rollout)
     for field in dataclasses.fields(ScoredRollout):
         assert getattr(first, field.name).equal(getattr(second, field.name)), field.name
@@ -264,7 +271,7 @@ def test_a_value_is_the_critics_at_the_state_before_each_response_token(small, s
 @pytest.mark.parametrize("roles", ["engine", "whole"])
 def test_the_score_is_the_reward_models_at_the_last_real_token(small, roles, request):
     maker = small.maker(request.getfixturevalue(roles), tokens=8)
-    scored = maker.score(maker.generate([small.prompts(8)])[0])
+    scored = maker.score(maker.generate(small.prompts(8)))
     scorer = TokenScorer(small.reward_model())
     for i in range(len(scored)):
         ids = scored.input_ids[i][scored.attention_mask[i].bool()][None]
@@ -276,7 +283,7 @@ def test_the_score_is_the_reward_models_at_the_last_real_token(small, roles, req
 def test_the_reward_model_stays_when_the_critic_moves(small, roles, request):
     roles = request.getfixturevalue(roles)
     maker = small.maker(roles)
-    rollout = maker.generate([small.prompts(4)])[0]
+    rollout = maker.generate(small.prompts(4))
     before, kept = maker.score(rollout), snapshot(roles.critic.module)
     with torch.no_grad():
         for parameter in roles.critic.module.parameters():
@@ -301,14 +308,57 @@ def test_has_eos_tells_the_replies_that_ended_from_those_that_ran_to_the_limit(s
 
 def test_pads_that_happen_to_be_eos_do_not_count_as_an_end(small, engine):
     maker = small.maker(engine)
-    rollout = maker.generate([small.prompts(4)])[0]
+    rollout = maker.generate(small.prompts(4))
     cut = torch.zeros_like(rollout.response_mask)
     cut[:, 0] = 1
     ids = rollout.input_ids.clone()
     ids[:, -rollout.response_length :] = 0  # an id that ends a reply
     ids[:, -rollout.response_length] = 1  # and one that does not
     mask = torch.cat([rollout.attention_mask[:, : -rollout.response_length], cut], dim=-1)
-    assert not maker.score(Rollout(ids, mask, cut)).has_eos.any()
+    assert not maker.score(Rollout(ids, mask, cut, cut * 0.0)).has_eos.any()
+
+
+def test_rows_are_scored_in_groups_of_like_length_and_of_so_many_tokens():
+    assert length_groups([3, 8, 1, 4, 3], [1, 1, 1, 1, 1], tokens=10) == [[1], [3, 0], [4, 2]]
+    assert length_groups([3, 8, 1], [1, 1, 1], tokens=1) == [[1], [0], [2]]
+    # 5 + 5 columns of two rows: their padding counts.
+    assert length_groups([5, 1], [1, 5], tokens=20) == [[0, 1]]
+    assert length_groups([5, 1], [1, 5], tokens=19) == [[0], [1]]
+
+
+def test_groups_change_nothing_but_the_memory(small, engine, monkeypatch):
+    maker, sizes, right = small.maker(engine, tokens=8), [], RolloutMaker._score_group
+    rollout = maker.generate(small.prompts(8))
+    monkeypatch.setattr(
+        RolloutMaker, "_score_group",
+        lambda self, part: sizes.append(part.input_ids.numel()) or right(self, part),
+    )
+    grouped = maker.score(rollout)
+    maker._scoring_tokens = 10_000
+    together = maker.score(rollout)
+    assert len(sizes) > 3
+    assert max(sizes[:-1]) <= 60
+    assert sizes[-1] == rollout.input_ids.numel()
+    for field in dataclasses.fields(ScoredRollout):
+        given, expected = getattr(grouped, field.name), getattr(together, field.name)
+        if field.name == "input_ids":  # what id stands in the padding is of no account
+            given, expected = (ids * rollout.attention_mask for ids in (given, expected))
+        assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_with_fewer_groups_keeps_step_and_counts_none_twice(small, engine, monkeypatch):
+    maker = small.maker(engine, tokens=8)
+    rollout = maker.generate(small.prompts(8))
+    expected, passes = maker.score(rollout), []
+    monkeypatch.setattr(
+        "alpaca_rlhf.utils.distributed.max_over_ranks", lambda most: torch.tensor(11.0)
+    )
+    hook = engine.critic.register_forward_pre_hook(lambda *_: passes.append(1))
+    scored = maker.score(rollout)
+    hook.remove()
+    assert len(passes) == 2 * 11  # values, and scores with the adapter off
+    for field in dataclasses.fields(ScoredRollout):
+        assert getattr(scored, field.name).equal(getattr(expected, field.name))
 
 
 # ------------------------------------------------------------------- a function for a reward
@@ -322,7 +372,7 @@ def test_a_reward_function_is_given_prompts_and_replies_as_text(small, engine):
         return [float(len(reply)) for reply in replies]
 
     maker = small.maker(engine, reward_function=length)
-    scored = maker.score(maker.generate([small.prompts(2)])[0])
+    scored = maker.score(maker.generate(small.prompts(2)))
     assert seen[0][0] == "Human: What is the capital of France?\n\nAssistant:"
     assert scored.score.tolist() == [float(len(reply)) for _, reply in seen]
     kept = scored.responses[0][scored.response_mask[0].bool()]
@@ -332,7 +382,7 @@ def test_a_reward_function_is_given_prompts_and_replies_as_text(small, engine):
 @pytest.mark.parametrize("given", [[1.0], [1.0, math.nan], [1.0, math.inf]])
 def test_a_reward_function_that_gives_too_few_or_no_numbers_is_refused(small, engine, given):
     maker = small.maker(engine, reward_function=lambda prompts, replies: given)
-    rollout = maker.generate([small.prompts(2)])[0]
+    rollout = maker.generate(small.prompts(2))
     with pytest.raises(UserError) as error:
         maker.score(rollout)
     assert str(error.value) == (
@@ -395,6 +445,7 @@ def by_hand(**changes):
     record = {
         "input_ids": torch.tensor([[1, 5, 6, 2], [1, 5, 7, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), "response_mask": mask,
+        "decoded_logprobs": torch.tensor([[-1.0, -2.5], [-3.0, 9.0]]),
         "logprobs": torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]),
         "ref_logprobs": torch.tensor([[-2.0, -1.5], [-3.0, 0.0]]),
         "values": torch.tensor([[0.5, 0.2], [0.1, 0.0]]),
@@ -418,6 +469,7 @@ def test_rewards_become_advantages_by_hand(small):
         "reward/score_mean": 6.0, "reward/score_std": 3.0, "reward/normalized_mean": 4.0,
         "kl/k1": 0.25, "reward/kl_penalty": 0.025, "response/length_mean": 1.5,
         "response/eos_rate": 0.5, "response/repetition": 0.0,
+        "rollout/decoding_difference_max": 0.5,
     }
     for name, number in expected.items():
         assert metrics[name] == pytest.approx(number), name

@@ -49,7 +49,6 @@ UNAVAILABLE: dict[str, str] = {
     "tracker": "metrics go to the console and to a JSONL file",
     "enable_tensorboard": "metrics go to the console and to a JSONL file",
     "tensorboard_path": "metrics go to the console and to a JSONL file",
-    "unpin_actor_parameters": "weights stay gathered for the whole rollout",
     "inference_tp_size": "every rank generates with the whole model",
     "enable_mixed_precision_lora": "frozen weights are not quantised",
     "align_overflow": "an fp16 overflow skips the step of its own model only",
@@ -318,10 +317,18 @@ class RolloutArguments:
     temperature: Positive = _option(1.0, "of the sampler, and of the log-probabilities")
     top_p: Share = _option(1.0, "sample from the likeliest tokens of this total probability")
     top_k: Whole = _option(0, "sample from so many likeliest tokens; 0: from all")
+    repetition_penalty: Positive = _option(
+        1.0, "makes tokens of prompt and reply less likely (above 1) to be sampled again; like "
+        "top_p and top_k it is the sampler's alone, and no part of the log-probabilities")
     enable_hybrid_engine: bool = _option(
-        False, "generate with gathered weights and folded adapters: faster")
+        False, "generate with gathered weights, folded adapters and, on a CPU, packed weights: "
+        "faster")
+    hybrid_engine_backend: Literal["native", "deepspeed"] = _option(
+        "native", "deepspeed: its own kernels, on CUDA, while they give the same greedy tokens")
+    unpin_actor_parameters: bool = _option(
+        False, "ZeRO-3: gather layer by layer in each forward pass, not all weights for the whole "
+        "rollout; for what does not fit, and slow")
     release_inference_cache: bool = _option(False, "free the KV cache between rollouts")
-    unpin_actor_parameters: bool = _unavailable("unpin_actor_parameters", False)
     inference_tp_size: Count = _unavailable("inference_tp_size", 1)
     tp_gather_partition_size: Count = _no_effect("tp_gather_partition_size", 8)
 
@@ -502,7 +509,20 @@ def notices(args: StepArguments) -> list[str]:
         names, rank = f"{role.prefix}lora_module_name", f"{role.prefix}lora_dim"
         if names in args.given and _values(args)[rank] == 0:
             lines.append(f"--{names} has no effect: --{rank} is 0")
+    if isinstance(args, Step3Arguments):
+        lines += _hybrid_notices(args)
     return lines
+
+
+def _hybrid_notices(args: Step3Arguments) -> Iterator[str]:
+    rollout = args.rollout
+    off = "without --enable_hybrid_engine "
+    if rollout.unpin_actor_parameters and args.actor.actor_zero_stage < 3:
+        yield "--unpin_actor_parameters has no effect: below ZeRO-3 nothing is gathered"
+    elif rollout.unpin_actor_parameters and not rollout.enable_hybrid_engine:
+        yield f"--unpin_actor_parameters has no effect: {off}layers are gathered one by one anyway"
+    if rollout.hybrid_engine_backend == "deepspeed" and not rollout.enable_hybrid_engine:
+        yield f"--hybrid_engine_backend deepspeed has no effect: {off}no such engine is used"
 
 
 def split_shares(data_split: str) -> tuple[float, float, float]:

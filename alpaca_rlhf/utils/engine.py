@@ -31,6 +31,7 @@ class ModelSettings:
         lora_modules, lora_flag: names or parts of names, and the flag they came from.
         only_lora: freeze what is neither adapter nor head.
         adam_eps: of AdamW.
+        hybrid_engine: that section of DeepSpeed's configuration, if its own one is to generate.
     """
 
     load: LoadOptions
@@ -47,6 +48,7 @@ class ModelSettings:
     lora_flag: str
     only_lora: bool
     adam_eps: float = 1e-8
+    hybrid_engine: dict[str, Any] | None = None
 
     @property
     def adapter_off_is_frozen(self) -> bool:
@@ -95,6 +97,8 @@ def build_trained(
         accumulation_steps=schedule.accumulation_steps, world_size=distributed.world_size(),
         overrides=settings.overrides,
     )
+    if settings.hybrid_engine is not None:
+        config["hybrid_engine"] = settings.hybrid_engine
     model = load(settings.load, config)
     targets = None
     if settings.lora_rank:

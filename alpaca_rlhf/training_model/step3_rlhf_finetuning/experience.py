@@ -24,6 +24,7 @@ class Rollout:
     input_ids: Tensor  # [B, P + R]
     attention_mask: Tensor  # [B, P + R], 1 on prompt and response tokens
     response_mask: Tensor  # [B, R], 1 up to and including the first eos
+    decoded_logprobs: Tensor  # [B, R] of the drawn tokens, as decoding had them
 
     @property
     def response_length(self) -> int:

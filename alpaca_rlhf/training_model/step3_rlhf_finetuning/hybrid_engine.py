@@ -1,19 +1,35 @@
 """One set of actor weights, two modes: train and generate.
 
-Inside `generation_mode` dropout and gradient checkpointing are off; with the hybrid engine enabled
-ZeRO-3's shards are gathered once for the whole rollout instead of once a token, and LoRA is folded
-into the weights. On leaving, also by an exception, everything is as it was, bit for bit.
+Inside `generation_mode` dropout and gradient checkpointing are off. With the hybrid engine enabled
+ZeRO-3's shards are gathered once for the whole rollout instead of once a token, LoRA is folded into
+the weights and, on a CPU, the weights are packed for products of few rows. On leaving, also by an
+exception, everything is as it was, bit for bit.
+
+    batch = HybridEngine(engine, enabled=True).generate(request, sampling, eos_ids, pad_id)
+
+docs/hybrid_engine.md says what each of these gains, and how that was measured.
 """
 
 import contextlib
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
-from torch import nn
+from torch import Tensor, nn
 
-from alpaca_rlhf.utils.model.lora import folded
+from alpaca_rlhf.training_model.step3_rlhf_finetuning import deepspeed_backend
+from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.model.decoding import (
+    Decoder,
+    RolloutBatch,
+    RolloutRequest,
+    SamplingConfig,
+)
+from alpaca_rlhf.utils.model.llama_step import LlamaStep, agrees
+from alpaca_rlhf.utils.model.lora import folded, unwrapped
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -23,38 +39,124 @@ class HybridEngine:
 
     Args:
         engine: the actor's DeepSpeed engine.
-        enabled: gather and fold; else decode in the training layout.
-        release_cache: give the accelerator's cached memory back after each rollout.
+        enabled: gather, fold and pack; else decode in the training layout.
+        slots: replies that are drawn at once; 0 is all of a request.
+        unpin: under ZeRO-3, do not hold the whole weights through the rollout: they are gathered
+            layer by layer in every forward pass, all ranks in step.
+        release_cache: give the KV cache's memory back after each rollout.
+        theirs: generate with DeepSpeed's own hybrid engine, which `engine` then is, as
+            long as it gives the same greedy tokens as ours.
     """
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, enabled: bool, release_cache: bool = False
+        self, engine: deepspeed.DeepSpeedEngine, enabled: bool, slots: int = 0,
+        unpin: bool = False, release_cache: bool = False, theirs: bool = False,
     ) -> None:
         self.engine = engine
         self.enabled = enabled
+        self._whole = enabled and not unpin
         self._release_cache = release_cache
+        self._theirs = theirs
+        self._slots = slots
+        self._trusted: bool | None = None  # a step of our own, once it has been compared
+        self._decoder = Decoder(engine.module, slots, in_step=self.decodes_in_step)
 
     @property
     def decodes_in_step(self) -> bool:
         """Whether each token is a collective: ZeRO-3 with shards that are not gathered."""
-        return self.engine.zero_optimization_stage() == 3 and not self.enabled
+        return self.engine.zero_optimization_stage() == 3 and not self._whole
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What generation has spent so far on enter, prefill, decode, sampling, refill, leave."""
+        return self._decoder.seconds
+
+    def generate(
+        self,
+        request: RolloutRequest,
+        sampling: SamplingConfig,
+        eos_ids: Tensor,
+        pad_id: int,
+        generator: torch.Generator | None = None,
+    ) -> RolloutBatch:
+        """Draw replies, in one visit to generation mode; arguments as `Decoder.generate` has."""
+        if self._theirs and self._theirs_is_right(request, eos_ids, pad_id):
+            return deepspeed_backend.generate(
+                self.engine, request, sampling, eos_ids, pad_id, generator, self._slots
+            )
+        with self.generation_mode():
+            return self._decoder.generate(request, sampling, eos_ids, pad_id, generator)
 
     @contextlib.contextmanager
     def generation_mode(self) -> Iterator[nn.Module]:
         """The model to decode with."""
-        model = self.engine.module
+        model, start = self.engine.module, time.perf_counter()
         training = model.training
         model.eval()
         try:
             with contextlib.ExitStack() as stack:
-                if self.enabled:
+                if self._whole:
                     stack.enter_context(_gathered(model))
+                if not self.decodes_in_step and self.enabled:
                     stack.enter_context(folded(model))
-                yield model
+                    stack.enter_context(self._packed(model))
+                start = self._took("enter", start)
+                try:
+                    yield model
+                finally:
+                    start = time.perf_counter()
         finally:
             model.train(training)
             if self._release_cache:
+                self._decoder.cache.release()
                 get_accelerator().empty_cache()
+            self._took("leave", start)
+
+    @contextlib.contextmanager
+    def _packed(self, model: nn.Module) -> Iterator[None]:
+        """A decoding step of our own where there is one for the model."""
+        plain = unwrapped(model)
+        reason = LlamaStep.made_for(plain)
+        if reason is None and self._trusted is not False:
+            step = LlamaStep(plain, self._slots or 1)
+            if self._trusted is None:
+                self._trusted = agrees(plain, step)
+            if self._trusted:
+                self._decoder.step = step
+            else:
+                distributed.say(
+                    "warning: the packed decoding step does not give the model's own logits; "
+                    "decoding goes through the model's forward pass"
+                )
+        elif self._trusted is None:
+            self._trusted = False
+            distributed.say(f"decoding goes through the model's forward pass: {reason}")
+        try:
+            yield
+        finally:
+            self._decoder.step = None
+
+    def _theirs_is_right(self, request: RolloutRequest, eos_ids: Tensor, pad_id: int) -> bool:
+        """Whether DeepSpeed's engine writes what ours does; if not, ours is used from here on.
+
+        Asked at every rollout: weights that are not followed show only after an update.
+        """
+        few, greedy = deepspeed_backend.probe(request)
+        with self.generation_mode():
+            ours = self._decoder.generate(few, greedy, eos_ids, pad_id)
+        objection = deepspeed_backend.objection(self.engine, ours, few, greedy, eos_ids, pad_id)
+        if objection is not None:
+            self._theirs = False
+            distributed.say(
+                f"warning: --hybrid_engine_backend deepspeed: {objection}; the native backend is "
+                "used"
+            )
+        return self._theirs
+
+    def _took(self, part: str, start: float) -> float:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - start
+        return now
 
 
 @contextlib.contextmanager

@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import deepspeed
 import torch
 
-from alpaca_rlhf.training_model.step3_rlhf_finetuning import policy_evaluation
+from alpaca_rlhf.training_model.step3_rlhf_finetuning import (
+    deepspeed_backend,
+    policy_evaluation,
+)
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
@@ -79,11 +83,9 @@ def main() -> None:
     data.check_against(args.critic.critic_model_name_or_path, "the reward model")
     rounds = Rounds(args, len(data.train))
     engine = build(args, form, rounds.total_steps, needs_reward_model=reward_function is None)
-    hybrid = HybridEngine(
-        engine.actor, args.rollout.enable_hybrid_engine, args.rollout.release_inference_cache
-    )
     maker = RolloutMaker(
-        engine, hybrid, form, sampling(args), args.run.seed, reward_function
+        engine, hybrid_engine(args, engine), form, sampling(args), args.run.seed,
+        scoring_tokens(args), reward_function,
     )
     ema = Ema(engine.actor.module, args.actor.ema_decay) if args.actor.enable_ema else None
     trainer = PPOTrainer(engine, ppo_settings(args), ema)
@@ -110,11 +112,8 @@ class Rounds:
 
     def __init__(self, args: Step3Arguments, prompts: int) -> None:
         rollout = args.rollout
-        self.prompts_per_batch = rollout.per_device_generation_batch_size // rollout.num_generations
         self.rollouts = rollout.per_device_generation_batch_size * rollout.generation_batches
-        self._size = (
-            self.prompts_per_batch * rollout.generation_batches * distributed.world_size()
-        )
+        self._size = self.rollouts // rollout.num_generations * distributed.world_size()
         self._prompts = prompts
         self._seed = args.run.seed
         self._per_epoch = max(1, prompts // self._size)
@@ -133,8 +132,8 @@ class Rounds:
             f"{distributed.world_size()} ranks, {self.total_steps} optimizer steps"
         )
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        """For each round, the prompts of this rank's generation batches, by index."""
+    def __iter__(self) -> Iterator[list[int]]:
+        """For each round, this rank's prompts, by index."""
         order: list[int] = []
         epoch = 0
         for number in range(self.count):
@@ -144,9 +143,7 @@ class Rounds:
                 order = once * math.ceil(self._size / len(once))
                 epoch += 1
             start = number % self._per_epoch * self._size
-            mine = order[start + distributed.rank() : start + self._size : distributed.world_size()]
-            yield [mine[i : i + self.prompts_per_batch]
-                   for i in range(0, len(mine), self.prompts_per_batch)]
+            yield order[start + distributed.rank() : start + self._size : distributed.world_size()]
 
 
 def train(
@@ -172,26 +169,21 @@ def train(
     )
     gold = gold_rule(args)
     text = language_model_text(args, maker.form, per_round)
-    for number, batches in enumerate(rounds, 1):
+    for number, indices in enumerate(rounds, 1):
         start = time.perf_counter()
-        rows = [
-            data.train[i] for batch in batches for i in batch
-            for _ in range(args.rollout.num_generations)
-        ]
-        size = args.rollout.per_device_generation_batch_size
-        rollouts = maker.generate([
-            collate_prompts(rows[i : i + size], maker.form.pad_id).to(distributed.device())
-            for i in range(0, len(rows), size)
-        ])
+        rows = [data.train[i] for i in indices]
+        prompts = collate_prompts(rows, maker.form.pad_id).to(distributed.device())
+        rollout = maker.generate(prompts, args.rollout.num_generations)
         generated = time.perf_counter()
-        scored = ScoredRollout.joined([maker.score(rollout) for rollout in rollouts])
+        scored = maker.score(rollout)
         experience, metrics = make_experience(scored, normalizer, settings, controller.coef)
         metrics["time/rollout"] = generated - start
         metrics["time/scoring"] = time.perf_counter() - generated
         metrics["kl/coef"] = controller.coef
         if gold is not None:
             replies = maker.texts(scored)[1]
-            rated = [gold(row, reply) for row, reply in zip(rows, replies, strict=True)]
+            asked = [row for row in rows for _ in range(args.rollout.num_generations)]
+            rated = [gold(row, reply) for row, reply in zip(asked, replies, strict=True)]
             metrics["reward/gold_mean"] = mean_over_ranks(
                 torch.tensor(rated, device=distributed.device())
             )
@@ -296,7 +288,7 @@ def actor_settings(args: Step3Arguments) -> ModelSettings:
         actor.actor_zero_stage, args.optimization.offload, args.optimization.deepspeed_config,
         actor.actor_learning_rate, actor.actor_lora_learning_rate, actor.actor_weight_decay,
         actor.actor_lora_dim, lora.lora_alpha, lora.lora_dropout, actor.actor_lora_module_name,
-        "--actor_lora_module_name", lora.only_optimize_lora, ADAM_EPS,
+        "--actor_lora_module_name", lora.only_optimize_lora, ADAM_EPS, deepspeeds_own(args),
     )
 
 
@@ -335,8 +327,42 @@ def sampling(args: Step3Arguments) -> SamplingConfig:
     """How replies are drawn."""
     rollout = args.rollout
     return SamplingConfig(
-        rollout.max_answer_seq_len, rollout.temperature, rollout.top_p, rollout.top_k
+        rollout.max_answer_seq_len, rollout.temperature, rollout.top_p, rollout.top_k,
+        rollout.repetition_penalty,
     )
+
+
+def hybrid_engine(args: Step3Arguments, engine: RLHFEngine) -> HybridEngine:
+    """What takes the actor to generation and back."""
+    rollout = args.rollout
+    return HybridEngine(
+        engine.actor, rollout.enable_hybrid_engine, rollout.per_device_generation_batch_size,
+        rollout.unpin_actor_parameters, rollout.release_inference_cache,
+        theirs=isinstance(engine.actor, deepspeed.DeepSpeedHybridEngine),
+    )
+
+
+def deepspeeds_own(args: Step3Arguments) -> dict[str, Any] | None:
+    """The configuration of DeepSpeed's hybrid engine, where it is asked for and can be had."""
+    rollout = args.rollout
+    if not rollout.enable_hybrid_engine or rollout.hybrid_engine_backend == "native":
+        return None
+    if distributed.on_cpu():
+        distributed.say(
+            "--hybrid_engine_backend deepspeed: needs CUDA; the native backend is used"
+        )
+        return None
+    return deepspeed_backend.config(
+        rollout.max_prompt_seq_len + rollout.max_answer_seq_len,
+        not rollout.unpin_actor_parameters, rollout.release_inference_cache,
+    )
+
+
+def scoring_tokens(args: Step3Arguments) -> int:
+    """What is scored at once: as much as is trained on at once."""
+    rollout = args.rollout
+    longest = rollout.max_prompt_seq_len + rollout.max_answer_seq_len
+    return args.ppo.per_device_training_batch_size * longest
 
 
 def ppo_settings(args: Step3Arguments) -> PPOSettings:
@@ -394,8 +420,7 @@ def measure(
     """What the policy writes on held-out prompts."""
     rows = data.held_out.select(range(min(args.report.eval_prompts, len(data.held_out))))
     records = policy_evaluation.evaluate(
-        maker, rows, args.rollout.per_device_generation_batch_size, args.run.seed + 1,
-        gold_rule(args),
+        maker, rows, args.run.seed + 1, gold_rule(args)
     )
     if args.report.eval_prompts:
         summary = policy_evaluation.summarize(records)

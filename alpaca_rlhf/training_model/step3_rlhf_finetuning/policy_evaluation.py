@@ -17,7 +17,6 @@ Record = dict[str, Any]
 def evaluate(
     maker: RolloutMaker,
     rows: Sequence[dict[str, Any]],
-    batch_size: int,
     seed: int,
     gold: Gold | None = None,
 ) -> list[Record]:
@@ -26,7 +25,6 @@ def evaluate(
     Args:
         maker: draws and scores.
         rows: held-out prompts; all ranks hold the same.
-        batch_size: of a rank.
         seed: the same before and after, so that only the policy differs.
         gold: the data set's own rule, row and reply -> [0, 1], where there is one.
 
@@ -36,30 +34,33 @@ def evaluate(
     """
     maker.reseed(seed)
     records: list[tuple[int, Record]] = []
-    batches = samplers.covering_batches(
-        len(rows), batch_size, distributed.rank(), distributed.world_size()
+    # As many rows on every rank; what only fills up does not count.
+    mine = [
+        (i, counts)
+        for indices, counts in samplers.covering_batches(
+            len(rows), 1, distributed.rank(), distributed.world_size()
+        )
+        for i in indices
+    ]
+    if not mine:
+        return []
+    chosen = [rows[i] for i, _ in mine]
+    prompts = collate_prompts(chosen, maker.form.pad_id).to(distributed.device())
+    scored = maker.score(maker.generate(prompts))
+    k1, k3 = rl_math.kl_estimates(scored.logprobs, scored.ref_logprobs, scored.response_mask)
+    columns = zip(
+        mine, chosen, *maker.texts(scored), scored.score.tolist(), k1.tolist(), k3.tolist(),
+        scored.response_mask.sum(-1).tolist(), scored.has_eos.tolist(), strict=True,
     )
-    for indices, counts in batches:
-        chosen = [rows[i] for i in indices]
-        prompts = collate_prompts(chosen, maker.form.pad_id).to(distributed.device())
-        scored = maker.score(maker.generate([prompts])[0])
-        k1, k3 = rl_math.kl_estimates(
-            scored.logprobs, scored.ref_logprobs, scored.response_mask
-        )
-        columns = zip(
-            indices, chosen, *maker.texts(scored), scored.score.tolist(), k1.tolist(),
-            k3.tolist(), scored.response_mask.sum(-1).tolist(), scored.has_eos.tolist(),
-            strict=True,
-        )
-        for i, row, prompt, reply, score, one, three, length, eos in columns:
-            record = {
-                "prompt": prompt, "reply": reply, "score": score, "k1": one, "k3": three,
-                "length": length, "eos": eos,
-            }
-            if gold is not None:
-                record["gold"] = gold(row, reply)
-            if counts:
-                records.append((i, record))
+    for (i, counts), row, prompt, reply, score, one, three, length, eos in columns:
+        record = {
+            "prompt": prompt, "reply": reply, "score": score, "k1": one, "k3": three,
+            "length": length, "eos": eos,
+        }
+        if gold is not None:
+            record["gold"] = gold(row, reply)
+        if counts:
+            records.append((i, record))
     ordered = sorted(distributed.gather_rows(records), key=lambda pair: pair[0])
     return [record for _, record in ordered]
 

@@ -7,6 +7,7 @@ loaded one after the other, and partitioned as they load under ZeRO-3.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca_rlhf.utils import distributed, rl_math
 from alpaca_rlhf.utils.checkpoint import eos_ids
-from alpaca_rlhf.utils.engine import ModelSettings, Schedule, build_frozen, build_trained
+from alpaca_rlhf.utils.engine import (
+    Engine,
+    Load,
+    ModelSettings,
+    Schedule,
+    build_frozen,
+    build_trained,
+)
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm, response_logits
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model, scores
@@ -43,7 +51,7 @@ class RLHFEngine:
         needs_reward_model: bool = True,
     ) -> None:
         load = partial(load_causal_lm, actor_path, tokenizer)
-        self.actor, trains = build_trained(actor, schedule, load)
+        self.actor, trains = _built_actor(actor, schedule, load)
         self._reference = None if actor.adapter_off_is_frozen else build_frozen(actor, load)
         says = "the actor, adapter off" if self._reference is None else "a frozen copy"
         self.summary = [f"actor: {trains}; reference: {says}"]
@@ -87,6 +95,22 @@ class RLHFEngine:
             return scores(self.critic, ids, mask)
 
     def train(self, mode: bool) -> None:
-        """Training or evaluation mode, of the roles that train."""
-        self.actor.train(mode)
-        self.critic.train(mode)
+        """Training or evaluation mode, of the roles that train.
+
+        Of the modules: DeepSpeed's own hybrid engine would put its kernels in on `eval`.
+        """
+        self.actor.module.train(mode)
+        self.critic.module.train(mode)
+
+
+def _built_actor(settings: ModelSettings, schedule: Schedule, load: Load) -> tuple[Engine, str]:
+    """The actor's engine; an ordinary one when DeepSpeed's hybrid engine cannot be made of it."""
+    if settings.hybrid_engine is not None:
+        try:
+            return build_trained(settings, schedule, load)
+        except Exception as error:  # it follows transformers late, and fails in many ways
+            distributed.say(
+                "warning: --hybrid_engine_backend deepspeed: its engine cannot be made "
+                f"({type(error).__name__}: {error}); the native backend is used"
+            )
+    return build_trained(replace(settings, hybrid_engine=None), schedule, load)

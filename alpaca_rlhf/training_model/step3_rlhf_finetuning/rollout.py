@@ -2,8 +2,8 @@
 
 import importlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from alpaca_rlhf.utils import distributed, rl_math
 from alpaca_rlhf.utils.data.collators import PromptBatch
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.decoding import SamplingConfig, generate
+from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 
@@ -69,6 +69,7 @@ class RolloutMaker:
         form: the tokenizer.
         sampling: the distribution replies are drawn from.
         seed: of the sampler; each rank draws its own.
+        scoring_tokens: rollouts are scored by so many tokens at once, padding included.
         reward_function: stands in for the reward model.
     """
 
@@ -79,12 +80,14 @@ class RolloutMaker:
         form: ChatFormat,
         sampling: SamplingConfig,
         seed: int,
+        scoring_tokens: int,
         reward_function: RewardFunction | None = None,
     ) -> None:
         self.engine = engine
         self._hybrid = hybrid
         self.form = form
         self._sampling = sampling
+        self._scoring_tokens = scoring_tokens
         self._reward_function = reward_function
         self.generator = torch.Generator(device=distributed.device())
         self.reseed(seed)
@@ -93,54 +96,65 @@ class RolloutMaker:
         """Start the sampler of this rank anew."""
         self.generator.manual_seed(seed * 1_000_003 + distributed.rank())
 
-    @torch.no_grad()
-    def generate(self, batches: list[PromptBatch]) -> list[Rollout]:
-        """Draw a reply to each prompt of some batches, in one visit to generation mode."""
-        rollouts = []
-        with self._hybrid.generation_mode() as model:
-            for batch in batches:
-                tokens = generate(
-                    model, batch.input_ids, batch.attention_mask, self._sampling,
-                    self.engine.eos_ids, self.form.pad_id, self.generator,
-                    in_step=self._hybrid.decodes_in_step,
-                )
-                mask = rl_math.response_mask(tokens, self.engine.eos_ids)
-                rollouts.append(Rollout(
-                    torch.cat([batch.input_ids, tokens.masked_fill(mask == 0, self.form.pad_id)],
-                              dim=-1),
-                    torch.cat([batch.attention_mask, mask], dim=-1),
-                    mask,
-                ))
-        return rollouts
+    def generate(self, prompts: PromptBatch, replies: int = 1) -> Rollout:
+        """Draw replies to prompts; those to one prompt stand in a row."""
+        batch = self._hybrid.generate(
+            RolloutRequest(prompts.input_ids, prompts.attention_mask),
+            replace(self._sampling, n_samples_per_prompt=replies),
+            self.engine.eos_ids, self.form.pad_id, self.generator,
+        )
+        return Rollout(batch.input_ids, batch.attention_mask, batch.response_mask, batch.logprobs)
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:
-        """Log-probabilities, values and scores of a rollout, in evaluation mode.
+        """Log-probabilities, values and scores of rollouts, in evaluation mode.
 
-        The log-probabilities come from the layout that trains, not from the decoding pass: at the
-        first update every ratio is then 1.
+        Rows of like length go through the models together. The log-probabilities come from the
+        layout that trains, not from decoding: at the first update every ratio is then 1, to a
+        precision that sums in another order do not have (docs/hybrid_engine.md).
         """
+        self.engine.train(False)
+        responses = rollout.response_mask.sum(-1)
+        prompts = rollout.attention_mask.sum(-1) - responses
+        groups = length_groups(prompts.tolist(), responses.tolist(), self._scoring_tokens)
+        # Under ZeRO-3 each forward pass is a collective: a rank with fewer groups repeats its last.
+        most = torch.tensor(float(len(groups)), device=rollout.input_ids.device)
+        turns = int(distributed.max_over_ranks(most).item())
+        parts = [
+            self._score_group(rollout.rows(groups[min(i, len(groups) - 1)])) for i in range(turns)
+        ]
+        order = [row for group in groups for row in group]
+        places = sorted(range(len(order)), key=order.__getitem__)
+        scored = ScoredRollout.joined(parts[: len(groups)]).rows(places)
+        if self._reward_function is not None:
+            scored = replace(scored, score=self._by_function(rollout))
+        self.engine.train(True)
+        return scored
+
+    def _score_group(self, rollout: Rollout) -> ScoredRollout:
         engine, temperature = self.engine, self._sampling.temperature or 1.0
-        engine.train(False)
         ids, mask, tokens = rollout.input_ids, rollout.attention_mask, rollout.responses
         logprobs = engine.logprobs(engine.actor, ids, mask, tokens, temperature)
         with engine.reference() as reference:
             ref_logprobs = engine.logprobs(reference, ids, mask, tokens, temperature)
         response = rollout.response_mask
-        record = ScoredRollout(
+        by_model = self._reward_function is None
+        return ScoredRollout(
             **{f.name: getattr(rollout, f.name) for f in fields(Rollout)},
             logprobs=logprobs * response,
             ref_logprobs=ref_logprobs * response,
             values=engine.values(ids, mask, rollout.response_length) * response,
-            score=self._score(rollout),
+            score=engine.score(ids, mask) if by_model else ids.new_zeros(len(ids)).float(),
             has_eos=(torch.isin(tokens, engine.eos_ids) & response.bool()).any(-1),
         )
-        engine.train(True)
-        return record
 
-    def _score(self, rollout: Rollout) -> Tensor:
-        if self._reward_function is None:
-            return self.engine.score(rollout.input_ids, rollout.attention_mask)
+    def _by_function(self, rollout: Rollout) -> Tensor:
+        """What the reward function gives [B].
+
+        Raises:
+            UserError: it does not give one finite number for each reply.
+        """
+        assert self._reward_function is not None
         prompts, replies = self.texts(rollout)
         given = self._reward_function(prompts, replies)
         if len(given) != len(replies) or not all(map(math.isfinite, given)):
@@ -161,6 +175,27 @@ class RolloutMaker:
             prompts.append(self.form.decode(prompt.tolist()))
             replies.append(self.form.decode(tokens[kept.bool()].tolist()))
         return prompts, replies
+
+
+def length_groups(
+    prompts: Sequence[int], responses: Sequence[int], tokens: int
+) -> list[list[int]]:
+    """Rows of like length together, the longest first, so many tokens a group, padding included.
+
+    Prompts are padded to the longest on the left and responses on the right. A row that is longer
+    than `tokens` is a group of its own.
+    """
+    groups: list[list[int]] = []
+    widths = 0, 0
+    for row in sorted(range(len(prompts)), key=lambda i: -(prompts[i] + responses[i])):
+        wider = max(widths[0], prompts[row]), max(widths[1], responses[row])
+        if groups and (len(groups[-1]) + 1) * sum(wider) <= tokens:
+            groups[-1].append(row)
+            widths = wider
+        else:
+            groups.append([row])
+            widths = prompts[row], responses[row]
+    return groups
 
 
 class ScoreNormalizer:
@@ -228,8 +263,15 @@ def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:
         "kl/k3": mean_over_ranks(k3),
         "response/length_mean": mean_over_ranks(mask.sum(-1).float()),
         "response/eos_rate": mean_over_ranks(scored.has_eos.float()),
+        "rollout/decoding_difference_max": decoding_difference(scored),
         "response/repetition": mean_over_ranks(rl_math.repetition(scored.responses, mask)),
     }
+
+
+def decoding_difference(scored: ScoredRollout) -> float:
+    """Largest distance between log-probabilities of decoding and of a whole forward pass."""
+    distance = (scored.decoded_logprobs - scored.logprobs).abs() * scored.response_mask
+    return distributed.max_over_ranks(distance.max()).item()
 
 
 def mean_over_ranks(values: Tensor) -> float:

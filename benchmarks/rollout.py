@@ -1,0 +1,272 @@
+"""How fast rollouts are generated, as ratios to transformers' `generate` in the same run.
+
+    python benchmarks/rollout.py                                   # the embedded tiny LLaMA
+    python benchmarks/rollout.py --model output/smollm2-135m --new_tokens 64
+
+Both sides get the same weights, prompts and limits and sample from the whole distribution at
+temperature 1. They run in turn, one after the other, and the median of the ratios counts: this is
+what a machine that is shared allows to say. In the cases "full" every reply runs to the limit. In
+the case "varied" 64 replies end at lengths drawn beforehand, with a median of a quarter of the
+limit; both sides sample as ever and then ask the same list whether a reply has ended. In the case
+"ZeRO-3" two ranks generate, ours with the weights gathered once, `generate` with `synced_gpus` and
+a gather of every weight in each token (DeepSpeed leaves weights of less than 100,000 numbers whole,
+which is most of a tiny model: here they are not left so). What ours takes includes entering and
+leaving generation mode.
+"""
+
+import argparse
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.data import assistant_world
+from alpaca_rlhf.utils.data.collators import PromptBatch, collate_prompts
+from alpaca_rlhf.utils.data.preprocessing import cache_home
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_tokenizer
+from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.model import decoding
+from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
+from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
+from alpaca_rlhf.utils.model.tiny_llama import ensure_tiny_llama
+
+NEVER = torch.tensor([-1])
+PAD = 0
+
+
+def main() -> None:
+    """Measure the cases and print them as Markdown."""
+    args = parser().parse_args()
+    if args.zero3_rank:
+        distributed.initialize(0)
+        zero3_rank(args)
+        return
+    torch.set_num_threads(args.threads)
+    distributed.initialize(0)
+    model = args.model or str(ensure_tiny_llama(cache_home(None)))
+    name = Path(model).name
+    engine, form = build(model, 0, args.lora_dim)
+    weights = sum(p.numel() for p in engine.module.parameters())
+    say(f"## {name}: {weights / 1e6:.1f} M parameters, fp32, {args.threads} threads, limit "
+        f"{args.new_tokens} new tokens, median of {args.repeats}\n")
+    say(HEADER)
+    for batch in args.batch:
+        prompts = some_prompts(form, batch)
+        report(f"full, batch {batch}", engine, prompts, batch, [args.new_tokens] * batch, args)
+    lengths = varied_lengths(64, args.new_tokens)
+    report("varied, 64 prompts, batch 16", engine, some_prompts(form, 64), 16, lengths, args)
+    if not args.no_zero3:
+        zero3(args, model)
+    say(f"\nmemory read by one pass over 256 MB: {bandwidth():.1f} GB/s")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", help="a Hugging Face folder (default: the embedded tiny LLaMA)")
+    made.add_argument("--batch", type=int, nargs="+", default=[8, 16], help="slots, case full")
+    made.add_argument("--new_tokens", type=int, default=128, help="limit of a reply")
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--lora_dim", type=int, default=0, help="an adapter, folded by ours")
+    made.add_argument("--zero3_new_tokens", type=int, default=32, help="limit in the case ZeRO-3")
+    made.add_argument("--zero3_repeats", type=int, help="(default: --repeats)")
+    made.add_argument("--no_zero3", action="store_true", help="leave that case out")
+    made.add_argument("--zero3_rank", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+# ------------------------------------------------------------------- what is measured
+
+
+def build(model: str, stage: int, lora_dim: int) -> tuple[Engine, ChatFormat]:
+    """The actor as step 3 has it."""
+    tokenizer = load_tokenizer(model)
+    schedule = Schedule(1, 1, "constant", 0, 1)
+    load = partial(load_causal_lm, model, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        # As in a large model, no weight is too small to be gathered.
+        overrides = Path(folder) / "overrides.json"
+        overrides.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+        settings = ModelSettings(
+            LoadOptions(), stage, False, str(overrides), 1e-5, 1e-4, 0.0, lora_dim, None, 0.0,
+            None, "--lora_module_name", lora_dim > 0,
+        )
+        return build_trained(settings, schedule, load)[0], ChatFormat(tokenizer)
+
+
+def some_prompts(form: ChatFormat, count: int) -> PromptBatch:
+    """Of the embedded data, padded left."""
+    texts = islice(assistant_world.pretraining_texts(3), count)
+    return collate_prompts([{"prompt_ids": form.prompt_ids(m)} for m, _ in texts], PAD)
+
+
+def varied_lengths(count: int, limit: int) -> list[int]:
+    """Log-normal, median a quarter of the limit, the longest replies cut off at the limit."""
+    drawn = torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.8).exp()
+    return (drawn * limit / 4).round().clamp(1, limit).long().tolist()
+
+
+class _Ends(StoppingCriteria):
+    """Whether rows of `generate` have come to their lengths."""
+
+    def __init__(self, prompt: int, lengths: list[int]) -> None:
+        self._prompt, self._lengths = prompt, torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        return input_ids.shape[1] - self._prompt >= self._lengths
+
+
+def theirs(
+    engine: Engine, prompts: PromptBatch, slots: int, lengths: list[int], limit: int,
+    synced: bool = False,
+) -> None:
+    """`generate`, batch by batch."""
+    model = engine.module.eval()
+    for i in range(0, len(lengths), slots):
+        rows = slice(i, i + slots)
+        with torch.no_grad():
+            model.generate(
+                input_ids=prompts.input_ids[rows], attention_mask=prompts.attention_mask[rows],
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=limit,
+                eos_token_id=None, pad_token_id=PAD, synced_gpus=synced,
+                stopping_criteria=StoppingCriteriaList(
+                    [_Ends(prompts.input_ids.shape[1], lengths[rows])]
+                ),
+            )
+    model.train()
+
+
+@contextlib.contextmanager
+def ending_at(lengths: list[int]) -> Iterator[None]:
+    """The native engine's replies end at these lengths; they are drawn as ever."""
+    right = decoding._Generation._draw
+    ends = torch.tensor([*lengths, 0])
+
+    def draw(self, logits, reply, place, seen):  # type: ignore[no-untyped-def]
+        token, _ = right(self, logits, reply, place, seen)
+        return token, (place + 1 >= ends[reply]).tolist()
+
+    decoding._Generation._draw = draw  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        decoding._Generation._draw = right  # type: ignore[method-assign]
+
+
+def ours(hybrid: HybridEngine, prompts: PromptBatch, lengths: list[int], limit: int) -> None:
+    """The native engine, from entering generation mode to leaving it."""
+    with ending_at(lengths):
+        batch = hybrid.generate(
+            RolloutRequest(prompts.input_ids, prompts.attention_mask), SamplingConfig(limit),
+            NEVER, PAD, torch.Generator().manual_seed(0),
+        )
+    assert batch.response_mask.sum(-1).tolist() == lengths
+
+
+# ------------------------------------------------------------------- how it is measured
+
+
+def took(run: Callable[[], None]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+HEADER = (
+    "| case | `generate`, tokens/s | ours, tokens/s | ratio (lowest to highest) | prefill | decode "
+    "| sampling | refill | enter + leave |\n" + "| --- " * 9 + "|"
+)
+
+
+def report(
+    case: str, engine: Engine, prompts: PromptBatch, slots: int, lengths: list[int],
+    args: argparse.Namespace, synced: bool = False,
+) -> None:
+    """One line of the table; the first turn of both warms up and does not count."""
+    hybrid = HybridEngine(engine, enabled=True, slots=slots)
+    limit, pairs = max(lengths), []
+    for turn in range(args.repeats + 1):
+        slow = took(lambda: theirs(engine, prompts, slots, lengths, limit, synced))
+        if turn == 1:
+            hybrid.seconds.clear()
+        fast = took(lambda: ours(hybrid, prompts, lengths, limit))
+        pairs.append((slow, fast))
+    pairs, tokens = pairs[1:], sum(lengths) * distributed.world_size()
+    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratios = sorted(slow / fast for slow, fast in pairs)
+    whole = sum(fast for _, fast in pairs)
+    seconds = hybrid.seconds
+    shares = [seconds["prefill"], seconds["decode"], seconds["sampling"], seconds["refill"],
+              seconds["enter"] + seconds["leave"]]
+    cells = [case, f"{tokens / slow:.0f}", f"{tokens / fast:.0f}",
+             f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+             *(f"{part / whole:.1%}" for part in shares)]
+    say("| " + " | ".join(cells) + " |")
+
+
+def zero3(args: argparse.Namespace, model: str) -> None:
+    """The case of two ranks, in processes of its own, one thread each."""
+    command = [
+        sys.executable, __file__, "--zero3_rank", "--model", model,
+        "--new_tokens", str(args.zero3_new_tokens), "--lora_dim", str(args.lora_dim),
+        "--repeats", str(args.zero3_repeats or args.repeats),
+    ]
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed_port())}
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in (0, 1)
+    ]
+    if any([process.wait() for process in ranks]):
+        raise SystemExit("the case ZeRO-3 failed")
+
+
+def distributed_port() -> int:
+    """A free one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def zero3_rank(args: argparse.Namespace) -> None:
+    """One of the two ranks; each has 16 prompts and as many slots."""
+    torch.set_num_threads(1)
+    engine, form = build(args.model, 3, args.lora_dim)
+    lengths = [args.new_tokens] * 16
+    report(f"ZeRO-3, 2 ranks, batch 16 each, limit {args.new_tokens}", engine,
+           some_prompts(form, 16), 16, lengths, args, synced=True)
+
+
+def bandwidth() -> float:
+    """GB/s of a sum over a tensor that no cache holds."""
+    numbers = torch.zeros(64 * 2**20)
+    return numbers.numel() * 4 / 1e9 / min(took(lambda: numbers.sum()) for _ in range(10))
+
+
+def say(text: str) -> None:
+    """A line of the report."""
+    if distributed.is_main():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
