@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alpaca_rlhf.utils import distributed, losses, rl_math
-from alpaca_rlhf.utils.model import decoding
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
-from alpaca_rlhf.utils.model.decoding import SamplingConfig
+from alpaca_rlhf.utils.model.decoding import Decoder, RolloutRequest, SamplingConfig
 
 TOLERANCE = 1e-5
 PROMPTS = ([5, 9, 2, 7, 3, 11, 6], [8, 4], [12, 3, 3, 10, 5])
@@ -100,10 +99,11 @@ def generation() -> list[str]:
     eos = torch.tensor([EOS], device=distributed.device())
 
     def replies(prompts: tuple[list[int], ...]) -> list[list[int]]:
-        ids, mask = _left_padded(prompts)
-        tokens = decoding.generate(model, ids, mask, sampling, eos, PAD)
-        kept = rl_math.response_mask(tokens, eos).sum(-1).tolist()
-        return [row[:n] for row, n in zip(tokens.tolist(), kept, strict=True)]
+        request = RolloutRequest(*_left_padded(prompts))
+        made = Decoder(model).generate(request, sampling, eos, PAD)
+        tokens = made.input_ids[:, -made.response_mask.shape[1] :].tolist()
+        kept = made.response_mask.sum(-1).tolist()
+        return [row[:n] for row, n in zip(tokens, kept, strict=True)]
 
     def last_logits(prompts: tuple[list[int], ...]) -> Tensor:
         with torch.no_grad():

@@ -8,7 +8,8 @@ the seed, so it does not depend on what it was batched with.
 
 The shapes are those of `deepspeed.runtime.rollout`, with log-probabilities and a mask beside them.
 
-    batch = generate(model, RolloutRequest(ids, mask), SamplingConfig(64), eos_ids, pad_id)
+    request = RolloutRequest(ids, mask)
+    batch = Decoder(model).generate(request, SamplingConfig(64), eos_ids, pad_id)
 """
 
 import time
