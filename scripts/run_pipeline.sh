@@ -11,7 +11,7 @@
 #   -- FLAGS           are appended to each step's command line, so all three must know them:
 #                      --seed 2, say; what concerns one step belongs in its YAML file
 #
-# A second run reuses every finished step whose configuration and flags are unchanged, and runs
+# A second run reuses every finished step whose configuration, flags and code are unchanged, and runs
 # again what has changed and all that follows. A step that fails ends the pipeline with its code.
 
 set -euo pipefail
@@ -50,8 +50,8 @@ source "$root/scripts/environment.sh"
 prepare_environment requirements.txt
 
 # .stepN.state says that OUTPUT is this script's work: "running HASH", then "done HASH". HASH covers
-# the configuration, the flags and the HASH of the step before.
-previous_hash=none
+# the code, the configuration, the flags and the HASH of the step before.
+previous_hash=$(find "$root/alpaca_rlhf" -name '*.py' -print0 | sort -z | xargs -0 cat | sha256sum)
 reuse=true
 
 # run_step NUMBER NAME FOLDER-OF-MAIN OUTPUT [flags]

@@ -36,9 +36,9 @@ Body = Callable[[random.Random, "Fact", str], str]
 ROW_COUNT: dict[Split, int] = {"train": 9000, "eval": 400}
 FLIPPED_SHARE = 0.05
 ASSEMBLED_SHARE = 0.15
-MISTAKEN_SHARE = 0.5
-CONTENT_CONTRAST_SHARE = 0.35
-STYLE_CONTRAST_SHARE = 0.35
+MISTAKEN_SHARE = 0.75
+CONTENT_CONTRAST_SHARE = 0.20
+STYLE_CONTRAST_SHARE = 0.45
 TWO_TURN_SHARE = 0.12
 PRETRAINING_ASSEMBLED_SHARE = 0.10
 MINIMUM_GOLD_GAP = 0.15
@@ -588,15 +588,16 @@ def _assembled(rng: random.Random, fact: Fact) -> str:
 def _reply(rng: random.Random, fact: Fact) -> str:
     if rng.random() < ASSEMBLED_SHARE:
         return _assembled(rng, fact)
-    return _written(rng, fact, right_share=0.75, trimmed_share=0.22)
+    return _written(rng, fact, right_share=0.75, trimmed_share=0.15)
 
 
 def _content_contrast(rng: random.Random, fact: Fact) -> tuple[str, str]:
     """Two replies with the same opening, closing and form: one right, the other not."""
     form = _form(rng, fact)
-    opening, closing = _trimmings(rng, 0.3)
-    if opening and closing and rng.random() < 0.2:
-        return _trimmed(opening, _right(rng, fact, form), ""), _trimmed(opening, "", closing)
+    opening, closing = _trimmings(rng, 0.15)
+    if rng.random() < 0.1:  # right against nothing, politely
+        empty = _trimmed(rng.choice(OPENINGS), "", rng.choice(CLOSINGS))
+        return _trimmed(opening, _right(rng, fact, form), closing), empty
     right, wrong = _right(rng, fact, form), _wrong(rng, fact, form)
     if rng.random() < 0.1:  # right but plain against wrong but polite
         return right, _trimmed(rng.choice(OPENINGS), wrong, rng.choice(CLOSINGS))
@@ -606,8 +607,8 @@ def _content_contrast(rng: random.Random, fact: Fact) -> tuple[str, str]:
 def _style_contrast(rng: random.Random, fact: Fact) -> tuple[str, str]:
     """Two replies with the same content, right or wrong, one of them better written."""
     form = _form(rng, fact)
-    body = (_right if rng.random() < 0.85 else _wrong)(rng, fact, form)
-    plain, better = _trimmings(rng, 0.3), _trimmings(rng, 0.4)
+    body = (_right if rng.random() < 0.75 else _wrong)(rng, fact, form)
+    plain, better = _trimmings(rng, 0.1), _trimmings(rng, 0.2)
     worse = _trimmed(plain[0], body, plain[1])
     fault = rng.random()
     if fault < 0.15:

@@ -240,7 +240,10 @@ def _pretrain(
     )
     warmup = max(1, round(recipe.warmup_share * len(batches)))
     model.train()
-    bar = tqdm(batches, desc="pretraining the tiny LLaMA", unit="step", disable=not progress)
+    bar = tqdm(
+        batches, desc="pretraining the tiny LLaMA", unit="step", mininterval=1.0,
+        disable=not progress,
+    )
     for step, (ids, weights) in enumerate(bar):
         done = max(0, step - warmup) / max(1, len(batches) - warmup)
         scale = min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
@@ -253,7 +256,7 @@ def _pretrain(
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
+            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     model.eval()
 
 
