@@ -219,10 +219,11 @@ def _batches(chat: ChatFormat, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
     encoded.sort(key=lambda row: len(row[0]))
     batches = []
     for start in range(0, len(encoded), recipe.batch_size):
-        ids, weights = zip(*encoded[start : start + recipe.batch_size], strict=True)
+        rows = encoded[start : start + recipe.batch_size]
+        ids, shares = [row[0] for row in rows], [row[1] for row in rows]
         batches.append((
             pad_sequence(ids, batch_first=True, padding_value=chat.pad_id),
-            pad_sequence(weights, batch_first=True),
+            pad_sequence(shares, batch_first=True),
         ))
     return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
