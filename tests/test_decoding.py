@@ -258,12 +258,13 @@ def test_logprobs_of_decoding_are_those_of_a_whole_forward_pass(
 
 def test_the_repetition_penalty_is_that_of_transformers(small, model):
     prompts = small.prompts(1)
-    penalised = replies(generate(model, prompts, SamplingConfig(10, 0, repetition_penalty=1.8)))
+    penalised = replies(generate(model, prompts, SamplingConfig(24, 0, repetition_penalty=4.0)))
     expected = model.generate(
         input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, do_sample=False,
-        max_new_tokens=10, eos_token_id=None, pad_token_id=PAD, repetition_penalty=1.8,
+        max_new_tokens=24, eos_token_id=None, pad_token_id=PAD, repetition_penalty=4.0,
     )[:, prompts.input_ids.shape[1] :]
-    assert penalised == expected.tolist() != replies(generate(model, prompts))
+    plain = replies(generate(model, prompts, SamplingConfig(24, 0)))
+    assert penalised == expected.tolist() != plain
 
 
 def test_the_repetition_penalty_goes_with_its_row(small, model, ends):

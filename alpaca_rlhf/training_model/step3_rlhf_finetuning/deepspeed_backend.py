@@ -7,6 +7,7 @@ on only while the greedy tokens are the same. On a CPU this module is tested wit
 
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor
 
@@ -29,6 +30,11 @@ def config(longest: int, pin: bool, release_cache: bool) -> dict[str, Any]:
         "enabled": True, "max_out_tokens": longest, "pin_parameters": pin,
         "release_inference_cache": release_cache,
     }
+
+
+def drives(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether an engine is DeepSpeed's hybrid one: `config` was in its configuration."""
+    return isinstance(engine, deepspeed.DeepSpeedHybridEngine)
 
 
 def probe(request: RolloutRequest) -> tuple[RolloutRequest, SamplingConfig]:

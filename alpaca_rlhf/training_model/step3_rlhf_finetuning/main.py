@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import (
@@ -338,7 +337,7 @@ def hybrid_engine(args: Step3Arguments, engine: RLHFEngine) -> HybridEngine:
     return HybridEngine(
         engine.actor, rollout.enable_hybrid_engine, rollout.per_device_generation_batch_size,
         rollout.unpin_actor_parameters, rollout.release_inference_cache,
-        theirs=isinstance(engine.actor, deepspeed.DeepSpeedHybridEngine),
+        theirs=deepspeed_backend.drives(engine.actor),
     )
 
 
