@@ -1,0 +1,48 @@
+"""How far decoding's log-probabilities are from those of a whole forward pass, in fp32.
+
+    PYTHONPATH=. python benchmarks/logprobs.py output/smollm2-135m 32     # model, tokens a reply
+
+And, for comparison, how far a whole pass over a batch is from one over each row alone.
+"""
+
+import sys
+
+import torch
+from rollout import NEVER, PAD, build, say, some_prompts
+from torch import Tensor
+
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils.model.causal_lm import response_logits
+from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
+
+
+@torch.no_grad()
+def main() -> None:
+    """Eight sampled replies by the packed step, one thread."""
+    torch.set_num_threads(1)
+    distributed.initialize(0)
+    engine, form = build(sys.argv[1], 0, 0)
+    prompts, tokens = some_prompts(form, 8), int(sys.argv[2])
+    batch = HybridEngine(engine, enabled=True, slots=8).generate(
+        RolloutRequest(prompts.input_ids, prompts.attention_mask), SamplingConfig(tokens), NEVER,
+        PAD, torch.Generator().manual_seed(0),
+    )
+    model = engine.module.eval()
+
+    def whole(ids: Tensor, mask: Tensor) -> Tensor:
+        return rl_math.token_logprobs(
+            response_logits(model, ids, mask, tokens), ids[:, -tokens:]
+        )
+
+    together = whole(batch.input_ids, batch.attention_mask)
+    alone = torch.cat([
+        whole(ids[mask.bool()].unsqueeze(0), mask[mask.bool()].unsqueeze(0))
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ])
+    say(f"decoding and a whole pass: {(batch.logprobs - together).abs().max():.1e}; "
+        f"a whole pass batched and alone: {(together - alone).abs().max():.1e}")
+
+
+if __name__ == "__main__":
+    main()
