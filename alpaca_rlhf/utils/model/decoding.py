@@ -23,6 +23,8 @@ from transformers import Cache, DynamicCache
 from alpaca_rlhf.utils import distributed, rl_math
 from alpaca_rlhf.utils.model.slot_cache import SlotCache
 
+WORTH_A_PASS = 256  # tokens of padding that cost more than another pass over the weights
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -232,7 +234,8 @@ class _Generation:
     def _prefill(self) -> None:
         """Take the next prompts together, and draw the first token of each of their replies."""
         start = time.perf_counter()
-        wave, self._prompts = self._prompts[: self._wave_size], self._prompts[self._wave_size :]
+        wave = self._next_wave()
+        self._prompts = self._prompts[len(wave) :]
         lengths = [self._lengths[i] for i in wave]
         rows = torch.tensor(wave, device=self._device)
         ids = self._request.prompt_ids[rows, -max(lengths) :]
@@ -259,6 +262,14 @@ class _Generation:
         going_on = [] if self._limit == 1 else [i for i, end in enumerate(ended) if not end]
         self._waiting = [(made, i) for i in going_on]
         self._took("sampling", start)
+
+    def _next_wave(self) -> list[int]:
+        """As many prompts as there are slots, but without those that would mostly be padding."""
+        wave = self._prompts[: self._wave_size]
+        lengths = [self._lengths[i] for i in wave]
+        padding = [(len(wave) - k) * (lengths[0] - lengths[k]) for k in range(len(wave))]
+        cut = max(range(len(wave)), key=padding.__getitem__)
+        return wave[:cut] if padding[cut] > WORTH_A_PASS else wave
 
     def _decode(self) -> None:
         """A token for every slot."""
