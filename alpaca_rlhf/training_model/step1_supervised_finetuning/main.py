@@ -28,7 +28,9 @@ from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trai
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
-from alpaca_rlhf.utils.tracking import Tracker
+from alpaca_rlhf.utils.tracking import Outside, Tracker
+
+SHOWN = {"loss": "loss", "lr": "lr", "weight_per_second": "tokens/s"}
 
 
 def main() -> None:
@@ -41,7 +43,8 @@ def main() -> None:
     home = preprocessing.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
-        [Planned(path, model_settings(args))], args.loading.tokenizer_name_or_path
+        [Planned(path, model_settings(args))], args.loading.tokenizer_name_or_path,
+        arguments.trackers(args),
     )
     form = ChatFormat(load_tokenizer(
         args.loading.tokenizer_name_or_path or path, args.data.chat_template,
@@ -69,7 +72,8 @@ def main() -> None:
     evaluate = partial(perplexity, engine, data, form.pad_id, args)
     before = evaluate()
     distributed.say(f"before: {summary(before)}")
-    with Tracker(folder.path, total_steps, ["loss", "lr"]) as tracker:
+    outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
+    with Tracker(folder.path, total_steps, SHOWN, outside) as tracker:
         training_loop.train(
             engine, data.train, partial(collate_tokens, pad_id=form.pad_id),
             partial(objective, engine), plan, tracker, evaluate, data.lengths(),
