@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from alpaca_rlhf.report import page
 from alpaca_rlhf.utils import (
     arguments,
     checkpoint,
@@ -87,6 +88,7 @@ def main() -> None:
     data.save_record(folder.path)
     results = {"step": 1, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
+    page.write_beside(folder.final)
 
 
 def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:

@@ -4,11 +4,11 @@
         alpaca_rlhf/training_model/step2_reward_model_finetuning/main.py --output_dir output/critic
 """
 
-import math
 from functools import partial
 
 import torch
 
+from alpaca_rlhf.report import page
 from alpaca_rlhf.utils import (
     arguments,
     checkpoint,
@@ -25,6 +25,7 @@ from alpaca_rlhf.utils.data.preprocessing import Prepared
 from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.measures import wilson_interval
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
@@ -97,6 +98,7 @@ def main() -> None:
     data.save_record(folder.path)
     results = {"step": 2, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
+    page.write_beside(folder.final)
 
 
 def export(
@@ -186,14 +188,6 @@ def accuracy(pairs: list[dict[str, float]]) -> dict[str, float]:
         "score_mean": chosen.mean().item(), "score_std": chosen.std(correction=0).item(),
         "rejected_mean": rejected.mean().item(), "pairs": len(pairs),
     }
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (E. B. Wilson, 1927)."""
-    share, spread = successes / trials, z * z / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return middle - half, middle + half
 
 
 def summary(result: dict[str, float]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from alpaca_rlhf.report import page
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import (
     deepspeed_backend,
     policy_evaluation,
@@ -112,6 +113,7 @@ def main() -> None:
     for role in ("actor", "critic"):
         data.save_record(folder.path and folder.path / role)
     folder.finish(arguments.to_config(args), results(data, before, after))
+    page.write_beside(folder.final)
 
 
 class Rounds:
