@@ -156,25 +156,25 @@ def _alarms(runs: list[Run]) -> Iterator[dict[str, Any]]:
 
 def _cost(runs: list[Run]) -> list[list[str]]:
     """Name, time, memory, amount and speed of each step."""
-    rows = []
-    for run in runs:
-        for number, step in run.steps.items():
-            if not step.metrics:
-                continue
-            last = step.metrics[-1]
-            seconds = last.get("time/elapsed")
-            memory = max((row.get("memory_gb", row.get("memory/peak_gb", 0.0))
-                          for row in step.metrics))
-            amount = sum(row.get("weight", row.get("throughput/tokens", 0))
-                         for row in step.metrics)
-            unit = {1: "tokens trained on", 2: "pairs", 3: "tokens generated"}[number]
-            rows.append([
-                TITLES[number] if len(runs) == 1 else f"{run.name}: {TITLES[number]}",
-                _duration(seconds) if seconds is not None else "-",
-                f"{memory:.2f} GB", f"{amount:,.0f} {unit}" if amount else "-",
-                f"{amount / seconds:,.0f} a second" if amount and seconds else "-",
-            ])
-    return rows
+    return [
+        [TITLES[number] if len(runs) == 1 else f"{run.name}: {TITLES[number]}", *_step_cost(step)]
+        for run in runs for number, step in run.steps.items() if step.metrics
+    ]
+
+
+def _step_cost(step: Step) -> list[str]:
+    def column(*names: str) -> list[float]:
+        return [row[name] for row in step.metrics for name in names if name in row]
+
+    seconds = max(column("time/elapsed"), default=0.0)
+    memory = max(column("memory_gb", "memory/peak_gb"), default=0.0)
+    amount = sum(column("weight", "throughput/tokens"))
+    unit = {1: "tokens trained on", 2: "pairs", 3: "tokens generated"}[step.number]
+    return [
+        _duration(seconds) if seconds else "-", f"{memory:.2f} GB",
+        f"{amount:,.0f} {unit}" if amount else "-",
+        f"{amount / seconds:,.0f} a second" if amount and seconds else "-",
+    ]
 
 
 def _duration(seconds: float) -> str:

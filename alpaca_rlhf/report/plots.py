@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,8 @@ class Plot:
 
 def of_step(step: Step, prefix: str) -> list[Plot]:
     """Every plot that one step has data for; `prefix` sets its ids apart from other steps'."""
-    made = [(curve.title, lambda axis, c=curve: _curve(axis, step, c))
-            for curve in CURVES[step.number] if _present(step.metrics, curve)]
-    plots = [_plot(f"{prefix}-{i}", title, draw) for i, (title, draw) in enumerate(made)]
+    plots = [_plot(f"{prefix}-{i}", curve.title, partial(_curve, step=step, curve=curve))
+             for i, curve in enumerate(CURVES[step.number]) if _present(step.metrics, curve)]
     more: dict[int, Callable[[Step, str], Iterator[Plot]]] = {2: _reward_plots, 3: _policy_plots}
     if step.number in more:
         plots += more[step.number](step, prefix)
@@ -105,9 +105,8 @@ def of_runs(runs: list[Run], number: int) -> list[Plot]:
     for i, curve in enumerate(CURVES[number]):
         name = next(iter(curve.series))
         if all(all(name in rows[0] for rows in members) for members in grouped.values()):
-            plots.append(_plot(
-                f"all{number}-{i}", curve.title, lambda axis, n=name, c=curve:
-                _bands(axis, grouped, n, c)))
+            draw = partial(_bands, grouped=grouped, name=name, curve=curve)
+            plots.append(_plot(f"all{number}-{i}", curve.title, draw))
     return plots
 
 
@@ -221,8 +220,7 @@ def _reward_plots(step: Step, prefix: str) -> Iterator[Plot]:
     right = (margin > 0).astype(float)
     yield _plot(
         f"{prefix}-scores", "held-out scores",
-        lambda axis: _histograms(axis, {"rejected": columns["rejected"],
-                                        "chosen": columns["chosen"]}))
+        partial(_histograms, values={name: columns[name] for name in ("rejected", "chosen")}))
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     error, bins = calibration(confidence, right)
 
@@ -239,11 +237,11 @@ def _reward_plots(step: Step, prefix: str) -> Iterator[Plot]:
                 "A larger dot is more pairs.")
     yield _plot(
         f"{prefix}-length", "accuracy by length",
-        lambda axis: _shares(axis, _by_length(columns, right), "tokens of the longer text"),
+        partial(_shares, parts=_by_length(columns, right), xlabel="tokens of the longer text"),
         "Quarters of the held-out pairs; the lines are 95 % intervals.")
     yield _plot(
         f"{prefix}-longer", "accuracy by which reply is longer",
-        lambda axis: _shares(axis, _by_longer(columns, right), "chosen reply, against rejected"),
+        partial(_shares, parts=_by_longer(columns, right), xlabel="chosen, against rejected"),
         "A model that only counts words is right in the first and wrong in the last.")
 
 
@@ -283,7 +281,7 @@ def _shares(axis: Any, parts: dict[str, Array], xlabel: str) -> None:
 def _policy_plots(step: Step, prefix: str) -> Iterator[Plot]:
     if step.metrics:
         yield _plot(
-            f"{prefix}-frontier", "reward against KL", lambda axis: _frontier(axis, step),
+            f"{prefix}-frontier", "reward against KL", partial(_frontier, step=step),
             "Each dot is a round, darker is later; rings are checkpoints, the square is the model "
             "that was saved.")
     for name, title in (("score", "score, before and after"),
@@ -291,7 +289,7 @@ def _policy_plots(step: Step, prefix: str) -> Iterator[Plot]:
         values = {label: np.array([d[when][name] for d in step.dialogues], dtype=float)
                   for label, when in (("SFT", "before"), ("RLHF", "after"))}
         if step.dialogues:
-            yield _plot(f"{prefix}-{name}", title, lambda axis, v=values: _histograms(axis, v),
+            yield _plot(f"{prefix}-{name}", title, partial(_histograms, values=values),
                         f"{len(step.dialogues)} held-out prompts; the dashed lines are means.")
 
 

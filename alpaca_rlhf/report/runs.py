@@ -110,14 +110,15 @@ def read_step(folder: Path) -> Step:
     metrics = run_records.read_rows(folder / run_records.METRICS_FILE)
     results = _record(folder / checkpoint.RESULTS_FILE)
     return Step(
-        results.get("step") or _number(metrics),
-        folder,
-        metrics,
-        *(run_records.read_rows(folder / name) for name in (
-            run_records.EVENTS_FILE, run_records.SAMPLES_FILE, run_records.PAIRS_FILE)),
-        results,
-        _record(folder / checkpoint.ARGUMENTS_FILE),
-        _record(folder / run_records.RUN_FILE),
+        number=results.get("step") or _number(metrics),
+        folder=folder,
+        metrics=metrics,
+        events=run_records.read_rows(folder / run_records.EVENTS_FILE),
+        samples=run_records.read_rows(folder / run_records.SAMPLES_FILE),
+        pairs=run_records.read_rows(folder / run_records.PAIRS_FILE),
+        results=results,
+        arguments=_record(folder / checkpoint.ARGUMENTS_FILE),
+        start=_record(folder / run_records.RUN_FILE),
     )
 
 
