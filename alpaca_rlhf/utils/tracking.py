@@ -7,6 +7,8 @@ that fails on the way is left behind with a line that says so: it never ends a t
 
 import importlib.util
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+import torch
 from tqdm import tqdm
 
 from alpaca_rlhf.utils import distributed, run_records
@@ -25,6 +28,7 @@ from alpaca_rlhf.utils.run_records import EVENTS_FILE, METRICS_FILE, RUN_FILE, S
 SECONDS_BETWEEN_LINES = 5.0
 PROJECT = "alpaca-rlhf"
 LOGS_FOLDER = "logs"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 SAMPLE_COLUMNS = ("prompt", "reply", "score")
 
 
@@ -111,8 +115,9 @@ class Tracker:
     def _new_bar(self) -> tqdm | None:
         if not (distributed.is_main() and sys.stdout.isatty()):
             return None
-        return tqdm(total=self._total, initial=self._first, file=sys.stdout, unit="step",
-                    dynamic_ncols=True)
+        size = shutil.get_terminal_size()
+        return tqdm(total=self._total, initial=self._first, file=sys.stdout, bar_format=BAR,
+                    ncols=size.columns - 1, nrows=size.lines)
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +151,8 @@ class Tracker:
             self.event(alarm.kind, step, alarm.message, alarm=True)
         if alarms and self._stop_on_alarm:
             kinds = ", ".join(alarm.kind for alarm in alarms)
-            raise TrainingStopped(f"--stop_on_alarm: stopped at step {step} by: {kinds}")
+            where = f"; what was recorded is in {self._folder}" if self._folder else ""
+            raise TrainingStopped(f"--stop_on_alarm: stopped at step {step} by: {kinds}{where}")
 
     def event(self, kind: str, step: int, message: str = "", alarm: bool = False) -> None:
         """Record that something happened: an alarm, a checkpoint (kind `checkpoint`)."""
@@ -181,6 +187,8 @@ class Tracker:
             if name in metrics
         )
         if self._bar is not None:
+            # By itself it shows nothing on a terminal that does not say its size.
+            self._bar.ncols = shutil.get_terminal_size().columns - 1
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(step - self._bar.n)
             return
@@ -239,7 +247,9 @@ def _start(outside: Outside, folder: Path | None) -> list[_Sink]:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState(cpu=distributed.on_cpu())  # their decorators ask it for the rank
+    # Their decorators ask this for the rank. Left to itself it would set the number of threads.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    PartialState(cpu=distributed.on_cpu())
     run, where = _run_name(folder), outside.folder or str((folder or Path()) / LOGS_FOLDER)
     named = {"wandb": {"name": run}, "mlflow": {"run_name": run}}
     config = {name: value if isinstance(value, bool | int | float | str) else str(value)

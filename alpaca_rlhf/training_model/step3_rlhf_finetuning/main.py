@@ -64,9 +64,9 @@ from alpaca_rlhf.utils.model.reward_model import is_reward_model, load_statistic
 from alpaca_rlhf.utils.tracking import Outside, Tracker, table
 
 SHOWN = {
-    "reward/score_mean": "reward", "kl/k1": "KL", "response/length_mean": "length",
-    "response/eos_rate": "eos", "policy/loss": "policy loss", "value/loss": "value loss",
-    "throughput/tokens_per_second": "tokens/s",
+    "reward/score_mean": "reward", "kl/k1": "KL", "throughput/tokens_per_second": "tokens/s",
+    "response/length_mean": "length", "response/eos_rate": "eos", "policy/loss": "policy loss",
+    "value/loss": "value loss",
 }
 SAMPLES = 4  # rollouts of a table
 
