@@ -34,6 +34,7 @@ setup(
     version=version(),
     description="RLHF for LLaMA-family models in three steps: SFT, reward model, PPO",
     packages=find_packages(include=["alpaca_rlhf", "alpaca_rlhf.*"]),
+    package_data={"alpaca_rlhf.report": ["*.j2", "*.css", "*.js"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9,<3",
@@ -48,10 +49,17 @@ setup(
         "py3langid>=0.3,<1",
         "filelock>=3.15",
         "matplotlib>=3.9,<4",
+        "Jinja2>=3.1,<4",
         "psutil>=5.9",
         "PyYAML>=6,<7",
         "tqdm>=4.66,<5",
     ],
-    # debug: for `my_deepspeed.py --debug_ranks`.
-    extras_require={"tested": tested(), "debug": ["debugpy>=1.8,<2"]},
+    # debug: for `my_deepspeed.py --debug_ranks`; the others: for `--tracker`.
+    extras_require={
+        "tested": tested(),
+        "debug": ["debugpy>=1.8,<2"],
+        "tensorboard": ["tensorboard>=2.18,<3"],
+        "wandb": ["wandb>=0.19,<1"],
+        "mlflow": ["mlflow>=2.20,<4"],
+    },
 )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All three steps, one after the other, and a table at the end.
+# All three steps, one after the other, and a table and report.html at the end.
 #
 #     bash scripts/run_pipeline.sh [--config-dir configs/tiny] [--output-dir output/tiny]
 #                                  [--fresh] [--num_gpus N] [-- flags for all three steps]
@@ -101,4 +101,4 @@ run_step 1 "supervised fine-tuning" step1_supervised_finetuning actor
 run_step 2 "reward model" step2_reward_model_finetuning critic
 run_step 3 "PPO" step3_rlhf_finetuning final \
     --actor_model_name_or_path "$output_dir/actor" --critic_model_name_or_path "$output_dir/critic"
-python -m alpaca_rlhf.pipeline_report "$output_dir"
+python -m alpaca_rlhf.report "$output_dir"

@@ -10,6 +10,8 @@ import yaml
 
 from alpaca_rlhf.utils.arguments import (
     NO_EFFECT,
+    TRACKERS,
+    TRACKERS_OF_FILES,
     UNAVAILABLE,
     notices,
     parse_step1,
@@ -17,6 +19,7 @@ from alpaca_rlhf.utils.arguments import (
     parse_step3,
     split_shares,
     to_config,
+    trackers,
 )
 from alpaca_rlhf.utils.errors import UserError
 
@@ -57,6 +60,8 @@ ALL_STEPS = """
 --enable_tensorboard
 --tensorboard_path tb
 --tracker wandb
+--tracker tensorboard mlflow
+--logging_dir tb
 --save_steps 10
 --resume_from_checkpoint latest
 """
@@ -132,6 +137,8 @@ STEP_3 = """
 --unsup_coef 27.8
 --print_answers
 --print_answers_interval 20
+--log_samples_steps 5
+--stop_on_alarm
 --enable_test_mode
 --test_stop_step 3
 --temperature 0.7
@@ -598,3 +605,32 @@ def test_the_flags_of_the_hybrid_engine_go_together_without_a_notice():
     args = parse_step3([*MODELS, *given])
     assert notices(args) == []
     assert args.rollout.repetition_penalty == 1.1
+
+
+# --- trackers ------------------------------------------------------------------------------------
+
+
+def test_trackers_are_named_by_either_flag_each_once():
+    assert trackers(parse_step1([])) == []
+    assert trackers(parse_step1(["--enable_tensorboard"])) == ["tensorboard"]
+    assert trackers(parse_step1(
+        ["--tracker", "wandb", "tensorboard", "--enable_tensorboard"])) == ["wandb", "tensorboard"]
+
+
+def test_an_unknown_tracker_is_refused():
+    assert refusal(1, "--tracker", "wandb", "tensorbord").startswith(
+        "--tracker tensorbord: must be of tensorboard, wandb, ")
+
+
+def test_the_trackers_are_all_of_accelerates():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert set(TRACKERS) == set(LOGGER_TYPE_TO_CLASS)
+    assert set(TRACKERS_OF_FILES) == {
+        name for name, made in LOGGER_TYPE_TO_CLASS.items() if made.requires_logging_directory}
+
+
+def test_a_folder_for_logs_without_a_tracker_that_writes_there_is_noticed():
+    line = "--logging_dir has no effect: no tracker that writes files is asked for"
+    assert line in notices(parse_step1(["--tensorboard_path", "tb", "--tracker", "wandb"]))
+    assert notices(parse_step1(["--tensorboard_path", "tb", "--enable_tensorboard"])) == []

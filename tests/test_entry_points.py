@@ -53,8 +53,12 @@ def record(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return rows_of(folder / "metrics.jsonl")
 
 
 @dataclass
@@ -106,7 +110,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 def test_a_plain_run_prints_our_lines_and_nothing_else(plain):
     assert [line.split(":")[0].split("  ")[0] for line in plain.printed["actor"]] == [
         "tokenizer", "data", "model", "before", "step 1/2", "step 2/2", "after",
-        f"saved to {plain.folder}/actor"]
+        f"saved to {plain.folder}/actor", "report"]
 
 
 def test_step_1_says_what_it_trains_and_measures(plain):
@@ -180,6 +184,39 @@ def test_the_steps_trained_on_different_prompts(plain):
 def test_answers_are_shown_when_asked_for(plain):
     said = plain.printed["final"]
     assert sum(line.startswith("prompt ") and line.endswith("score") for line in said) == 2
+
+
+def test_every_step_leaves_a_report_of_what_it_has_recorded(plain):
+    plots = {"actor": 3, "critic": 3 + 4, "final": 13 + 3}  # no gold rule for this data
+    for name, count in plots.items():
+        html = (plain.folder / name / "report.html").read_text()
+        assert html.count("<figure") == count, name
+        assert "not finished" not in html
+        assert plain.printed[name][-1] == f"report: {plain.folder}/{name}/report.html"
+
+
+def test_step_2_records_the_scores_of_every_held_out_pair(plain):
+    pairs = rows_of(plain.folder / "critic" / "pair_scores.jsonl")
+    after = record(plain.folder / "critic" / "results.json")["after"]
+    assert len(pairs) == after["pairs"]
+    right = sum(pair["chosen"] > pair["rejected"] for pair in pairs)
+    assert right / len(pairs) == after["accuracy"]
+    assert all(pair["chosen_tokens"] > pair["rejected_tokens"] > 4 for pair in pairs)
+
+
+def test_step_3_records_samples_token_by_token(plain):
+    samples = rows_of(plain.folder / "final" / "samples.jsonl")
+    assert [row["step"] for row in samples] == [1] * 4 + [2] * 4
+    for row in samples:
+        tokens = row["tokens"]
+        trained = sum(tokens["mask"])
+        assert len(tokens["text"]) == len(tokens["mask"]) > trained > 0
+        assert "".join(tokens["text"]).startswith("<s>Human: What is")
+        for name in ("logprob", "kl", "value", "advantage", "reward"):
+            assert len(tokens[name]) == trained
+        if row["step"] == 1:  # the policy still is the reference: all reward stands on the last
+            assert set(tokens["kl"]) == set(tokens["reward"][:-1]) | {0.0} == {0.0}
+            assert tokens["reward"][-1] != 0
 
 
 def test_no_unfinished_folder_is_left(plain):

@@ -19,6 +19,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     make_experience,
 )
 from alpaca_rlhf.utils import losses
+from alpaca_rlhf.utils.alarms import Alarms, Limits
 from alpaca_rlhf.utils.data.collators import collate_tokens
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.ema import Ema
@@ -45,9 +46,7 @@ def round_of(small, engine, temperature=1.0):
 
 @pytest.mark.parametrize("kind", ROLES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_at_the_first_update_every_ratio_is_1_and_nothing_is_reported(
-    small, capsys, kind, temperature
-):
+def test_at_the_first_update_every_ratio_is_1_and_no_alarm_goes_off(small, kind, temperature):
     engine = roles(small, kind)
     experience = round_of(small, engine, temperature)
     settings = small.ppo(micro_batch_size=8, temperature=temperature)
@@ -56,7 +55,8 @@ def test_at_the_first_update_every_ratio_is_1_and_nothing_is_reported(
     assert abs(metrics["policy/ratio_max"] - 1) < 1e-5
     assert abs(metrics["policy/approx_kl"]) < 1e-5
     assert metrics["policy/clip_fraction"] == 0
-    assert "warning" not in capsys.readouterr().out
+    assert metrics["policy/first_log_ratio_max"] < 1e-5
+    assert Alarms(Limits()).check(metrics) == []
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_at_the_first_update_every_ratio_is_1_and_nothing_is_reported(
     [({"load": LoadOptions(dropout=0.3)}, 1.0), ({"lora": 4, "lora_dropout": 0.5}, 1.0),
      ({}, 0.6)],
 )
-def test_a_ratio_that_is_not_1_is_reported_once_with_its_likely_causes(
-    small, capsys, mistake, temperature
+def test_a_ratio_that_is_not_1_at_the_first_update_sets_off_an_alarm(
+    small, mistake, temperature
 ):
     engine = small.roles(**mistake)
     if "lora" in mistake:
@@ -75,14 +75,9 @@ def test_a_ratio_that_is_not_1_is_reported_once_with_its_likely_causes(
                     parameter.normal_(std=0.2)
     experience = round_of(small, engine)
     trainer = PPOTrainer(engine, small.ppo(temperature=temperature))
-    trainer.learn(experience, 0)
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 1
-    assert told[0].startswith("warning: at the first update a log-ratio is ")
-    assert told[0].endswith(
-        ", not 0 (allowed 1e-05): dropout is on, or the precision of rollout and update differ, "
-        "or --temperature is not the same in both"
-    )
+    first, second = (trainer.learn(experience, number) for number in (0, 1))
+    assert [alarm.kind for alarm in Alarms(Limits()).check(first)] == ["ratio"]
+    assert "policy/first_log_ratio_max" not in second
 
 
 # ------------------------------------------------------------------- one step

@@ -46,15 +46,18 @@ UNAVAILABLE: dict[str, str] = {
     "max_tokens_per_micro_batch": "micro-batches are counted in rows, of like lengths",
     "save_steps": "the model is saved once, at the end",
     "resume_from_checkpoint": "a run always starts at its first step",
-    "tracker": "metrics go to the console and to a JSONL file",
-    "enable_tensorboard": "metrics go to the console and to a JSONL file",
-    "tensorboard_path": "metrics go to the console and to a JSONL file",
     "inference_tp_size": "every rank generates with the whole model",
     "enable_mixed_precision_lora": "frozen weights are not quantised",
     "align_overflow": "an fp16 overflow skips the step of its own model only",
     "offload_reference_model": "the reference stays on the device",
     "offload_reward_model": "the reward model stays on the device",
 }
+
+# What `--tracker` knows: accelerate's trackers, each the name of its package too. Those that write
+# files need a folder.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive",
+            "swanlab")
+TRACKERS_OF_FILES = ("tensorboard", "aim")
 
 # Flags kept for old scripts: accepted, said once at the start, otherwise ignored.
 NO_EFFECT: dict[str, str] = {
@@ -196,9 +199,12 @@ class RunArguments:
     local_rank: int = _option(-1, "set by the launcher; -1 is a single process")
     save_steps: Whole = _unavailable("save_steps", 0)
     resume_from_checkpoint: str | None = _unavailable("resume_from_checkpoint", None)
-    tracker: str | None = _unavailable("tracker", None)
-    enable_tensorboard: bool = _unavailable("enable_tensorboard", False)
-    tensorboard_path: str | None = _unavailable("tensorboard_path", None)
+    tracker: list[str] = _option(
+        [], f"where metrics go too, one or more of: {', '.join(TRACKERS)}")
+    enable_tensorboard: bool = _option(False, "the same as --tracker tensorboard")
+    logging_dir: str | None = _option(
+        None, f"folder for the files of {' and '.join(TRACKERS_OF_FILES)} (default: logs, in "
+        "--output_dir if there is one)", "tensorboard_path")
 
 
 @dataclass(frozen=True)
@@ -383,13 +389,19 @@ class PpoArguments:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """What step 3 shows of itself, and its short test run."""
+    """What step 3 shows of itself, its alarms, and its short test run."""
     _argument_group_name = "report"
 
     eval_prompts: Whole = _option(
         128, "held-out prompts that measure the policy before and after; 0: none")
     print_answers: bool = _option(False, "show replies and their scores on the console")
     print_answers_interval: Count = _option(1, "steps between two such tables")
+    log_samples_steps: Whole = _option(
+        10, "steps between samples, kept in samples.jsonl, for the report, and shown by trackers "
+        "that have tables; 0: none")
+    stop_on_alarm: bool = _option(
+        False, "end the run when an alarm goes off: KL running away, score bought by what nobody "
+        "wants, entropy collapsing, critic explaining nothing, ratios not 1 at first")
     enable_test_mode: bool = _option(False, "stop early, after step --test_stop_step")
     test_stop_step: Whole = _option(0, "the last step of --enable_test_mode, counted from 0")
 
@@ -509,6 +521,8 @@ def notices(args: StepArguments) -> list[str]:
         names, rank = f"{role.prefix}lora_module_name", f"{role.prefix}lora_dim"
         if names in args.given and _values(args)[rank] == 0:
             lines.append(f"--{names} has no effect: --{rank} is 0")
+    if args.run.logging_dir and not set(trackers(args)) & set(TRACKERS_OF_FILES):
+        lines.append("--logging_dir has no effect: no tracker that writes files is asked for")
     if isinstance(args, Step3Arguments):
         lines += _hybrid_notices(args)
     return lines
@@ -523,6 +537,12 @@ def _hybrid_notices(args: Step3Arguments) -> Iterator[str]:
         yield f"--unpin_actor_parameters has no effect: {off}layers are gathered one by one anyway"
     if rollout.hybrid_engine_backend == "deepspeed" and not rollout.enable_hybrid_engine:
         yield f"--hybrid_engine_backend deepspeed has no effect: {off}no such engine is used"
+
+
+def trackers(args: StepArguments) -> list[str]:
+    """The trackers asked for, by either flag, each once."""
+    also = ["tensorboard"] if args.run.enable_tensorboard else []
+    return list(dict.fromkeys([*args.run.tracker, *also]))
 
 
 def split_shares(data_split: str) -> tuple[float, float, float]:
@@ -701,6 +721,7 @@ def _parse(step: type[AnyStep], argv: list[str] | None) -> AnyStep:
     _check_data_split(args)
     _check_lora(args)
     _check_deepspeed(args)
+    _check_trackers(args)
     return _resolve(args)
 
 
@@ -788,6 +809,12 @@ def _check_deepspeed(args: StepArguments) -> None:
     for stage in stages:
         if args.optimization.offload and _values(args)[stage] == 0:
             _refuse("offload", True, f"needs ZeRO; give --{stage} 1, 2 or 3, or remove the flag")
+
+
+def _check_trackers(args: StepArguments) -> None:
+    for name in args.run.tracker:
+        if name not in TRACKERS:
+            _refuse("tracker", name, f"must be of {', '.join(TRACKERS)}")
 
 
 def _check_rollout(args: Step3Arguments) -> None:

@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from alpaca_rlhf.utils import debugging
-from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 
 
 def initialize(seed: int) -> None:
@@ -260,6 +260,9 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         _last_words(f"error: {error}")
         code = 2
+    except TrainingStopped as stop:
+        _last_words(str(stop))
+        code = 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -8,3 +8,7 @@ bug of ours and keeps its traceback.
 
 class UserError(ValueError):
     """A wrong flag, path, file, column or model: one line, exit code 2."""
+
+
+class TrainingStopped(Exception):
+    """A training was ended on purpose before its last step; the message is one line."""

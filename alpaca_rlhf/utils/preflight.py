@@ -6,22 +6,27 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from alpaca_rlhf.utils import distributed, memory_plan, optimizer
+from alpaca_rlhf.utils import distributed, memory_plan, optimizer, tracking
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.memory_plan import Planned
 
 
-def check(models: Sequence[Planned], tokenizer: str | None = None) -> None:
-    """See to it that models can be had, optimizers built, and that all of it fits.
+def check(
+    models: Sequence[Planned], tokenizer: str | None = None, trackers: Sequence[str] = ()
+) -> None:
+    """See to it that models can be had, optimizers and trackers built, and that all of it fits.
 
     Args:
         models: those that the run trains.
         tokenizer: hub id or folder, if it isn't a model's own.
+        trackers: that metrics go to.
 
     Raises:
-        UserError: a hub model is not in the cache and there is to be no network; a compiler is
-            missing; the weights do not fit. A folder that is no model is left to its loader.
+        UserError: a hub model is not in the cache and there is to be no network; a compiler or a
+            tracker's package is missing; the weights do not fit. A folder that is no model is left
+            to its loader.
     """
+    tracking.require_packages(trackers)
     for path in [*(model.path for model in models), tokenizer]:
         if path is not None:
             require_cached(path)

@@ -207,9 +207,9 @@ def train(
                 )
             step += 1
             seen["weight"] += int(weight)
-            metrics["grad_norm"] = gradient_norm(engine)
-            metrics["lr"] = engine.get_lr()[0]
+            metrics |= {"grad_norm": gradient_norm(engine), "lr": engine.get_lr()[0]}
             metrics["epoch"] = epoch + start / len(batches)
+            metrics["weight"] = int(weight)
             metrics["weight_per_second"] = seen["weight"] / (time.perf_counter() - started)
             metrics["memory_gb"] = distributed.memory_gb()
             if plan.eval_interval and step % plan.eval_interval == 0 and step < total:

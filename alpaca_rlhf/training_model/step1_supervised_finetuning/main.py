@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from alpaca_rlhf.report import page
 from alpaca_rlhf.utils import (
     arguments,
     checkpoint,
@@ -28,7 +29,9 @@ from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trai
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
-from alpaca_rlhf.utils.tracking import Tracker
+from alpaca_rlhf.utils.tracking import Outside, Tracker
+
+SHOWN = {"loss": "loss", "lr": "lr", "weight_per_second": "tokens/s"}
 
 
 def main() -> None:
@@ -41,7 +44,8 @@ def main() -> None:
     home = preprocessing.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
-        [Planned(path, model_settings(args))], args.loading.tokenizer_name_or_path
+        [Planned(path, model_settings(args))], args.loading.tokenizer_name_or_path,
+        arguments.trackers(args),
     )
     form = ChatFormat(load_tokenizer(
         args.loading.tokenizer_name_or_path or path, args.data.chat_template,
@@ -69,7 +73,8 @@ def main() -> None:
     evaluate = partial(perplexity, engine, data, form.pad_id, args)
     before = evaluate()
     distributed.say(f"before: {summary(before)}")
-    with Tracker(folder.path, total_steps, ["loss", "lr"]) as tracker:
+    outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
+    with Tracker(folder.path, total_steps, SHOWN, outside) as tracker:
         training_loop.train(
             engine, data.train, partial(collate_tokens, pad_id=form.pad_id),
             partial(objective, engine), plan, tracker, evaluate, data.lengths(),
@@ -83,6 +88,7 @@ def main() -> None:
     data.save_record(folder.path)
     results = {"step": 1, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
+    page.write_beside(folder.final)
 
 
 def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:

@@ -4,17 +4,18 @@
         alpaca_rlhf/training_model/step2_reward_model_finetuning/main.py --output_dir output/critic
 """
 
-import math
 from functools import partial
 
 import torch
 
+from alpaca_rlhf.report import page
 from alpaca_rlhf.utils import (
     arguments,
     checkpoint,
     distributed,
     losses,
     preflight,
+    run_records,
     training_loop,
 )
 from alpaca_rlhf.utils.arguments import Step2Arguments
@@ -24,6 +25,7 @@ from alpaca_rlhf.utils.data.preprocessing import Prepared
 from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.measures import wilson_interval
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
@@ -33,7 +35,11 @@ from alpaca_rlhf.utils.model.reward_model import (
     save_statistics,
     scores,
 )
-from alpaca_rlhf.utils.tracking import Tracker
+from alpaca_rlhf.utils.tracking import Outside, Tracker
+
+SHOWN = {
+    "loss": "loss", "accuracy": "accuracy", "lr": "lr", "weight_per_second": "pairs/s",
+}
 
 
 def main() -> None:
@@ -46,7 +52,8 @@ def main() -> None:
     home = preprocessing.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
-        [Planned(path, model_settings(args), scores=True)], args.loading.tokenizer_name_or_path
+        [Planned(path, model_settings(args), scores=True)], args.loading.tokenizer_name_or_path,
+        arguments.trackers(args),
     )
     form = ChatFormat(load_tokenizer(
         args.loading.tokenizer_name_or_path or path, args.data.chat_template,
@@ -72,28 +79,42 @@ def main() -> None:
     )
     distributed.say(f"model: {trains}")
 
-    evaluate = partial(accuracy, engine, data, form.pad_id, args)
+    def evaluate() -> dict[str, float]:
+        return accuracy(score_pairs(engine, data, form.pad_id, args))
+
     before = evaluate()
     distributed.say(f"before: {summary(before)}")
-    shown = ["loss", "accuracy", "lr"]
-    with Tracker(folder.path, total_steps, shown) as tracker:
+    outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
+    with Tracker(folder.path, total_steps, SHOWN, outside) as tracker:
         training_loop.train(
             engine, data.train, partial(collate_pairs, pad_id=form.pad_id),
             partial(objective, engine), plan, tracker, evaluate, data.lengths(),
         )
-    after = evaluate()
+    pairs = score_pairs(engine, data, form.pad_id, args)
+    after = accuracy(pairs)
     distributed.say(f"after: {summary(after)}")
 
-    facts = {"base model": path, "held-out pairs": summary(after)}
-    card = checkpoint.model_card("Reward model", facts)
-    checkpoint.export(engine.module.model, form.tokenizer, folder.path, card)
-    if folder.path and after and distributed.is_main():
-        save_statistics(
-            folder.path, after["score_mean"], after["score_std"], int(after["pairs"])
-        )
+    export(engine, form, folder, path, pairs)
     data.save_record(folder.path)
     results = {"step": 2, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
+    page.write_beside(folder.final)
+
+
+def export(
+    engine: Engine, form: ChatFormat, folder: checkpoint.RunFolder, base: str,
+    pairs: list[dict[str, float]],
+) -> None:
+    """The reward model, the statistics of its scores, and the scores of held-out pairs."""
+    measured = accuracy(pairs)
+    facts = {"base model": base, "held-out pairs": summary(measured)}
+    card = checkpoint.model_card("Reward model", facts)
+    checkpoint.export(engine.module.model, form.tokenizer, folder.path, card)
+    if folder.path and pairs and distributed.is_main():
+        save_statistics(
+            folder.path, measured["score_mean"], measured["score_std"], len(pairs)
+        )
+        run_records.write_rows(folder.path / run_records.PAIRS_FILE, pairs)
 
 
 def load_data(args: Step2Arguments, form: ChatFormat) -> Prepared:
@@ -134,37 +155,39 @@ def objective(
     return losses.pairwise_loss(chosen, rejected), {"accuracy": in_order}
 
 
-def accuracy(
+def score_pairs(
     engine: Engine, data: Prepared, pad_id: int, args: Step2Arguments
-) -> dict[str, float]:
-    """Share of held-out pairs in order, with its interval, and the scores of chosen replies."""
+) -> list[dict[str, float]]:
+    """`chosen`, `rejected` (scores) and the tokens of both, prompt included, of held-out pairs."""
 
     def measure(batch: PairBatch) -> list[list[float]]:
         pair = scores(engine, batch.input_ids, batch.attention_mask).chunk(2)
-        return torch.stack(pair, dim=-1).tolist()
+        lengths = batch.attention_mask.sum(-1).to(pair[0].dtype).chunk(2)
+        return torch.stack([*pair, *lengths], dim=-1).tolist()
 
     numbers = training_loop.evaluate_sums(
         engine, data.held_out, partial(collate_pairs, pad_id=pad_id), measure,
         args.batches.per_device_eval_batch_size, args.batches.eval_iters,
     )
-    if not numbers:
+    names = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
+    return [dict(zip(names, row, strict=True)) for row in numbers]
+
+
+def accuracy(pairs: list[dict[str, float]]) -> dict[str, float]:
+    """Share of held-out pairs in order, with its interval, and the scores of chosen replies."""
+    if not pairs:
         return {}
-    chosen, rejected = torch.tensor(numbers, dtype=torch.float64).unbind(-1)
+    chosen, rejected = (
+        torch.tensor([pair[name] for pair in pairs], dtype=torch.float64)
+        for name in ("chosen", "rejected")
+    )
     right = int((chosen > rejected).sum())
-    low, high = wilson_interval(right, len(numbers))
+    low, high = wilson_interval(right, len(pairs))
     return {
-        "accuracy": right / len(numbers), "accuracy_low": low, "accuracy_high": high,
+        "accuracy": right / len(pairs), "accuracy_low": low, "accuracy_high": high,
         "score_mean": chosen.mean().item(), "score_std": chosen.std(correction=0).item(),
-        "rejected_mean": rejected.mean().item(), "pairs": len(numbers),
+        "rejected_mean": rejected.mean().item(), "pairs": len(pairs),
     }
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (E. B. Wilson, 1927)."""
-    share, spread = successes / trials, z * z / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return middle - half, middle + half
 
 
 def summary(result: dict[str, float]) -> str:

@@ -10,11 +10,13 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from alpaca_rlhf.report import page
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import (
     deepspeed_backend,
     policy_evaluation,
@@ -35,8 +37,11 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     load_reward_function,
     make_experience,
     mean_over_ranks,
+    token_rewards,
 )
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.samples import token_records
 from alpaca_rlhf.utils import arguments, checkpoint, distributed, preflight
+from alpaca_rlhf.utils.alarms import CLOSE, EXACT, Alarms, Limits
 from alpaca_rlhf.utils.arguments import Step3Arguments
 from alpaca_rlhf.utils.data import (
     assistant_world,
@@ -56,10 +61,14 @@ from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.decoding import SamplingConfig
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.model.reward_model import is_reward_model, load_statistics
-from alpaca_rlhf.utils.tracking import Tracker, table
+from alpaca_rlhf.utils.tracking import Outside, Tracker, table
 
-SHOWN = ["reward/score_mean", "kl/k3", "response/length_mean", "response/eos_rate",
-         "policy/loss", "value/loss"]
+SHOWN = {
+    "reward/score_mean": "reward", "kl/k1": "KL", "throughput/tokens_per_second": "tokens/s",
+    "response/length_mean": "length", "response/eos_rate": "eos", "policy/loss": "policy loss",
+    "value/loss": "value loss",
+}
+SAMPLES = 4  # rollouts of a table
 
 
 def main() -> None:
@@ -73,7 +82,9 @@ def main() -> None:
     )
     normalizer = score_normalizer(args)
     folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
-    preflight.check(planned(args), args.loading.tokenizer_name_or_path)
+    preflight.check(
+        planned(args), args.loading.tokenizer_name_or_path, arguments.trackers(args)
+    )
     form = ChatFormat(load_tokenizers(args))
     distributed.say(describe(form.tokenizer))
     data = load_data(args, form)
@@ -91,7 +102,10 @@ def main() -> None:
 
     before = measure(args, maker, data)
     maker.reseed(args.run.seed)
-    with Tracker(folder.path, rounds.count, SHOWN) as tracker:
+    outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
+    with Tracker(
+        folder.path, rounds.count, SHOWN, outside, alarms(args), args.report.stop_on_alarm
+    ) as tracker:
         train(args, rounds, data, maker, trainer, normalizer, tracker)
     after = measure(args, maker, data)
 
@@ -99,6 +113,7 @@ def main() -> None:
     for role in ("actor", "critic"):
         data.save_record(folder.path and folder.path / role)
     folder.finish(arguments.to_config(args), results(data, before, after))
+    page.write_beside(folder.final)
 
 
 class Rounds:
@@ -194,17 +209,36 @@ def train(
         metrics["throughput/tokens_per_second"] = (
             metrics["response/length_mean"] * episodes / seconds
         )
+        metrics["throughput/tokens"] = round(metrics["response/length_mean"] * episodes)
         metrics["memory/peak_gb"] = distributed.memory_gb()
-        tracker.log(metrics, number)
+        if is_due(number, rounds.count, args.report.log_samples_steps):
+            _, rewards = token_rewards(scored, normalizer, settings, metrics["kl/coef"])
+            tracker.samples(token_records(experience, rewards, maker.form, SAMPLES), number)
         if args.report.print_answers and (number - 1) % args.report.print_answers_interval == 0:
             tracker.note(answers(maker, scored))
+        tracker.log(metrics, number)
+
+
+def is_due(number: int, last: int, interval: int) -> bool:
+    """Whether samples are kept of a round: the first, one every `interval`, and the last."""
+    return interval > 0 and ((number - 1) % interval == 0 or number == last)
 
 
 def answers(maker: RolloutMaker, scored: ScoredRollout) -> str:
     """Some rollouts as a table."""
-    prompts, replies = maker.texts(scored.rows(range(min(4, len(scored)))))
+    prompts, replies = maker.texts(scored.rows(range(min(SAMPLES, len(scored)))))
     rows = zip(prompts, replies, scored.score.tolist(), strict=False)
     return table(["prompt", "reply", "score"], [[p, r, f"{s:.2f}"] for p, r, s in rows])
+
+
+def alarms(args: Step3Arguments) -> Alarms:
+    """What the rounds are watched for."""
+    fp32 = distributed.resolve_dtype(args.loading.dtype) == torch.float32
+    exact = fp32 and distributed.world_size() == 1
+    limits = Limits(first_log_ratio=EXACT if exact else CLOSE)
+    if args.reward.kl_controller == "adaptive":
+        limits = replace(limits, kl=max(limits.kl, 2 * args.reward.kl_target))
+    return Alarms(limits)
 
 
 def load_tokenizers(args: Step3Arguments) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
-from alpaca_rlhf.utils import distributed, losses, rl_math
+from alpaca_rlhf.utils import losses, rl_math
 from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.collators import TokenBatch
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
@@ -20,9 +20,6 @@ from alpaca_rlhf.utils.training_loop import (
     gradient_norm,
     optimizer_step,
 )
-
-EXACT = 1e-5  # on one machine in fp32
-CLOSE = 1e-3  # several ranks, or another precision
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,11 @@ class PPOTrainer:
                 self._engine.actor, micro_batches, self._policy_objective, weight
             )
         if policy is not None:
-            self._check_first(policy)
+            # Before the first update every ratio is 1: an alarm watches this one.
+            difference = policy.pop("difference_max")
+            if not self._checked:
+                policy["first_log_ratio_max"] = difference
+            self._checked = True
             if self._ema is not None:
                 self._ema.update()
         return policy
@@ -209,21 +210,6 @@ class PPOTrainer:
         return losses.value_loss(
             values, batch.values, batch.returns, batch.response_mask, self._settings.clip_value
         )
-
-    def _check_first(self, policy: dict[str, float]) -> None:
-        """Before the first update every ratio is 1; a breach is reported with likely causes."""
-        difference = policy.pop("difference_max")
-        if self._checked:
-            return
-        self._checked = True
-        exact = distributed.world_size() == 1 and self._engine.actor.module.dtype == torch.float32
-        allowed = EXACT if exact else CLOSE
-        if difference > allowed:
-            distributed.say(
-                f"warning: at the first update a log-ratio is {difference:.2g}, not 0 (allowed "
-                f"{allowed:g}): dropout is on, or the precision of rollout and update differ, or "
-                "--temperature is not the same in both"
-            )
 
     def _count_skipped(self) -> None:
         self.skipped += 1

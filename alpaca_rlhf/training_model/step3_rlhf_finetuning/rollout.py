@@ -232,9 +232,7 @@ def make_experience(
         kl_coef: weight of the KL penalty.
     """
     mask = scored.response_mask
-    normalized = normalizer(scored.score).clamp(-settings.clip, settings.clip)
-    paid = normalized - settings.missing_eos_penalty * (~scored.has_eos).float()
-    rewards = rl_math.token_rewards(scored.logprobs, scored.ref_logprobs, paid, mask, kl_coef)
+    normalized, rewards = token_rewards(scored, normalizer, settings, kl_coef)
     advantages, returns = rl_math.gae(rewards, scored.values, mask, settings.gamma, settings.lam)
     if settings.whiten:
         moments = distributed.sum_over_ranks(rl_math.masked_moments(advantages, mask))
@@ -248,6 +246,18 @@ def make_experience(
     metrics["reward/kl_penalty"] = kl_coef * metrics["kl/k1"]
     metrics["value/explained_variance"] = _explained_variance(scored.values, returns, mask)
     return experience, metrics
+
+
+def token_rewards(
+    scored: ScoredRollout, normalizer: ScoreNormalizer, settings: RewardSettings, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """Normalised, clipped scores [B], and the reward of each token [B, R]."""
+    normalized = normalizer(scored.score).clamp(-settings.clip, settings.clip)
+    paid = normalized - settings.missing_eos_penalty * (~scored.has_eos).float()
+    rewards = rl_math.token_rewards(
+        scored.logprobs, scored.ref_logprobs, paid, scored.response_mask, kl_coef
+    )
+    return normalized, rewards
 
 
 def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:

@@ -1,0 +1,152 @@
+"""What run folders hold, read for a report: finished steps, and those that still run or failed."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alpaca_rlhf.utils import checkpoint, run_records
+from alpaca_rlhf.utils.errors import UserError
+
+Rows = list[dict[str, Any]]
+# Arguments in which runs of one setting differ all the same.
+OWN_TO_A_RUN = {
+    "seed", "output_dir", "overwrite_output_dir", "data_output_path", "logging_dir",
+    "actor_model_name_or_path", "critic_model_name_or_path", "preprocessing_num_workers",
+    "resume_from_checkpoint",
+}
+TITLES = {1: "Supervised fine-tuning", 2: "Reward model", 3: "PPO"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run: everything its folder says, empty where it says nothing.
+
+    Attributes:
+        number: 1, 2 or 3.
+        folder: of the step.
+        metrics, events, samples, pairs: rows of the files of `run_records`.
+        results, arguments, start: records; `results` is empty while the step is not finished.
+    """
+
+    number: int
+    folder: Path
+    metrics: Rows = field(default_factory=list)
+    events: Rows = field(default_factory=list)
+    samples: Rows = field(default_factory=list)
+    pairs: Rows = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def before(self) -> dict[str, float]:
+        """Measured before the training."""
+        return self.results.get("before", {})
+
+    @property
+    def after(self) -> dict[str, float]:
+        """Measured after the training."""
+        return self.results.get("after", {})
+
+    @property
+    def dialogues(self) -> Rows:
+        """Held-out prompts, with the records of both policies' replies."""
+        return self.results.get("dialogues", [])
+
+    @property
+    def alarms(self) -> Rows:
+        """The events that are alarms."""
+        return [event for event in self.events if event.get("alarm")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder and the steps found in it, by number."""
+
+    folder: Path
+    steps: dict[int, Step]
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        return self.folder.name or str(self.folder)
+
+    def setting(self) -> dict[str, Any]:
+        """Arguments of all steps, without what is a run's own."""
+        return {
+            f"step {number}: {name}": value for number, step in self.steps.items()
+            for name, value in step.arguments.items() if name not in OWN_TO_A_RUN
+        }
+
+
+def read_run(folder: Path) -> Run:
+    """A step's folder, or one that holds folders of steps, as run_pipeline.sh leaves it.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if _is_step(folder):
+        step = read_step(folder)
+        return Run(folder.absolute(), {step.number: step})
+    steps: dict[int, Step] = {}
+    inside = folder.iterdir() if folder.is_dir() else iter(())
+    # A folder in the making comes last: what is finished is shown in its place.
+    for path in sorted(filter(_is_step, inside), key=lambda p: (p.suffix == ".partial", p)):
+        step = read_step(path)
+        steps.setdefault(step.number, step)
+    if not steps:
+        raise UserError(f"{folder}: no run is there (no {run_records.METRICS_FILE}, here or in a "
+                        "folder below); give the --output_dir of a step, or of run_pipeline.sh")
+    return Run(folder.absolute(), dict(sorted(steps.items())))
+
+
+def _is_step(path: Path) -> bool:
+    return (path / run_records.METRICS_FILE).is_file()
+
+
+def read_step(folder: Path) -> Step:
+    """What one step has left in its folder, or left so far."""
+    metrics = run_records.read_rows(folder / run_records.METRICS_FILE)
+    results = _record(folder / checkpoint.RESULTS_FILE)
+    return Step(
+        number=results.get("step") or _number(metrics),
+        folder=folder,
+        metrics=metrics,
+        events=run_records.read_rows(folder / run_records.EVENTS_FILE),
+        samples=run_records.read_rows(folder / run_records.SAMPLES_FILE),
+        pairs=run_records.read_rows(folder / run_records.PAIRS_FILE),
+        results=results,
+        arguments=_record(folder / checkpoint.ARGUMENTS_FILE),
+        start=_record(folder / run_records.RUN_FILE),
+    )
+
+
+def _number(metrics: Rows) -> int:
+    """Which step it is, told by what it measures."""
+    names = set(metrics[0]) if metrics else set()
+    return 3 if "kl/k1" in names else 2 if "accuracy" in names else 1
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def groups(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs of one setting together; each group is named by what sets it apart."""
+    settings = [run.setting() for run in runs]
+    names = list(dict.fromkeys(name for setting in settings for name in setting))
+    telling = [name for name in names if len({_text(s.get(name)) for s in settings}) > 1]
+    found: dict[str, list[Run]] = {}
+    for run, setting in zip(runs, settings, strict=True):
+        label = ", ".join(f"{name.split(': ')[1]} {_text(setting.get(name))}" for name in telling)
+        found.setdefault(label, []).append(run)
+    return found
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
