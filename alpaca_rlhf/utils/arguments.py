@@ -44,8 +44,6 @@ from alpaca_rlhf.utils.errors import UserError
 # Flags that are known but not yet served: anything but their default is refused, with the reason.
 UNAVAILABLE: dict[str, str] = {
     "max_tokens_per_micro_batch": "micro-batches are counted in rows, of like lengths",
-    "save_steps": "the model is saved once, at the end",
-    "resume_from_checkpoint": "a run always starts at its first step",
     "inference_tp_size": "every rank generates with the whole model",
     "enable_mixed_precision_lora": "frozen weights are not quantised",
     "align_overflow": "an fp16 overflow skips the step of its own model only",
@@ -176,6 +174,7 @@ class OptimizationArguments:
     max_steps: Count | None = _option(None, "stop after so many optimizer steps")
     gradient_accumulation_steps: Count = _option(1, "micro-batches in one optimizer step")
     max_tokens_per_micro_batch: Count | None = _unavailable("max_tokens_per_micro_batch", None)
+    max_skipped_steps: Count = _option(10, "steps in a row, not finite, that stop the run")
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
         "constant_with_warmup"] = _option("cosine", "shape of the learning rate's schedule")
@@ -197,8 +196,20 @@ class RunArguments:
     overwrite_output_dir: bool = _option(False, "allow an --output_dir that holds another run")
     seed: int = _option(1234, "seed of data order, initial weights and sampling")
     local_rank: int = _option(-1, "set by the launcher; -1 is a single process")
-    save_steps: Whole = _unavailable("save_steps", 0)
-    resume_from_checkpoint: str | None = _unavailable("resume_from_checkpoint", None)
+    save_steps: Whole = _option(
+        0, "optimizer steps between checkpoints, in --output_dir; 0: at the end of an epoch and on "
+        "SIGTERM and SIGINT only, which save in any case")
+    save_total_limit: Count = _option(2, "checkpoints kept, the last ones")
+    resume_from_checkpoint: str | None = _option(
+        None, "latest: go on from the last whole checkpoint of --output_dir, or start if there is "
+        "none; or the folder of a checkpoint")
+    allow_changed_args: bool = _option(
+        False, "resume although arguments that change the result are not what they were")
+    collective_timeout: Count = _option(
+        1800, "seconds after which a rank that waits for the others ends the run")
+    replay: str | None = _option(
+        None, "a file of nonfinite/: take that one update again, and say what is not finite in it; "
+        "nothing is saved")
     tracker: list[str] = _option(
         [], f"where metrics go too, one or more of: {', '.join(TRACKERS)}")
     enable_tensorboard: bool = _option(False, "the same as --tracker tensorboard")
@@ -380,7 +391,6 @@ class PpoArguments:
     unsupervised_dataset_config_name: str | None = _option(
         None, "configuration of that data set")
     unsup_coef: NonNegative = _option(1.0, "weight of the language-model loss")
-    max_skipped_steps: Count = _option(10, "steps in a row, not finite, that stop the run")
     enable_mixed_precision_lora: bool = _unavailable("enable_mixed_precision_lora", False)
     align_overflow: bool = _unavailable("align_overflow", False)
     disable_actor_dropout: bool = _no_effect("disable_actor_dropout", False)
@@ -513,6 +523,48 @@ def to_config(args: StepArguments) -> dict[str, Any]:
             and not (option.name in UNAVAILABLE | NO_EFFECT and value == option.default)}
 
 
+# Flags that do not change what comes out of a run: free to change when it is resumed.
+FREE_ON_RESUME = frozenset({
+    "output_dir", "overwrite_output_dir", "save_steps", "save_total_limit",
+    "resume_from_checkpoint", "allow_changed_args", "collective_timeout", "replay", "tracker",
+    "enable_tensorboard", "logging_dir", "data_output_path", "preprocessing_num_workers",
+    "eval_interval", "eval_iters", "per_device_eval_batch_size", "eval_prompts", "print_answers",
+    "print_answers_interval", "log_samples_steps", "stop_on_alarm", "release_inference_cache",
+    "unpin_actor_parameters", "max_skipped_steps", "gradient_checkpointing",
+    "actor_gradient_checkpointing", "critic_gradient_checkpointing", *NO_EFFECT,
+})
+# Where the weights are while they train: changes the result by no more than rounding.
+PLACES = ("zero_stage", "actor_zero_stage", "critic_zero_stage")
+# Rows of one rank: n ranks with batch b do what one rank with batch n * b does.
+PER_RANK = ("per_device_train_batch_size", "per_device_generation_batch_size",
+            "per_device_training_batch_size")
+
+
+def moved(written: dict[str, Any], args: StepArguments) -> bool:
+    """Whether a checkpoint with these arguments has other ZeRO stages than `args`."""
+    now = to_config(args)
+    return any(written.get(name) != now.get(name) for name in PLACES)
+
+
+def changed(
+    written: dict[str, Any], args: StepArguments, ranks_then: int, ranks_now: int
+) -> list[str]:
+    """What of a checkpoint's arguments is not the same now, and changes the result; a line each."""
+    now = to_config(args)
+    lines = []
+    for name in dict.fromkeys([*now, *written]):
+        if name in FREE_ON_RESUME or name in PLACES:
+            continue
+        old, new = written.get(name), now.get(name)
+        if name in PER_RANK and old and new and ranks_then != ranks_now:
+            if old * ranks_then != new * ranks_now:
+                lines.append(f"--{name} was {old} on {ranks_then} rank(s), is {new} on "
+                             f"{ranks_now}")
+        elif old != new:
+            lines.append(f"--{name} was {old}, is {new}")
+    return lines
+
+
 def notices(args: StepArguments) -> list[str]:
     """One line for each flag that was given and changes nothing."""
     lines = [f"--{flag} has no effect: {reason}"
@@ -523,6 +575,8 @@ def notices(args: StepArguments) -> list[str]:
             lines.append(f"--{names} has no effect: --{rank} is 0")
     if args.run.logging_dir and not set(trackers(args)) & set(TRACKERS_OF_FILES):
         lines.append("--logging_dir has no effect: no tracker that writes files is asked for")
+    if args.run.allow_changed_args and not args.run.resume_from_checkpoint:
+        lines.append("--allow_changed_args has no effect: nothing is resumed")
     if isinstance(args, Step3Arguments):
         lines += _hybrid_notices(args)
     return lines
@@ -722,6 +776,7 @@ def _parse(step: type[AnyStep], argv: list[str] | None) -> AnyStep:
     _check_lora(args)
     _check_deepspeed(args)
     _check_trackers(args)
+    _check_run(args)
     return _resolve(args)
 
 
@@ -809,6 +864,16 @@ def _check_deepspeed(args: StepArguments) -> None:
     for stage in stages:
         if args.optimization.offload and _values(args)[stage] == 0:
             _refuse("offload", True, f"needs ZeRO; give --{stage} 1, 2 or 3, or remove the flag")
+
+
+def _check_run(args: StepArguments) -> None:
+    run = args.run
+    if run.output_dir is None:
+        if run.save_steps:
+            _refuse("save_steps", run.save_steps, "needs --output_dir; give it or remove the flag")
+        if run.resume_from_checkpoint == "latest":
+            _refuse("resume_from_checkpoint", "latest", "needs --output_dir, whose checkpoints it "
+                    "looks at; give it, or the folder of a checkpoint")
 
 
 def _check_trackers(args: StepArguments) -> None:

@@ -1,7 +1,8 @@
 """Where a run writes, and the exports other tools can read. A folder is complete or not there.
 
 A run works in `OUTPUT_DIR.partial` and takes its final name when all is written, so nothing that
-stood there before is lost to a run that fails. Exports are Hugging Face checkpoints: safetensors,
+stood there before is lost to a run that fails. What it needs to go on after that is in
+`OUTPUT_DIR.partial/checkpoints` (see `resume`). Exports are Hugging Face checkpoints: safetensors,
 config, tokenizer with chat template, generation config and a model card.
 """
 
@@ -13,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca_rlhf.utils import distributed
-from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.arguments import RunArguments
+from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.model.lora import gathered_state_dict, merged_state_dict, unwrapped
 
 ARGUMENTS_FILE = "training_arguments.json"
 RESULTS_FILE = "results.json"
 ADAPTER_FOLDER = "adapter"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class RunFolder:
@@ -32,37 +36,66 @@ class RunFolder:
     Args:
         output_dir: `--output_dir`, or None.
         overwrite: whether a run that stands there may be replaced, once this one is complete.
+        resume: whether to go on with a run that did not finish.
 
     Raises:
-        UserError: the folder holds something already, or cannot be written.
+        UserError: the folder holds something already, cannot be written, or another process is
+            at work in it.
+        TrainingStopped: what is to be resumed has finished.
     """
 
-    def __init__(self, output_dir: str | None, overwrite: bool) -> None:
+    def __init__(self, output_dir: str | None, overwrite: bool, resume: bool = False) -> None:
         self.final = Path(output_dir).absolute() if output_dir else None
         self.path = self.final.with_name(f"{self.final.name}.partial") if self.final else None
         if self.final is None or self.path is None:
             return
         if self.final.exists() and not self.final.is_dir():
             raise UserError(f"--output_dir {output_dir}: is a file; give a folder")
+        if resume and not overwrite and (self.final / RESULTS_FILE).exists():
+            raise TrainingStopped(
+                f"--output_dir {output_dir}: this run has finished, there is nothing to resume",
+                code=0,
+            )
         if self.final.exists() and any(self.final.iterdir()) and not overwrite:
             raise UserError(
                 f"--output_dir {output_dir}: is not empty, another run may be in it; give another "
                 "folder, or --overwrite_output_dir to replace it"
             )
+        kept = self.path / CHECKPOINTS_FOLDER
+        if not (resume or overwrite) and any(kept.glob("step-*")):
+            raise UserError(
+                f"--output_dir {output_dir}: {kept} has checkpoints of a run that did not finish; "
+                "--resume_from_checkpoint latest goes on with it, --overwrite_output_dir starts "
+                "over"
+            )
         # Every rank has looked before rank 0 changes anything.
         distributed.barrier()
         if distributed.is_main():
-            try:
-                shutil.rmtree(self.path, ignore_errors=True)
-                self.path.mkdir(parents=True)
-                (self.path / ".writable").touch()
-                (self.path / ".writable").unlink()
-            except OSError as error:
-                raise UserError(
-                    f"--output_dir {output_dir}: cannot be written ({error.strerror}); "
-                    "give a folder that can"
-                ) from error
+            self._make(self.path, output_dir, keep=resume)
         distributed.barrier()
+
+    def _make(self, path: Path, output_dir: str | None, keep: bool) -> None:
+        """The folder to work in, for this process alone."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The system lets go of it when the process ends, however that comes about.
+            self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+            self._lock.acquire()
+            if not keep:
+                shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(exist_ok=True)
+            (path / ".writable").touch()
+            (path / ".writable").unlink()
+        except Timeout:
+            raise UserError(
+                f"--output_dir {output_dir}: another process is writing there; wait for it, or "
+                "give another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {output_dir}: cannot be written ({error.strerror}); "
+                "give a folder that can"
+            ) from error
 
     def finish(self, arguments: dict[str, Any], results: dict[str, Any]) -> None:
         """Write the resolved arguments and the results, and give the folder its final name."""
@@ -75,10 +108,20 @@ class RunFolder:
                 os.rename(self.final, old)
             os.rename(self.path, self.final)
             shutil.rmtree(old, ignore_errors=True)
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
             distributed.say(f"saved to {self.final}")
         elif self.final is None:
             distributed.say("nothing is saved: no --output_dir was given")
         distributed.barrier()
+
+
+def run_folder(run: RunArguments) -> RunFolder:
+    """The folder that the flags name; one that only replays an update has none."""
+    return RunFolder(
+        None if run.replay else run.output_dir, run.overwrite_output_dir,
+        resume=run.resume_from_checkpoint is not None,
+    )
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -4,10 +4,12 @@ Everything works the same in a single plain process: it becomes rank 0 of a worl
 """
 
 import contextlib
+import datetime
 import errno
 import functools
 import os
 import random
+import re
 import socket
 import sys
 import time
@@ -26,10 +28,14 @@ from alpaca_rlhf.utils import debugging
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 
 
-def initialize(seed: int) -> None:
+def initialize(seed: int, timeout: int = 1800) -> None:
     """Join the process group (or found one of a single process) and seed every generator.
 
     Every rank gets the same seed: what differs by rank (sampling) takes a generator of its own.
+
+    Args:
+        seed: of every generator.
+        timeout: seconds that a rank waits for the others before the run ends.
 
     Raises:
         UserError: mpirun has started this without saying where rank 0 is, or no debugger can be
@@ -52,7 +58,7 @@ def initialize(seed: int) -> None:
     # Only DeepSpeed's own inference uses this extension; on a CPU the first start would compile it,
     # for a minute and with a compiler that may not be there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -262,17 +268,17 @@ def run_main(main: Callable[[], None]) -> None:
         code = 2
     except TrainingStopped as stop:
         _last_words(str(stop))
-        code = 1
+        code = stop.code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "the output or cache folder"
         _last_words(f"error: no space left on the disk of {where}; free some and start again")
         code = 1
-    except Exception:
+    except Exception as error:
         if debugging.under_debugger():
             raise  # to where the debugger stops at it
-        _last_words(traceback.format_exc())
+        _last_words(_of_other_ranks(error) or traceback.format_exc())
         code = 1
     several = world_size() > 1
     if dist.is_initialized() and code == 0:
@@ -283,6 +289,24 @@ def run_main(main: Callable[[], None]) -> None:
     # of one that went well now and then abort the interpreter while it is taken down.
     if code or several:
         os._exit(code)
+
+
+def _of_other_ranks(error: Exception) -> str | None:
+    """What to say of an error that another rank is to blame for; None if it is this one's own."""
+    text = str(error)
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__)
+            if "alpaca_rlhf" in frame.filename]
+    where = f" (in {ours[-1].name}, {ours[-1].filename}:{ours[-1].lineno})" if ours else ""
+    if not isinstance(error, RuntimeError):
+        return None
+    if re.search("timed ?out", text, re.IGNORECASE):
+        return (f"error: rank {rank()} waited for another rank until --collective_timeout was "
+                f"over{where}; one is stuck or gone: see what it said last")
+    if re.search("connection (was )?(closed|reset|refused)|broken pipe", text, re.IGNORECASE):
+        # The launcher ends this rank, too; the one that failed first speaks for itself.
+        time.sleep(5)
+        return f"error: another rank has ended{where}"
+    return None
 
 
 def _last_words(message: str) -> None:

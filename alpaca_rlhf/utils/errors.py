@@ -1,8 +1,8 @@
-"""The one exception that stands for a mistake of the user's, not of the program.
+"""The exceptions that end a run in one line: a mistake of the user's, and an end on purpose.
 
-Raised where input enters, with a message of one line: what is wrong (flag or file, and value) and
-the remedy. `distributed.run_main` prints that line and exits with code 2; any other exception is a
-bug of ours and keeps its traceback.
+`UserError` is raised where input enters, with a message of one line: what is wrong (flag or file,
+and value) and the remedy. `distributed.run_main` prints that line and exits with code 2; any other
+exception is a bug of ours and keeps its traceback.
 """
 
 
@@ -11,4 +11,13 @@ class UserError(ValueError):
 
 
 class TrainingStopped(Exception):
-    """A training was ended on purpose before its last step; the message is one line."""
+    """A training was ended on purpose before its last step; the message is one line.
+
+    Args:
+        message: says why, and how to go on.
+        code: of the process's exit.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data import samplers
+from alpaca_rlhf.utils.faults import Faults
+from alpaca_rlhf.utils.resume import Checkpoints
 from alpaca_rlhf.utils.tracking import Tracker
 
 Stats = dict[str, Tensor]
@@ -147,12 +148,38 @@ class Plan:
     seed: int
     eval_interval: int = 0
 
-    def total_steps(self, rows: int) -> int:
-        """Optimizer steps that training on so many rows takes."""
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps that one pass over so many rows takes."""
         world = distributed.world_size()
         batches = len(samplers.rank_batches(list(range(rows)), self.batch_size, 0, world))
-        steps = math.ceil(batches / self.accumulation_steps) * self.epochs
+        return math.ceil(batches / self.accumulation_steps)
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps that training on so many rows takes."""
+        steps = self.steps_per_epoch(rows) * self.epochs
         return min(steps, self.max_steps) if self.max_steps else steps
+
+    def batches(
+        self, rows: int, lengths: Sequence[int] | None, first: int
+    ) -> Iterator[list[list[int]]]:
+        """The rows of each of this rank's micro-batches, for each optimizer step from `first` on.
+
+        Args:
+            rows: how many there are.
+            lengths: of the rows; rows of like length then share a batch.
+            first: number of the step, counted from 0.
+        """
+        world, per_epoch = distributed.world_size(), self.steps_per_epoch(rows)
+        for epoch in range(first // per_epoch, self.epochs):
+            order = (
+                samplers.length_grouped(lengths, self.batch_size * world, self.seed, epoch)
+                if lengths else samplers.shuffled(rows, self.seed, epoch)
+            )
+            batches = samplers.rank_batches(order, self.batch_size, distributed.rank(), world)
+            done = max(0, first - epoch * per_epoch)
+            for start in range(done * self.accumulation_steps, len(batches),
+                               self.accumulation_steps):
+                yield batches[start : start + self.accumulation_steps]
 
 
 def train(
@@ -163,6 +190,8 @@ def train(
     plan: Plan,
     tracker: Tracker,
     evaluate: Callable[[], dict[str, float]],
+    checkpoints: Checkpoints,
+    faults: Faults,
     lengths: Sequence[int] | None = None,
 ) -> None:
     """Train on every row of every epoch, in an order of its own each time.
@@ -175,46 +204,43 @@ def train(
         plan: how long.
         tracker: is told every step.
         evaluate: measures in between.
+        checkpoints: say which step is the first, and are saved.
+        faults: count the steps that are not finite.
         lengths: of the rows; rows of like length then share a batch.
 
     Raises:
-        FloatingPointError: the loss was not finite.
+        FloatingPointError: too many steps in a row were not finite.
+        TrainingStopped: a signal asked for it.
     """
-    total = plan.total_steps(len(rows))
-    step, seen, started = 0, Counter[str](), time.perf_counter()
-    for epoch in range(plan.epochs):
-        size = plan.batch_size * distributed.world_size()
-        order = (
-            samplers.length_grouped(lengths, size, plan.seed, epoch) if lengths
-            else samplers.shuffled(len(rows), plan.seed, epoch)
-        )
-        batches = samplers.rank_batches(
-            order, plan.batch_size, distributed.rank(), distributed.world_size()
-        )
-        for start in range(0, len(batches), plan.accumulation_steps):
-            if step == total:
-                return
-            chosen = batches[start : start + plan.accumulation_steps]
-            micro = [
-                collate([rows[i] for i in batch]).to(distributed.device()) for batch in chosen
-            ]
-            engine.train()
-            weight = global_weight(micro)
-            metrics = optimizer_step(engine, micro, objective, weight)
-            if metrics is None:
-                raise FloatingPointError(
-                    f"the loss is not finite at step {step + 1}; lower the learning rate"
-                )
-            step += 1
-            seen["weight"] += int(weight)
+    total, per_epoch = plan.total_steps(len(rows)), plan.steps_per_epoch(len(rows))
+    first = checkpoints.progress.step
+    seen, started = 0, time.perf_counter()
+    batches = plan.batches(len(rows), lengths, first)
+    for step, chosen in zip(range(first + 1, total + 1), batches, strict=False):
+        micro = [collate([rows[i] for i in batch]).to(distributed.device()) for batch in chosen]
+        engine.train()
+        weight, random_state = global_weight(micro), torch.get_rng_state()
+        metrics = optimizer_step(engine, micro, objective, weight)
+        fault = metrics is None
+        if metrics is None:
+            faults.skip(step, micro, random_state)
+            metrics = {}
+        else:
+            faults.none()
             metrics |= {"grad_norm": gradient_norm(engine), "lr": engine.get_lr()[0]}
-            metrics["epoch"] = epoch + start / len(batches)
-            metrics["weight"] = int(weight)
-            metrics["weight_per_second"] = seen["weight"] / (time.perf_counter() - started)
-            metrics["memory_gb"] = distributed.memory_gb()
-            if plan.eval_interval and step % plan.eval_interval == 0 and step < total:
-                metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
-            tracker.log(metrics, step)
+        seen += int(weight)
+        metrics["epoch"] = (step - 1) / per_epoch
+        metrics["weight"] = int(weight)
+        metrics["weight_per_second"] = seen / (time.perf_counter() - started)
+        metrics["memory_gb"] = distributed.memory_gb()
+        metrics["skipped_steps"] = faults.skipped
+        if plan.eval_interval and step % plan.eval_interval == 0 and step < total:
+            metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
+        tracker.log(metrics, step)
+        ends_epoch = step % per_epoch == 0 and step < total
+        checkpoints.boundary(
+            step, tracker, due=ends_epoch or (fault and faults.skipped == 1)
+        )
 
 
 @torch.no_grad()

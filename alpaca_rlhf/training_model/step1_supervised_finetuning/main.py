@@ -14,8 +14,10 @@ from alpaca_rlhf.utils import (
     arguments,
     checkpoint,
     distributed,
+    faults,
     losses,
     preflight,
+    resume,
     training_loop,
 )
 from alpaca_rlhf.utils.arguments import Step1Arguments
@@ -37,10 +39,11 @@ SHOWN = {"loss": "loss", "lr": "lr", "weight_per_second": "tokens/s"}
 def main() -> None:
     """Parse, set up, build, train, export."""
     args = arguments.parse_step1()
-    distributed.initialize(args.run.seed)
+    distributed.initialize(args.run.seed, args.run.collective_timeout)
     for notice in arguments.notices(args):
         distributed.say(notice)
-    folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
+    folder = checkpoint.run_folder(args.run)
+    found = resume.find(folder, args)
     home = preprocessing.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
@@ -71,13 +74,25 @@ def main() -> None:
     distributed.say(f"model: {trains}")
 
     evaluate = partial(perplexity, engine, data, form.pad_id, args)
-    before = evaluate()
+    counter = faults.Faults(
+        folder.path, args.optimization.max_skipped_steps, "lower --learning_rate"
+    )
+    checkpoints = resume.Checkpoints(
+        folder, {"model": engine}, args, found, shared={"faults": counter}
+    )
+    progress = checkpoints.restore(data.fingerprint())
+    if args.run.replay:
+        replay(args.run.replay, engine)
+        return
+    progress.before = before = progress.before or evaluate()
     distributed.say(f"before: {summary(before)}")
     outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
-    with Tracker(folder.path, total_steps, SHOWN, outside) as tracker:
+    tracker = Tracker(folder.path, total_steps, SHOWN, outside, resume_step=progress.step)
+    with tracker, checkpoints.heeding_signals():
         training_loop.train(
             engine, data.train, partial(collate_tokens, pad_id=form.pad_id),
-            partial(objective, engine), plan, tracker, evaluate, data.lengths(),
+            partial(objective, engine), plan, tracker, evaluate, checkpoints, counter,
+            data.lengths(),
         )
     after = evaluate()
     distributed.say(f"after: {summary(after)}")
@@ -89,6 +104,14 @@ def main() -> None:
     results = {"step": 1, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
     page.write_beside(folder.final)
+
+
+def replay(path: str, engine: Engine) -> None:
+    """Take an update again that was skipped."""
+    loss = partial(objective, engine)
+    faults.replay(path, TokenBatch, {"model": loss}, lambda batches: training_loop.optimizer_step(
+        engine, batches, loss, training_loop.global_weight(batches)
+    ))
 
 
 def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:

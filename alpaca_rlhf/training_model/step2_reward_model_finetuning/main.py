@@ -13,8 +13,10 @@ from alpaca_rlhf.utils import (
     arguments,
     checkpoint,
     distributed,
+    faults,
     losses,
     preflight,
+    resume,
     run_records,
     training_loop,
 )
@@ -45,10 +47,11 @@ SHOWN = {
 def main() -> None:
     """Parse, set up, build, train, export."""
     args = arguments.parse_step2()
-    distributed.initialize(args.run.seed)
+    distributed.initialize(args.run.seed, args.run.collective_timeout)
     for notice in arguments.notices(args):
         distributed.say(notice)
-    folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
+    folder = checkpoint.run_folder(args.run)
+    found = resume.find(folder, args)
     home = preprocessing.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
@@ -82,13 +85,25 @@ def main() -> None:
     def evaluate() -> dict[str, float]:
         return accuracy(score_pairs(engine, data, form.pad_id, args))
 
-    before = evaluate()
+    counter = faults.Faults(
+        folder.path, args.optimization.max_skipped_steps, "lower --learning_rate"
+    )
+    checkpoints = resume.Checkpoints(
+        folder, {"model": engine}, args, found, shared={"faults": counter}
+    )
+    progress = checkpoints.restore(data.fingerprint())
+    if args.run.replay:
+        replay(args.run.replay, engine)
+        return
+    progress.before = before = progress.before or evaluate()
     distributed.say(f"before: {summary(before)}")
     outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
-    with Tracker(folder.path, total_steps, SHOWN, outside) as tracker:
+    tracker = Tracker(folder.path, total_steps, SHOWN, outside, resume_step=progress.step)
+    with tracker, checkpoints.heeding_signals():
         training_loop.train(
             engine, data.train, partial(collate_pairs, pad_id=form.pad_id),
-            partial(objective, engine), plan, tracker, evaluate, data.lengths(),
+            partial(objective, engine), plan, tracker, evaluate, checkpoints, counter,
+            data.lengths(),
         )
     pairs = score_pairs(engine, data, form.pad_id, args)
     after = accuracy(pairs)
@@ -115,6 +130,14 @@ def export(
             folder.path, measured["score_mean"], measured["score_std"], len(pairs)
         )
         run_records.write_rows(folder.path / run_records.PAIRS_FILE, pairs)
+
+
+def replay(path: str, engine: Engine) -> None:
+    """Take an update again that was skipped."""
+    loss = partial(objective, engine)
+    faults.replay(path, PairBatch, {"model": loss}, lambda batches: training_loop.optimizer_step(
+        engine, batches, loss, training_loop.global_weight(batches)
+    ))
 
 
 def load_data(args: Step2Arguments, form: ChatFormat) -> Prepared:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning import (
     deepspeed_backend,
     policy_evaluation,
 )
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRollout
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
+    Experience,
+    ScoredRollout,
+)
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
     AdaptiveKLController,
     PPOSettings,
     PPOTrainer,
+    Round,
     steps_per_round,
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
@@ -40,7 +45,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     token_rewards,
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.samples import token_records
-from alpaca_rlhf.utils import arguments, checkpoint, distributed, preflight
+from alpaca_rlhf.utils import arguments, checkpoint, distributed, preflight, resume
 from alpaca_rlhf.utils.alarms import CLOSE, EXACT, Alarms, Limits
 from alpaca_rlhf.utils.arguments import Step3Arguments
 from alpaca_rlhf.utils.data import (
@@ -56,6 +61,7 @@ from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.engine import ModelSettings, Schedule
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.faults import Faults
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.decoding import SamplingConfig
@@ -74,14 +80,15 @@ SAMPLES = 4  # rollouts of a table
 def main() -> None:
     """Parse, set up, build, then rollout phase and update phase in turn, export."""
     args = arguments.parse_step3()
-    distributed.initialize(args.run.seed)
+    distributed.initialize(args.run.seed, args.run.collective_timeout)
     for notice in arguments.notices(args):
         distributed.say(notice)
     reward_function = (
         load_reward_function(args.reward.reward_function) if args.reward.reward_function else None
     )
     normalizer = score_normalizer(args)
-    folder = checkpoint.RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
+    folder = checkpoint.run_folder(args.run)
+    found = resume.find(folder, args)
     preflight.check(
         planned(args), args.loading.tokenizer_name_or_path, arguments.trackers(args)
     )
@@ -98,21 +105,40 @@ def main() -> None:
         scoring_tokens(args), reward_function,
     )
     ema = Ema(engine.actor.module, args.actor.ema_decay) if args.actor.enable_ema else None
-    trainer = PPOTrainer(engine, ppo_settings(args), ema)
-
-    before = measure(args, maker, data)
-    maker.reseed(args.run.seed)
+    faults = Faults(
+        folder.path, args.optimization.max_skipped_steps,
+        "lower --actor_learning_rate and --critic_learning_rate, or take --dtype bf16",
+    )
+    trainer = PPOTrainer(engine, ppo_settings(args), faults, ema)
+    controller = kl_controller(args)
+    average = {"ema": ema} if ema is not None else {}
+    checkpoints = resume.Checkpoints(
+        folder, {"actor": engine.actor, "critic": engine.critic}, args, found,
+        parts={"trainer": trainer, "sampler": maker,
+               **(average if ema is not None and ema.sharded else {})},
+        shared={"faults": faults, "controller": controller, "normalizer": normalizer,
+                **({} if ema is None or ema.sharded else average)},
+    )
+    progress = checkpoints.restore(data.fingerprint())
+    if args.run.replay:
+        trainer.replay(args.run.replay)
+        return
+    if progress.before is None:
+        progress.before = measure(args, maker, data)
+        maker.reseed(args.run.seed)
     outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
-    with Tracker(
-        folder.path, rounds.count, SHOWN, outside, alarms(args), args.report.stop_on_alarm
-    ) as tracker:
-        train(args, rounds, data, maker, trainer, normalizer, tracker)
+    tracker = Tracker(
+        folder.path, rounds.count, SHOWN, outside, alarms(args), args.report.stop_on_alarm,
+        resume_step=rounds.done(progress.step),
+    )
+    with tracker, checkpoints.heeding_signals():
+        train(args, rounds, data, maker, trainer, normalizer, controller, tracker, checkpoints)
     after = measure(args, maker, data)
 
     export(engine, form, folder, ema, after)
     for role in ("actor", "critic"):
         data.save_record(folder.path and folder.path / role)
-    folder.finish(arguments.to_config(args), results(data, before, after))
+    folder.finish(arguments.to_config(args), results(data, progress.before, after))
     page.write_beside(folder.final)
 
 
@@ -138,6 +164,15 @@ class Rounds:
         if args.report.enable_test_mode:
             self.count = min(self.count, args.report.test_stop_step + 1)
         self.total_steps = self.count * steps
+        self._steps = steps
+
+    def done(self, steps: int) -> int:
+        """Rounds that are complete after so many optimizer steps."""
+        return steps // self._steps
+
+    def ends_epoch(self, number: int) -> bool:
+        """Whether a round, counted from 1, is the last of an epoch, but not of all."""
+        return number % self._per_epoch == 0 and number < self.count
 
     def describe(self) -> str:
         """One line for the console."""
@@ -162,7 +197,8 @@ class Rounds:
 
 def train(
     args: Step3Arguments, rounds: Rounds, data: Prepared, maker: RolloutMaker,
-    trainer: PPOTrainer, normalizer: ScoreNormalizer, tracker: Tracker,
+    trainer: PPOTrainer, normalizer: ScoreNormalizer, controller: AdaptiveKLController,
+    tracker: Tracker, checkpoints: resume.Checkpoints,
 ) -> None:
     """Rollout phase and update phase in turn."""
     tracker.note(rounds.describe())
@@ -172,51 +208,94 @@ def train(
             f"--gradient_accumulation_steps {args.optimization.gradient_accumulation_steps}: a "
             f"round has {per_round} micro-batches, and an optimizer step never spans two rounds"
         )
-    controller = AdaptiveKLController(
-        args.reward.kl_coef,
-        args.reward.kl_target if args.reward.kl_controller == "adaptive" else None,
-        args.reward.kl_horizon,
+    done = rounds.done(checkpoints.progress.step)
+    text = language_model_text(args, maker.form, per_round, done)
+    for number, indices in islice(enumerate(rounds, 1), done, None):
+        start = time.perf_counter()
+        rows = [data.train[i] for i in indices]
+        under_way = trainer.round or roll_out(args, rows, maker, normalizer, controller)
+
+        def between(at: int = number) -> None:
+            checkpoints.boundary(trainer.taken, tracker, place=at, in_round=True)
+
+        metrics = trainer.learn(under_way, number - 1, next(text), between)
+        episodes = rounds.rollouts * distributed.world_size()
+        metrics |= throughput(metrics, episodes, time.perf_counter() - start)
+        report(args, rounds, number, metrics, under_way.experience, maker, normalizer, tracker)
+        controller.update(metrics["kl/k1"], episodes)
+        checkpoints.boundary(
+            trainer.taken, tracker, place=number, due=rounds.ends_epoch(number)
+        )
+
+
+def roll_out(
+    args: Step3Arguments, rows: list[dict[str, Any]], maker: RolloutMaker,
+    normalizer: ScoreNormalizer, controller: AdaptiveKLController,
+) -> Round:
+    """The rollout phase: replies to prompts, scored and made into experience."""
+    start = time.perf_counter()
+    prompts = collate_prompts(rows, maker.form.pad_id).to(distributed.device())
+    rollout = maker.generate(prompts, args.rollout.num_generations)
+    generated = time.perf_counter()
+    scored = maker.score(rollout)
+    experience, metrics = make_experience(
+        scored, normalizer, reward_settings(args), controller.coef
     )
-    settings = RewardSettings(
+    metrics["time/rollout"] = generated - start
+    metrics["time/scoring"] = time.perf_counter() - generated
+    metrics["kl/coef"] = controller.coef
+    gold = gold_rule(args)
+    if gold is not None:
+        replies = maker.texts(scored)[1]
+        asked = [row for row in rows for _ in range(args.rollout.num_generations)]
+        rated = [gold(row, reply) for row, reply in zip(asked, replies, strict=True)]
+        metrics["reward/gold_mean"] = mean_over_ranks(
+            torch.tensor(rated, device=distributed.device())
+        )
+    return Round(experience, metrics)
+
+
+def throughput(metrics: dict[str, float], episodes: int, seconds: float) -> dict[str, float]:
+    """Of a round with so many episodes on all ranks."""
+    tokens = metrics["response/length_mean"] * episodes
+    return {
+        "throughput/episodes_per_second": episodes / seconds,
+        "throughput/tokens_per_second": tokens / seconds,
+        "throughput/tokens": round(tokens),
+        "memory/peak_gb": distributed.memory_gb(),
+    }
+
+
+def report(
+    args: Step3Arguments, rounds: Rounds, number: int, metrics: dict[str, float],
+    experience: Experience, maker: RolloutMaker, normalizer: ScoreNormalizer, tracker: Tracker,
+) -> None:
+    """What is kept and shown of a round."""
+    if is_due(number, rounds.count, args.report.log_samples_steps):
+        _, rewards = token_rewards(
+            experience, normalizer, reward_settings(args), metrics["kl/coef"]
+        )
+        tracker.samples(token_records(experience, rewards, maker.form, SAMPLES), number)
+    if args.report.print_answers and (number - 1) % args.report.print_answers_interval == 0:
+        tracker.note(answers(maker, experience))
+    tracker.log(metrics, number)
+
+
+def kl_controller(args: Step3Arguments) -> AdaptiveKLController:
+    """Fixed or adaptive."""
+    reward = args.reward
+    return AdaptiveKLController(
+        reward.kl_coef, reward.kl_target if reward.kl_controller == "adaptive" else None,
+        reward.kl_horizon,
+    )
+
+
+def reward_settings(args: Step3Arguments) -> RewardSettings:
+    """How a score becomes token rewards and advantages."""
+    return RewardSettings(
         args.reward.clip_reward_value, args.reward.missing_eos_penalty, args.ppo.gamma,
         args.ppo.lam, args.ppo.whiten_advantages,
     )
-    gold = gold_rule(args)
-    text = language_model_text(args, maker.form, per_round)
-    for number, indices in enumerate(rounds, 1):
-        start = time.perf_counter()
-        rows = [data.train[i] for i in indices]
-        prompts = collate_prompts(rows, maker.form.pad_id).to(distributed.device())
-        rollout = maker.generate(prompts, args.rollout.num_generations)
-        generated = time.perf_counter()
-        scored = maker.score(rollout)
-        experience, metrics = make_experience(scored, normalizer, settings, controller.coef)
-        metrics["time/rollout"] = generated - start
-        metrics["time/scoring"] = time.perf_counter() - generated
-        metrics["kl/coef"] = controller.coef
-        if gold is not None:
-            replies = maker.texts(scored)[1]
-            asked = [row for row in rows for _ in range(args.rollout.num_generations)]
-            rated = [gold(row, reply) for row, reply in zip(asked, replies, strict=True)]
-            metrics["reward/gold_mean"] = mean_over_ranks(
-                torch.tensor(rated, device=distributed.device())
-            )
-        metrics |= trainer.learn(experience, number - 1, next(text))
-        episodes = rounds.rollouts * distributed.world_size()
-        controller.update(metrics["kl/k1"], episodes)
-        seconds = time.perf_counter() - start
-        metrics["throughput/episodes_per_second"] = episodes / seconds
-        metrics["throughput/tokens_per_second"] = (
-            metrics["response/length_mean"] * episodes / seconds
-        )
-        metrics["throughput/tokens"] = round(metrics["response/length_mean"] * episodes)
-        metrics["memory/peak_gb"] = distributed.memory_gb()
-        if is_due(number, rounds.count, args.report.log_samples_steps):
-            _, rewards = token_rewards(scored, normalizer, settings, metrics["kl/coef"])
-            tracker.samples(token_records(experience, rewards, maker.form, SAMPLES), number)
-        if args.report.print_answers and (number - 1) % args.report.print_answers_interval == 0:
-            tracker.note(answers(maker, scored))
-        tracker.log(metrics, number)
 
 
 def is_due(number: int, last: int, interval: int) -> bool:
@@ -410,15 +489,17 @@ def ppo_settings(args: Step3Arguments) -> PPOSettings:
         entropy_coef=args.ppo.entropy_coef,
         unsup_coef=args.ppo.unsup_coef,
         critic_warmup_steps=args.critic.critic_warmup_steps,
-        max_skipped_steps=args.ppo.max_skipped_steps,
         seed=args.run.seed,
     )
 
 
 def language_model_text(
-    args: Step3Arguments, form: ChatFormat, per_round: int
+    args: Step3Arguments, form: ChatFormat, per_round: int, done: int
 ) -> Iterator[list[TokenBatch] | None]:
-    """For each round, a batch of text for each of its micro-batches; None when none is given."""
+    """For each round after the first `done`, a batch of text for each of its micro-batches.
+
+    None when no text is given.
+    """
     name = args.ppo.unsupervised_dataset_name
     if name is None:
         while True:
@@ -428,7 +509,7 @@ def language_model_text(
         name, args.ppo.unsupervised_dataset_config_name, form, length
     )
     size, world = args.ppo.per_device_training_batch_size, distributed.world_size()
-    position = distributed.rank()
+    position = distributed.rank() + done * per_round * size * world
     while True:
         batches = []
         for _ in range(per_round):

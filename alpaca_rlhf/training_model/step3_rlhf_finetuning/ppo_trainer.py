@@ -2,16 +2,19 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
-from alpaca_rlhf.utils import losses, rl_math
+from alpaca_rlhf.utils import distributed, faults, losses, rl_math
 from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.collators import TokenBatch
+from alpaca_rlhf.utils.faults import Faults
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.training_loop import (
@@ -35,7 +38,6 @@ class PPOSettings:
         entropy_coef: weight of the entropy bonus.
         unsup_coef: weight of the language-modelling loss (ptx), when there is text for it.
         critic_warmup_steps: optimizer steps at the beginning that train the critic alone.
-        max_skipped_steps: so many updates in a row that are not finite end the run.
         seed: of the order of the mini-batches.
     """
 
@@ -48,7 +50,6 @@ class PPOSettings:
     entropy_coef: float
     unsup_coef: float
     critic_warmup_steps: int
-    max_skipped_steps: int
     seed: int
 
 
@@ -72,11 +73,34 @@ class AdaptiveKLController:
         self._target = target
         self._horizon = horizon
 
+    def state_dict(self) -> dict[str, float]:
+        """The coefficient."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from there."""
+        self.coef = state["coef"]
+
     def update(self, kl: float, episodes: int) -> None:
         """After a round of so many episodes with a mean KL."""
         if self._target is not None:
             error = min(max(kl / self._target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * episodes / self._horizon
+
+
+@dataclass
+class Round:
+    """A round under way: its experience, and how far learning from it is.
+
+    Attributes:
+        experience: of this rank; every rank has as many rows.
+        metrics: of the rollout phase.
+        records: of the updates taken so far.
+    """
+
+    experience: Experience
+    metrics: dict[str, float]
+    records: list[dict[str, float]] = field(default_factory=list)
 
 
 class PPOTrainer:
@@ -85,65 +109,115 @@ class PPOTrainer:
     Args:
         engine: the four roles.
         settings: of the update.
+        faults: counts the updates that are not finite.
         ema: average of the actor, moved after each of its steps.
     """
 
-    def __init__(self, engine: RLHFEngine, settings: PPOSettings, ema: Ema | None = None) -> None:
+    def __init__(
+        self, engine: RLHFEngine, settings: PPOSettings, faults: Faults, ema: Ema | None = None
+    ) -> None:
         self._engine = engine
         self._settings = settings
+        self._faults = faults
         self._ema = ema
         self.steps = 0
-        self.skipped = 0
-        self._skipped_in_a_row = 0
         self._checked = False
+        self.round: Round | None = None
+
+    @property
+    def taken(self) -> int:
+        """Optimizer steps, those included that were skipped."""
+        return self.steps + self._faults.skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, and the round under way."""
+        under_way = self.round and {
+            "experience": {f.name: getattr(self.round.experience, f.name).cpu()
+                           for f in fields(Experience)},
+            "metrics": self.round.metrics,
+            "records": self.round.records,
+        }
+        return {"steps": self.steps, "checked": self._checked, "round": under_way}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.steps, self._checked, under_way = state["steps"], state["checked"], state["round"]
+        if under_way is not None:
+            experience = Experience(**under_way["experience"]).to(distributed.device())
+            self.round = Round(experience, under_way["metrics"], under_way["records"])
 
     def learn(
-        self, experience: Experience, round_number: int, text: list[TokenBatch] | None = None
+        self, under_way: Round, round_number: int, text: list[TokenBatch] | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """All updates of a round; returns the means of their metrics.
+        """All updates of a round that are not taken yet; returns the means of their metrics.
 
         Args:
-            experience: of this rank; every rank has as many rows.
+            under_way: the round.
             round_number: decides the order of the rows, with the seed.
             text: batches for the language-modelling loss, one for each micro-batch.
+            between: is called before each update.
 
         Raises:
             FloatingPointError: too many updates in a row were not finite.
         """
         settings, start = self._settings, time.perf_counter()
-        records: list[dict[str, float]] = []
+        self.round = under_way
+        self._engine.train(True)
+        place = 0
         for epoch in range(settings.epochs):
             order = samplers.shuffled(
-                len(experience), settings.seed, round_number * settings.epochs + epoch
+                len(under_way.experience), settings.seed, round_number * settings.epochs + epoch
             )
-            batches = experience.mini_batches(settings.micro_batch_size, order)
+            batches = under_way.experience.mini_batches(settings.micro_batch_size, order)
             for i in range(0, len(batches), settings.accumulation_steps):
+                place += 1
+                if place <= len(under_way.records):
+                    continue
                 j = i + settings.accumulation_steps
-                records.append(self._step(batches[i:j], text[i:j] if text else None))
-        names = dict.fromkeys(name for record in records for name in record)
+                between()
+                under_way.records.append(self._step(batches[i:j], text[i:j] if text else None))
+        self.round = None
+        names = dict.fromkeys(name for record in under_way.records for name in record)
         means = {
-            name: _mean_or_max(name, [record[name] for record in records if name in record])
+            name: _mean_or_max(name, [r[name] for r in under_way.records if name in r])
             for name in names
         }
-        return means | {
+        return under_way.metrics | means | {
             "time/update": time.perf_counter() - start,
-            "policy/skipped_steps": float(self.skipped),
+            "policy/skipped_steps": float(self._faults.skipped),
         }
+
+    def replay(self, path: str) -> None:
+        """Take an update again that was skipped."""
+        def update(batches: list[_WithText]) -> dict[str, float] | None:
+            text = [b.text for b in batches if b.text is not None]
+            return self._step([b.experience for b in batches], text or None) or None
+
+        faults.replay(
+            path, _with_text,
+            {"policy": lambda batch: self._policy_objective(batch.experience),
+             "value": lambda batch: self._value_objective(batch.experience)}, update,
+        )
 
     def _step(
         self, micro_batches: list[Experience], text: list[TokenBatch] | None
     ) -> dict[str, float]:
         """One optimizer step of the critic and (after its warm-up) of the actor."""
-        weight = global_weight(micro_batches)
+        weight, random_state = global_weight(micro_batches), torch.get_rng_state()
         record: dict[str, float] = {}
         value = optimizer_step(self._engine.critic, micro_batches, self._value_objective, weight)
         policy: dict[str, float] | None = {}
         if value is not None and self.steps >= self._settings.critic_warmup_steps:
             policy = self._actor_step(micro_batches, text, weight)
         if value is None or policy is None:
-            self._count_skipped()
+            texts: list[TokenBatch | None] = [*text] if text else [None] * len(micro_batches)
+            whole = zip(micro_batches, texts, strict=True)
+            self._faults.skip(
+                self.taken + 1, [_WithText(batch, t) for batch, t in whole], random_state
+            )
             return record
-        self._skipped_in_a_row = 0
+        self._faults.none()
         self.steps += 1
         for role, stats in (("value", value), ("policy", policy)):
             record |= {f"{role}/{name}": number for name, number in stats.items()}
@@ -197,6 +271,7 @@ class PPOTrainer:
     def _joint_objective(self, pair: "_WithText", share: Tensor) -> tuple[Tensor, Stats]:
         """The policy loss plus ptx (Ouyang et al. 2022, eq. 2), each a token mean of its own."""
         loss, stats = self._policy_objective(pair.experience)
+        assert pair.text is not None, "the joint loss is for batches with text"
         logits = forward_logits(
             self._engine.actor, pair.text.input_ids, pair.text.attention_mask
         )
@@ -211,22 +286,17 @@ class PPOTrainer:
             values, batch.values, batch.returns, batch.response_mask, self._settings.clip_value
         )
 
-    def _count_skipped(self) -> None:
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self._settings.max_skipped_steps:
-            raise FloatingPointError(
-                f"{self._skipped_in_a_row} updates in a row were not finite; lower "
-                "--actor_learning_rate and --critic_learning_rate, or take --dtype bf16"
-            )
-
 
 @dataclass(frozen=True)
 class _WithText:
     """Experience and the text whose language-modelling loss goes with it."""
 
     experience: Experience
-    text: TokenBatch
+    text: TokenBatch | None
+
+
+def _with_text(experience: dict[str, Tensor], text: dict[str, Tensor] | None = None) -> _WithText:
+    return _WithText(Experience(**experience), TokenBatch(**text) if text else None)
 
 
 def _mean_or_max(name: str, values: list[float]) -> float:

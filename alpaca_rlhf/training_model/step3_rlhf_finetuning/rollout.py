@@ -4,6 +4,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,14 @@ class RolloutMaker:
     def reseed(self, seed: int) -> None:
         """Start the sampler of this rank anew."""
         self.generator.manual_seed(seed * 1_000_003 + distributed.rank())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the sampler of this rank is."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        self.generator.set_state(state["generator"])
 
     def generate(self, prompts: PromptBatch, replies: int = 1) -> Rollout:
         """Draw replies to prompts; those to one prompt stand in a row."""
@@ -209,6 +218,14 @@ class ScoreNormalizer:
     def __init__(self, mode: str, mean: float = 0.0, std: float = 1.0) -> None:
         self._waiting = mode == "reference"
         self.mean, self.std = mean, max(std, 1e-6)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics, and whether they are still to be taken."""
+        return {"waiting": self._waiting, "mean": self.mean, "std": self.std}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._waiting, self.mean, self.std = state["waiting"], state["mean"], state["std"]
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Normalised scores [B]; every rank must call it alike."""

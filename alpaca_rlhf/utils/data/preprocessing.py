@@ -73,6 +73,12 @@ class Prepared:
         """Tokens of each row to train on."""
         return self.train[LENGTH][:]
 
+    def fingerprint(self) -> str:
+        """Of the rows to train on, in their order: what tells that a resumed run has the same."""
+        prompts = np.asarray(self.train[PROMPT][:])
+        lengths = np.asarray(self.lengths())
+        return hashlib.sha256(prompts.tobytes() + lengths.tobytes()).hexdigest()
+
     def check_against(self, folder: str, what: str) -> None:
         """Say on the console what of this data an earlier model was trained on already."""
         prompts = [rows[PROMPT][:] if len(rows) else [] for rows in (self.train, self.held_out)]

@@ -22,6 +22,20 @@ class Ema:
         self._decay = decay
         self._average = [_held(p).detach().float().clone() for p in self._parameters]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank keeps another part."""
+        return any(hasattr(p, "ds_tensor") for p in self._parameters)
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """What this rank keeps."""
+        return {"average": self._average}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        """Go on from there."""
+        for average, saved in zip(self._average, state["average"], strict=True):
+            average.copy_(saved)
+
     @torch.no_grad()
     def update(self) -> None:
         """average = decay * average + (1 - decay) * weight."""
