@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -61,6 +62,15 @@ def main() -> int:
     for step in STEPS:
         importlib.import_module(f"alpaca_rlhf.training_model.{STEPS[step]}.main")
     failures = 0
+    if args.move:
+        for step, lora in product(args.steps, args.lora):
+            places = [(ranks, stage) for ranks in args.ranks for stage in args.zero]
+            for origin, goal in product(places, places):
+                if origin != goal:
+                    failures += not move(
+                        Case(step, *origin, lora), Case(step, *goal, lora), folder, args
+                    )
+        return 1 if failures else 0
     for case in map(Case, *zip(*product(args.steps, args.ranks, args.zero, args.lora),
                                strict=True)):
         if case.ranks == 1 and case.stage and not args.all:
@@ -80,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--zero", type=int, nargs="+", default=[0, 2, 3])
     made.add_argument("--lora", type=int, nargs="+", default=[0, 4], help="0: all weights train")
     made.add_argument("--all", action="store_true", help="one rank with ZeRO above 0, too")
+    made.add_argument("--move", action="store_true",
+                      help="do not kill: go on with other ranks and another ZeRO stage")
     made.add_argument("--kills", type=int, default=20)
     made.add_argument("--updates", type=int, default=24, help="optimizer steps of a run")
     made.add_argument("--save_steps", type=int, default=3)
@@ -140,6 +152,31 @@ def soak(case: Case, folder: Path, args: argparse.Namespace, draw: random.Random
     ))
 
 
+def move(case: Case, goal: Case, folder: Path, args: argparse.Namespace) -> bool:
+    """A run that goes on elsewhere from its first half; whether it ends alike, but for rounding."""
+    whole, moved = folder / "whole", folder / "moved"
+    for path in (whole, moved):
+        shutil.rmtree(path, ignore_errors=True)
+    half = args.updates // 2 // args.save_steps * args.save_steps
+    if any(Run(case, folder, whole, args, more=["--save_total_limit", 99]).wait()):
+        return say(False, case, f"the run failed: see {folder / 'whole.log'}")
+    origin = whole / "checkpoints" / f"step-{half:08d}"
+    if any(Run(goal, folder, moved, args, more=["--resume_from_checkpoint", origin]).wait()):
+        return say(False, goal, f"the run failed: see {folder / 'moved.log'}")
+    far = furthest(whole, moved)
+    return say(far < 1e-4, case, f"to {goal}: weights differ by at most {far:.1e}")
+
+
+def furthest(whole: Path, moved: Path) -> float:
+    """The largest difference of a weight between two exports."""
+    far = 0.0
+    for path in whole.rglob("*.safetensors"):
+        with safe_open(path, "pt") as a, safe_open(moved / path.relative_to(whole), "pt") as b:
+            for key in a.keys():  # noqa: SIM118
+                far = max(far, (a.get_tensor(key) - b.get_tensor(key)).abs().max().item())
+    return far
+
+
 def differences(whole: Path, killed: Path) -> list[str]:
     """Weights of exports that are not alike, bit for bit."""
     files = sorted(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors")
@@ -157,9 +194,9 @@ class Run:
 
     def __init__(
         self, case: Case, folder: Path, output: Path, args: argparse.Namespace,
-        resume: bool = False,
+        resume: bool = False, more: Sequence[Any] = (),
     ) -> None:
-        words = [*flags(case, folder, args), "--output_dir", output]
+        words = [*flags(case, folder, args), "--output_dir", output, *more]
         if resume:
             words += ["--resume_from_checkpoint", "latest"]
         with socket.socket() as free:
@@ -237,7 +274,7 @@ def flags(case: Case, folder: Path, args: argparse.Namespace) -> list[Any]:
               "--num_train_epochs", 4, "--preprocessing_num_workers", 1]
     if case.step < 3:
         return [*shared, "--model_name_or_path", folder / "actor", "--zero_stage", case.stage,
-                "--lora_dim", case.lora, "--max_seq_len", 64, "--dropout", 0.1,
+                "--lora_dim", case.lora, "--max_seq_len", 64, "--dropout", 0.0 if args.move else 0.1,
                 "--per_device_train_batch_size", rows, "--per_device_eval_batch_size", 8,
                 "--eval_iters", 1]
     return [
