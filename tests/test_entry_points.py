@@ -6,6 +6,7 @@ once, and the tests look at what they have printed and written.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -217,6 +218,24 @@ def test_step_3_records_samples_token_by_token(plain):
         if row["step"] == 1:  # the policy still is the reference: all reward stands on the last
             assert set(tokens["kl"]) == set(tokens["reward"][:-1]) | {0.0} == {0.0}
             assert tokens["reward"][-1] != 0
+
+
+def test_an_alarm_ends_step_3_with_one_line_and_leaves_what_it_recorded(plain):
+    words = [sys.executable, MAINS["final"], *step_3_models(plain.folder), "--data_path",
+             plain.folder / "rows.jsonl", "--max_steps", 2, "--max_answer_seq_len", 8,
+             "--eval_prompts", 0, "--per_device_generation_batch_size", 4,
+             "--per_device_training_batch_size", 4, "--data_output_path", plain.folder / "cache",
+             "--actor_dropout", 0.5, "--stop_on_alarm", "--output_dir", plain.folder / "stopped"]
+    kept = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
+    run = subprocess.run(list(map(str, words)), cwd=plain.folder, env=kept, text=True,
+                         capture_output=True, timeout=280)
+    partial = plain.folder / "stopped.partial"
+    assert (run.returncode, run.stderr) == (1, (
+        f"--stop_on_alarm: stopped at step 1 by: ratio; what was recorded is in {partial}\n"))
+    assert "alarm at step 1: at the first update a log-ratio is " in run.stdout
+    assert [row["kind"] for row in rows_of(partial / "events.jsonl")] == ["ratio"]
+    assert not (plain.folder / "stopped").exists()
+    shutil.rmtree(partial)
 
 
 def test_no_unfinished_folder_is_left(plain):

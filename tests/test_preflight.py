@@ -213,3 +213,8 @@ def test_auto_on_a_gpu_without_bf16_is_fp32_and_says_so_once(old_gpu, capsys):
 def test_bf16_on_a_gpu_that_only_emulates_it_is_refused(old_gpu):
     with pytest.raises(UserError, match="^--dtype bf16: this accelerator has no bf16; take fp16"):
         distributed.resolve_dtype("bf16")
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_loaded():
+    with pytest.raises(UserError, match="^--tracker aim: its package is not installed; pip "):
+        preflight.check([], None, ["aim"])

@@ -168,6 +168,21 @@ def test_an_alarm_is_told_and_its_absence_too(html, tmp_path):
     assert "No alarm went off" in target.read_text()
 
 
+def test_what_is_very_long_is_cut_and_says_so(tmp_path):
+    write_policy(tmp_path / "final", 1)
+    long = sample(1)
+    numbers = {name: [0.5] * 5000 for name in page.CHANNELS[1:]}
+    long["tokens"] = {"text": ["x"] * 5000, "mask": [1] * 5000, **numbers}
+    write(tmp_path / "final", "samples.jsonl", [long])
+    results = json.loads((tmp_path / "final" / "results.json").read_text())
+    results["dialogues"][0]["after"]["reply"] = "word " * 100_000
+    write(tmp_path / "final", "results.json", results)
+    html = page.write([read_run(tmp_path)], tmp_path / "report.html").read_text()
+    assert "… 4600 more tokens" in html
+    assert "word..." in html
+    assert len(html) < 1_000_000
+
+
 # --- of what is there ----------------------------------------------------------------------------
 
 
@@ -235,6 +250,10 @@ def test_runs_of_one_setting_are_a_group_and_a_setting_is_named_by_what_differs(
     assert {label: [run.name for run in members] for label, members in found.items()} == {
         "kl_coef 0.05": ["a", "b"], "kl_coef 0.2": ["c"]}
     assert list(groups(runs[:2])) == [""]
+    assert read_run(tmp_path / "a" / "final").name == "a/final"
+    html = page.write(runs, tmp_path / "report.html").read_text()
+    assert re.findall(r'<span class="swatch" style="background: (#\w+)"></span>([^<]*)', html) == [
+        (plots.COLOURS[0], "kl_coef 0.05"), (plots.COLOURS[1], "kl_coef 0.2")]
 
 
 def test_a_comparison_has_a_column_a_run_their_mean_and_a_band(tmp_path, capsys, monkeypatch):
@@ -242,8 +261,9 @@ def test_a_comparison_has_a_column_a_run_their_mean_and_a_band(tmp_path, capsys,
     monkeypatch.setattr(sys, "argv", ["report", *folders, "--plot", str(tmp_path / "c.png")])
     main()
     html = (tmp_path / "report.html").read_text()
-    assert "<th>seed1</th><th>seed2</th><th>seed3</th><th>mean ± deviation</th>" in html
-    assert "<td>4.000</td><td>5.000</td><td>6.000</td><td>5.000 ± 1.000</td>" in html
+    assert "<th>seed1</th><th>seed2</th><th>seed3</th><th>after, mean ± deviation</th>" in html
+    assert ("<td>1.000 → 4.000</td><td>1.000 → 5.000</td><td>1.000 → 6.000</td>"
+            "<td>5.000 ± 1.000</td>") in html
     assert sorted(captions(html)) == sorted(
         curve.title for number in (1, 2, 3) for curve in plots.CURVES[number])
     assert html.count("FillBetween") == html.count("<svg")

@@ -150,6 +150,7 @@ def test_an_alarm_that_was_told_is_not_told_again_after_resuming(tmp_path, clock
     assert capsys.readouterr().out.count("alarm") == 1
     with tracker(2) as second:
         second.log({"kl/k1": 50.0}, 3)
+        second.log({"kl/k1": 50.0}, 4)
     assert "alarm" not in capsys.readouterr().out
     assert [row["kind"] for row in rows(tmp_path, "events")] == ["kl"]
 

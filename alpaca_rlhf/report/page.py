@@ -6,8 +6,10 @@ run but its own.
 
 import base64
 import hashlib
+import statistics
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from alpaca_rlhf.utils import distributed
 REPORT_FILE = "report.html"
 DIALOGUES = 24
 SAMPLES = 2  # shown of the first recorded round, and of the last
+TOKENS, CHARACTERS = 400, 3000  # shown of a sample and of a text, at most
 CHANNELS = ("mask", "logprob", "kl", "value", "advantage", "reward")
 
 
@@ -52,7 +55,7 @@ def write(runs: list[Run], target: Path) -> Path:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     html = environment.get_template("report.html.j2").render(
         script=Markup(script), style=Markup(style), digest=digest,
-        created=time.strftime("%Y-%m-%d %H:%M"), **context,
+        characters=CHARACTERS, created=time.strftime("%Y-%m-%d %H:%M"), **context,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(html, encoding="utf-8")
@@ -65,8 +68,9 @@ def _one(run: Run) -> dict[str, Any]:
     return {
         "title": run.name,
         "verdict": summary.verdict(ppo) if ppo and ppo.after else "",
-        "tables": [{"title": "", "head": ["", "before", "after", ""],
-                    "rows": summary.rows(run)}],
+        "head": ["", "before", "after", ""],
+        "rows": summary.rows(run),
+        "comparisons": [],
         "alarms": list(_alarms([run])),
         "sections": [
             {"id": f"step{number}", "title": TITLES[number],
@@ -88,11 +92,16 @@ def _several(runs: list[Run]) -> dict[str, Any]:
     """What the template shows of several runs side by side."""
     common = [number for number in TITLES if all(number in run.steps for run in runs)]
     grouped = groups(runs)
-    table = _comparison(grouped)
     return {
         "title": f"{len(runs)} runs",
         "verdict": "",
-        "tables": [table],
+        "head": [],
+        "rows": [],
+        "comparisons": [
+            {"label": label, "colour": plots.COLOURS[i % len(plots.COLOURS)],
+             **_comparison(members)}
+            for i, (label, members) in enumerate(grouped.items())
+        ],
         "alarms": list(_alarms(runs)),
         "sections": [
             {"id": f"step{number}", "title": f"{TITLES[number]}: mean and range of the runs"
@@ -106,43 +115,25 @@ def _several(runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def _comparison(grouped: dict[str, list[Run]]) -> dict[str, Any]:
-    """A column for each run, and for each setting with several runs its mean and deviation."""
-    columns = []
-    for label, members in grouped.items():
-        cells = [_figures(run) for run in members]
-        columns += [(run.name, label, cell) for run, cell in zip(members, cells, strict=True)]
-        if len(members) > 1:
-            columns.append(("mean ± deviation", label, _mean_and_deviation(cells)))
-    names = list(dict.fromkeys(name for _, _, cell in columns for name in cell))
-    rows = [["setting", *(label for _, label, _ in columns)]] if len(grouped) > 1 else []
-    rows += [[name, *(cell.get(name, "-") for _, _, cell in columns)] for name in names]
-    return {"title": "", "head": ["", *(title for title, _, _ in columns)], "rows": rows}
+def _comparison(runs: list[Run]) -> dict[str, Any]:
+    """A row for each measure and a column for each run; of several also mean and deviation."""
+    tables = [{row[0]: row[1:3] for row in summary.rows(run)} for run in runs]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    several = len(runs) > 1
+    rows = []
+    for name in names:
+        cells = [table.get(name, ["-", "-"]) for table in tables]
+        mean = [_mean_and_deviation([after for _, after in cells])] if several else []
+        rows.append([name, *(f"{before} → {after}" for before, after in cells), *mean])
+    return {"head": ["", *(run.name for run in runs), *["after, mean ± deviation"] * several],
+            "rows": rows}
 
 
-def _figures(run: Run) -> dict[str, Any]:
-    """Figure of merit -> number, of one run."""
-    figures: dict[str, Any] = {}
-    for row_name, before, after, _ in summary.rows(run):
-        if row_name.startswith("policy: "):
-            figures[f"{row_name}, SFT"] = before
-            figures[f"{row_name}, RLHF"] = after
-        else:
-            figures[row_name] = after
-    return figures
-
-
-def _mean_and_deviation(cells: list[dict[str, Any]]) -> dict[str, str]:
-    made = {}
-    for name in cells[0]:
-        try:
-            values = [float(cell[name]) for cell in cells]
-        except (KeyError, ValueError):
-            continue
-        mean = sum(values) / len(values)
-        variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-        made[name] = f"{mean:.3f} ± {variance ** 0.5:.3f}"
-    return made
+def _mean_and_deviation(cells: list[str]) -> str:
+    if "-" in cells:
+        return "-"
+    values = [float(cell) for cell in cells]
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def _alarms(runs: list[Run]) -> Iterator[dict[str, Any]]:
@@ -201,7 +192,8 @@ def _samples(step: Step) -> list[dict[str, Any]]:
     shown = []
     for number in dict.fromkeys([*rounds[:1], *rounds[-1:]]):
         rows = [row for row in step.samples if row["step"] == number]
-        shown += [{**row, "cells": list(_cells(row["tokens"]))} for row in rows[:SAMPLES]]
+        shown += [{**row, "cells": list(islice(_cells(row["tokens"]), TOKENS)),
+                   "more": max(0, len(row["tokens"]["text"]) - TOKENS)} for row in rows[:SAMPLES]]
     return shown
 
 

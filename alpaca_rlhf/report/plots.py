@@ -24,6 +24,7 @@ from alpaca_rlhf.utils.measures import Array, calibration, wilson_interval
 SFT_COLOUR, RLHF_COLOUR, ALARM_COLOUR = "#64748b", "#0f766e", "#b91c1c"
 COLOURS = (RLHF_COLOUR, "#c2410c", "#1d4ed8", "#7e22ce", "#a16207", "#be185d")
 POINTS = 300  # of a curve; more are averaged
+SMOOTHED_FROM = 30  # points
 SIZE = (4.2, 2.5)  # inches
 
 
@@ -127,7 +128,7 @@ def curves_png(runs: list[Run], target: Path) -> None:
         for axis, name in zip(
             figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
         ):
-            _bands(axis, grouped, name, curves[name])
+            _bands(axis, grouped, name, curves[name], smooth=False)
             axis.set_title(curves[name].title, fontsize=10)
             axis.set_xlabel("round")
         figure.suptitle(f"PPO, mean and range of {len(runs)} runs", fontsize=10)
@@ -151,7 +152,7 @@ def _curve(axis: Any, step: Step, curve: Curve) -> None:
         x, y = _thinned(*np.array(points, dtype=float).T)
         if name.startswith("eval/"):
             axis.plot(x, y, "o-", color=colour, markersize=3, label=label)
-        elif curve.noisy and len(y) > 30:
+        elif curve.noisy and len(y) > SMOOTHED_FROM:
             axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
             axis.plot(x, _smoothed(y), color=colour, label=label)
         else:
@@ -193,18 +194,21 @@ def _metrics_by_group(runs: list[Run], number: int) -> dict[str, list[Rows]]:
             for label, members in groups(runs).items()}
 
 
-def _bands(axis: Any, grouped: dict[str, list[Rows]], name: str, curve: Curve) -> None:
+def _bands(
+    axis: Any, grouped: dict[str, list[Rows]], name: str, curve: Curve, smooth: bool = True
+) -> None:
     """A mean over the runs of each group, and the range from the lowest to the highest."""
-    for i, (label, members) in enumerate(grouped.items()):
+    for i, members in enumerate(grouped.values()):
         length = min(map(len, members))
         lines = [_thinned(*np.array(
             [(row["step"], row.get(name, math.nan)) for row in rows[:length]], dtype=float).T)
             for rows in members]
-        values = np.array([y for _, y in lines])
+        smoothed = smooth and curve.noisy and len(lines[0][0]) > SMOOTHED_FROM
+        values = np.array([_smoothed(y) if smoothed else y for _, y in lines])
         colour = COLOURS[i % len(COLOURS)]
         axis.fill_between(lines[0][0], values.min(0), values.max(0), color=colour, alpha=0.25,
                           linewidth=0)
-        axis.plot(lines[0][0], values.mean(0), color=colour, label=label)
+        axis.plot(lines[0][0], values.mean(0), color=colour)
     _finish(axis, curve)
 
 
@@ -229,20 +233,24 @@ def _reward_plots(step: Step, prefix: str) -> Iterator[Plot]:
         axis.plot([b.confidence for b in bins], [b.accuracy for b in bins], color=RLHF_COLOUR)
         axis.scatter([b.confidence for b in bins], [b.accuracy for b in bins], color=RLHF_COLOUR,
                      s=[10 + 120 * b.count / len(right) for b in bins])
+        for b in bins:
+            axis.plot([b.confidence] * 2, wilson_interval(b.accuracy * b.count, b.count),
+                      color=RLHF_COLOUR, alpha=0.4, linewidth=1.2)
         axis.set_xlabel("how sure the model is")
         axis.set_ylabel("how often it is right")
 
     yield _plot(f"{prefix}-calibration", "calibration", reliability,
                 f"Expected calibration error {error:.3f}; on the dashed line it would be 0. "
-                "A larger dot is more pairs.")
+                "A larger dot is more pairs; the lines are 95 % intervals.")
     yield _plot(
         f"{prefix}-length", "accuracy by length",
-        partial(_shares, parts=_by_length(columns, right), xlabel="tokens of the longer text"),
-        "Quarters of the held-out pairs; the lines are 95 % intervals.")
+        partial(_shares, parts=_by_length(columns, right)),
+        "Tokens of the pair's longer text, in quarters; the lines are 95 % intervals.")
     yield _plot(
         f"{prefix}-longer", "accuracy by which reply is longer",
-        partial(_shares, parts=_by_longer(columns, right), xlabel="chosen, against rejected"),
-        "A model that only counts words is right in the first and wrong in the last.")
+        partial(_shares, parts=_by_longer(columns, right)),
+        "The chosen reply against the rejected. A model that only counts words is right in the "
+        "first and wrong in the last.")
 
 
 def _by_length(columns: dict[str, Array], right: Array) -> dict[str, Array]:
@@ -262,7 +270,7 @@ def _by_longer(columns: dict[str, Array], right: Array) -> dict[str, Array]:
     return {name: right[sign == s] for name, s in named.items() if (sign == s).any()}
 
 
-def _shares(axis: Any, parts: dict[str, Array], xlabel: str) -> None:
+def _shares(axis: Any, parts: dict[str, Array]) -> None:
     """Shares of what is right in each part, with Wilson's intervals."""
     for i, right in enumerate(parts.values()):
         low, high = wilson_interval(right.sum(), len(right))
@@ -272,7 +280,6 @@ def _shares(axis: Any, parts: dict[str, Array], xlabel: str) -> None:
                     fontsize=8)
     axis.axhline(0.5, color="#94a3b8", linestyle="--", linewidth=1)
     axis.set_ylim(0, 1)
-    axis.set_xlabel(xlabel)
 
 
 # --- the policy ----------------------------------------------------------------------------------
@@ -349,7 +356,7 @@ def _plot(key: str, title: str, draw: Callable[[Any], None], note: str = "") -> 
         figure = Figure(figsize=SIZE)
         axis = figure.subplots()
         draw(axis)
-        figure.subplots_adjust(left=0.13, right=0.97, top=0.96, bottom=0.2)
+        figure.subplots_adjust(left=0.13, right=0.97, top=0.93, bottom=0.2)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return Plot(title, _inline(buffer.getvalue(), key, title), note)

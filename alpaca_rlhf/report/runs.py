@@ -9,11 +9,12 @@ from alpaca_rlhf.utils import checkpoint, run_records
 from alpaca_rlhf.utils.errors import UserError
 
 Rows = list[dict[str, Any]]
-# Arguments in which runs of one setting differ all the same.
+# Arguments in which runs of one setting may differ: seed, folders, what is shown and kept.
 OWN_TO_A_RUN = {
-    "seed", "output_dir", "overwrite_output_dir", "data_output_path", "logging_dir",
+    "seed", "output_dir", "overwrite_output_dir", "data_output_path", "logging_dir", "tracker",
     "actor_model_name_or_path", "critic_model_name_or_path", "preprocessing_num_workers",
-    "resume_from_checkpoint",
+    "enable_tensorboard", "print_answers", "print_answers_interval", "log_samples_steps",
+    "stop_on_alarm", "save_steps", "save_total_limit", "resume_from_checkpoint",
 }
 TITLES = {1: "Supervised fine-tuning", 2: "Reward model", 3: "PPO"}
 
@@ -69,8 +70,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What it is called in tables."""
-        return self.folder.name or str(self.folder)
+        """What it is called in tables: of a single step, with the folder above."""
+        alone = any(step.folder == self.folder for step in self.steps.values())
+        return f"{self.folder.parent.name}/{self.folder.name}" if alone else self.folder.name
 
     def setting(self) -> dict[str, Any]:
         """Arguments of all steps, without what is a run's own."""
@@ -86,9 +88,10 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: there is neither.
     """
+    folder = folder.absolute()
     if _is_step(folder):
         step = read_step(folder)
-        return Run(folder.absolute(), {step.number: step})
+        return Run(folder, {step.number: step})
     steps: dict[int, Step] = {}
     inside = folder.iterdir() if folder.is_dir() else iter(())
     # A folder in the making comes last: what is finished is shown in its place.
@@ -98,7 +101,7 @@ def read_run(folder: Path) -> Run:
     if not steps:
         raise UserError(f"{folder}: no run is there (no {run_records.METRICS_FILE}, here or in a "
                         "folder below); give the --output_dir of a step, or of run_pipeline.sh")
-    return Run(folder.absolute(), dict(sorted(steps.items())))
+    return Run(folder, dict(sorted(steps.items())))
 
 
 def _is_step(path: Path) -> bool:
@@ -139,12 +142,13 @@ def _record(path: Path) -> dict[str, Any]:
 def groups(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs of one setting together; each group is named by what sets it apart."""
     settings = [run.setting() for run in runs]
-    names = list(dict.fromkeys(name for setting in settings for name in setting))
-    telling = [name for name in names if len({_text(s.get(name)) for s in settings}) > 1]
+    # An argument that a run does not know (of an older version, say) does not set it apart.
+    known = [name for name in settings[0] if all(name in setting for setting in settings)]
+    telling = [name for name in known if len({_text(s[name]) for s in settings}) > 1]
     found: dict[str, list[Run]] = {}
     for run, setting in zip(runs, settings, strict=True):
-        label = ", ".join(f"{name.split(': ')[1]} {_text(setting.get(name))}" for name in telling)
-        found.setdefault(label, []).append(run)
+        parts = [f"{name.split(': ')[1]} {_text(setting[name])}" for name in telling]
+        found.setdefault(", ".join(dict.fromkeys(parts)), []).append(run)
     return found
 
 
