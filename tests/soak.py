@@ -203,7 +203,7 @@ class Run:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         log = folder / f"{output.name}.log"
-        log.unlink(missing_ok=True)
+        log.write_text("")
         self._ranks = [
             self._fork(case, list(map(str, words)), rank, port, log) for rank in range(case.ranks)
         ]

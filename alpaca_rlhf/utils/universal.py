@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -63,14 +64,26 @@ def _set(engine: Engine, value_of: Callable[[str, str], Tensor | None], step: fl
     """Weights and moments of every parameter that trains."""
     sharded = engine.zero_optimization()
     plain = engine.optimizer.optimizer if sharded else engine.optimizer
+    if sharded:
+        _make_states(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        weight = value_of(name, "fp32")
+        # ZeRO-3 gives its values flat, and has parameters of another shape than they seem.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        found = {kind: value_of(name, kind) for kind in ("fp32", *MOMENTS)}
+        weight, *_ = values = [None if v is None else v.view(shape) for v in found.values()]
         assert weight is not None, f"{name} is not in the checkpoint"
-        moments = {kind: value_of(name, kind) for kind in MOMENTS}
+        moments = dict(zip(MOMENTS, values[1:], strict=True))
         if sharded:
             safe_set_full_fp32_param(parameter, weight)
+            # That sets what the optimizer holds; this, what computes.
+            if hasattr(parameter, "ds_tensor"):
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if distributed.is_main():
+                        parameter.data.copy_(weight)
+            else:
+                parameter.data.copy_(weight)
             for kind, moment in moments.items():
                 if moment is not None:
                     safe_set_full_optimizer_state(parameter, moment, kind)
@@ -82,6 +95,18 @@ def _set(engine: Engine, value_of: Callable[[str, str], Tensor | None], step: fl
             }
     for state in plain.state.values():
         state["step"] = torch.tensor(step)
+
+
+def _make_states(zero: Any) -> None:
+    """ZeRO's moments, zero, where no step has made them yet."""
+    shards = getattr(zero, "single_partition_of_fp32_groups", None)
+    for shard in zero.fp32_partitioned_groups_flat if shards is None else shards:
+        if not zero.optimizer.state[shard]:
+            zero.optimizer.state[shard] = {"step": torch.tensor(0.0)} | {
+                kind: torch.zeros_like(shard.data) for kind in MOMENTS
+            }
+    if shards is not None:
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 @contextlib.contextmanager
