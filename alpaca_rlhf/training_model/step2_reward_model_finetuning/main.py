@@ -4,7 +4,6 @@
         alpaca_rlhf/training_model/step2_reward_model_finetuning/main.py --output_dir output/critic
 """
 
-import math
 from functools import partial
 
 import torch
@@ -24,6 +23,7 @@ from alpaca_rlhf.utils.data.preprocessing import Prepared
 from alpaca_rlhf.utils.data.splitting import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.measures import wilson_interval
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
@@ -157,14 +157,6 @@ def accuracy(
         "score_mean": chosen.mean().item(), "score_std": chosen.std(correction=0).item(),
         "rejected_mean": rejected.mean().item(), "pairs": len(numbers),
     }
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (E. B. Wilson, 1927)."""
-    share, spread = successes / trials, z * z / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return middle - half, middle + half
 
 
 def summary(result: dict[str, float]) -> str:
