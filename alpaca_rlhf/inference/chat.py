@@ -20,7 +20,6 @@ from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
     from alpaca_rlhf.inference.chat_model import ChatModel
-    from alpaca_rlhf.inference.conversation import Conversation
     from alpaca_rlhf.utils.model.decoding import SamplingConfig
 
 HELP = """/reset              forget the dialogue
@@ -112,7 +111,7 @@ class Session:
         from alpaca_rlhf.inference.conversation import Conversation
 
         self._model, self.sampling, self._seed = model, sampling, seed
-        self._talk: Conversation = Conversation(system.strip())
+        self._talk = Conversation(system.strip())
         self.goes_on = True
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset, "/system": self._system, "/set": self._set,

@@ -111,8 +111,9 @@ def fitted(
                         f"{room} tokens that the model can read of it; shorten it")
     kept, dropped = form.prompt_ids(last), starts[-1]
     if len(kept) > room:
-        raise UserError(f"the message has {len(kept):,} tokens; with {new_tokens} for the reply the "
-                        f"model can read {room}; shorten it, or take a smaller max_new_tokens")
+        raise UserError(f"the message has {len(kept):,} tokens; with {new_tokens} for the reply "
+                        f"the model can read {room}; shorten it, or take a smaller "
+                        "max_new_tokens")
     for start in reversed(starts[:-1]):
         ids = form.prompt_ids([*system, *talk[start:]])
         if len(ids) > room:

@@ -5,14 +5,17 @@ Imports no torch: `--help` and a mistyped flag answer at once.
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from alpaca_rlhf.utils.data.held_out import Chosen
     from alpaca_rlhf.utils.model.causal_lm import LoadOptions
     from alpaca_rlhf.utils.model.decoding import SamplingConfig
 
@@ -78,7 +81,9 @@ class Parser(argparse.ArgumentParser):
         self.add("--part", "held_out: prompts that no step trained on; all: every one, for a data "
                  "set that is a test set", default="held_out", choices=["held_out", "all"])
         self.add("--data_split", "shares of the three steps (default: as recorded, else "
-                 f"{DATA_SPLIT})", default=DATA_SPLIT)
+                 f"{DATA_SPLIT})")
+        self.add("--seed", "of the split and of all that is drawn (default: the split's as "
+                 f"recorded, else {SEED})", type=number(int, low=0))
         self.add("--lang", "languages to keep, as the steps take them (default: as recorded)",
                  nargs="+", default=[])
 
@@ -113,6 +118,29 @@ def number(
     return read
 
 
+def choose_samples(
+    args: argparse.Namespace, models: Sequence[str], limit: int, pairs: bool
+) -> "Chosen":
+    """From `add_data`: what to measure `models` on; says what it is.
+
+    Raises:
+        UserError: the data cannot be read, or nothing in it is of use.
+    """
+    from alpaca_rlhf.utils import arguments, distributed
+    from alpaca_rlhf.utils.data import held_out
+    from alpaca_rlhf.utils.data.splitting import Split
+
+    shares = arguments.split_shares(args.data_split or DATA_SPLIT)
+    wanted = held_out.Wanted(
+        tuple(args.data_path), args.seed, shares if args.data_split else None,
+        tuple(args.lang), args.part, limit, pairs,
+    )
+    chosen = held_out.choose(wanted, models, Split(3, shares, SEED))
+    for note in chosen.notes:
+        distributed.say(note)
+    return chosen
+
+
 def load_options(args: argparse.Namespace) -> "LoadOptions":
     """From `add_loading`."""
     from alpaca_rlhf.utils import distributed
@@ -140,6 +168,37 @@ def sampling(args: argparse.Namespace, context: int, replies: int = 1) -> "Sampl
         new_tokens, 0.0 if args.greedy else args.temperature, args.top_p, args.top_k,
         args.repetition_penalty, replies,
     )
+
+
+def check_output(path: str | None, *suffixes: str) -> None:
+    """Refuse a file that could not be written in the end.
+
+    Raises:
+        UserError: it ends otherwise than in one of `suffixes`, or its folder cannot be written.
+    """
+    if path is None:
+        return
+    if Path(path).suffix not in suffixes:
+        raise UserError(f"--output {path}: must end in {' or '.join(suffixes)}")
+    folder = Path(path).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from error
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--output {path}: cannot be written; give another file")
+
+
+def write_output(path: str | None, text: str) -> None:
+    """Write the results, whole or not at all, if a file was given."""
+    if path is None:
+        return
+    from alpaca_rlhf.utils import distributed
+
+    partial_file = Path(f"{path}.partial")
+    partial_file.write_text(text, encoding="utf-8")
+    os.replace(partial_file, path)
+    distributed.say(f"written to {path}")
 
 
 def require(*modules: str) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from alpaca_rlhf.utils.data.tokenizer import Message
     from alpaca_rlhf.utils.model.decoding import SamplingConfig
 
-# Fields of a request that change its answer and are not served, with the values that change nothing.
+# Fields of a request that would change the answer and are not served, and what they may hold.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "n": (1,), "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,),
     "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),

@@ -22,7 +22,7 @@ from transformers.utils import find_adapter_config_file
 
 from alpaca_rlhf.utils import checkpoint, distributed, preflight
 from alpaca_rlhf.utils.data.collators import pad
-from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_tokenizer
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
 from alpaca_rlhf.utils.model.decoding import Decoder, RolloutRequest, SamplingConfig
@@ -110,11 +110,27 @@ class Scorer:
         name: for people; the path it was opened by.
         model: gives a value at every token.
         form: its tokenizer and the chat template it was trained with.
+        context: most tokens of prompt and reply together.
     """
 
     name: str
     model: TokenScorer
     form: ChatFormat
+    context: int
+
+    def rate(
+        self, dialogues: Sequence[Sequence[Message]], replies: Sequence[Reply]
+    ) -> list[float]:
+        """The score of each reply to its dialogue, whatever tokenizer it was written with.
+
+        As in step 3 a reply that was cut has no eos; of a dialogue that is too long the end counts.
+        """
+        rows = []
+        for messages, reply in zip(dialogues, replies, strict=True):
+            ids = self.form.response_ids(reply.text)[: None if reply.ended else -1]
+            room = max(1, self.context - len(ids))
+            rows.append(self.form.prompt_ids(messages)[-room:] + ids)
+        return self.score(rows)
 
     @torch.no_grad()
     def score(self, rows: Sequence[list[int]]) -> list[float]:
@@ -153,7 +169,8 @@ def open_scorer(path: str, options: LoadOptions) -> Scorer:
         UserError: there is none, or what is there gives no scores.
     """
     model, form = _open(path, options, load_reward_model, scorer=True)
-    return Scorer(path, TokenScorer(model).eval(), form)
+    context = context_length(model, form.tokenizer)
+    return Scorer(path, TokenScorer(model).eval(), form, context)
 
 
 Load = Callable[[str, PreTrainedTokenizerBase, LoadOptions, dict[str, Any]], PreTrainedModel]

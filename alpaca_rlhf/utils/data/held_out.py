@@ -25,7 +25,7 @@ class Wanted:
 
     Attributes:
         data_path: entries as of --data_path; empty takes those that the model's record names.
-        seed: of the split; None takes the record's.
+        seed, shares, languages: of the split; None, or no language, takes the record's.
         part: "held_out", or "all" of the data.
         limit: most samples; drawn by the seed. 0 is no limit.
         pairs: whether only samples with a rejected reply are of use; else each prompt counts once.
@@ -33,6 +33,8 @@ class Wanted:
 
     data_path: tuple[str, ...]
     seed: int | None
+    shares: tuple[float, float, float] | None
+    languages: tuple[str, ...]
     part: str
     limit: int
     pairs: bool
@@ -69,7 +71,7 @@ def choose(wanted: Wanted, models: Sequence[str], default: Split) -> Chosen:
     """
     folders = [folder for path in models if (folder := record_folder(path)) is not None]
     record = _record(folders[0]) if folders else {}
-    split = _split(record, default, wanted.seed)
+    split = _split(record, default, wanted)
     entries = list(wanted.data_path) or [one["data_set"] for one in record.get("data", [])]
     sources = open_sources(entries or [EMBEDDED])
     tallies = [Tally() for _ in sources]
@@ -108,13 +110,17 @@ def _record(folder: Path) -> dict[str, Any]:
                         "and take the file away") from error
 
 
-def _split(record: dict[str, Any], default: Split, seed: int | None) -> Split:
+def _split(record: dict[str, Any], default: Split, wanted: Wanted) -> Split:
     if record:
         default = replace(
             default, shares=tuple(record["shares"]), seed=record["seed"],
             languages=tuple(record["languages"]),
         )
-    return default if seed is None else replace(default, seed=seed)
+    seed = default.seed if wanted.seed is None else wanted.seed
+    return replace(
+        default, seed=seed, shares=wanted.shares or default.shares,
+        languages=wanted.languages or default.languages,
+    )
 
 
 def _nothing(sources: Sequence[Source], wanted: Wanted) -> str:
