@@ -12,7 +12,7 @@ drawn with is a generator of its own, so it does not depend on who else is talki
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,7 +110,7 @@ class ChatModel:
 
     def stream(
         self, messages: Sequence[Message], sampling: SamplingConfig, seed: int | None = None
-    ) -> Iterator[str | End]:
+    ) -> Generator[str | End, None, None]:
         """The pieces of a reply, and an End; whoever stops listening cancels it.
 
         Raises:
@@ -175,9 +175,11 @@ class ChatModel:
             text = self.policy.form.tokenizer.decode(job.ids, skip_special_tokens=True)
         if text.endswith(_HALF_CHARACTER) and not at_end:
             return
-        before, job.text = job.text, printable(text).strip()
-        if len(job.text) > len(before):
-            job.deliver(job.text[len(before) :])
+        # What was sent stays sent, though bytes that make no character may respell it.
+        piece = printable(text).strip()[len(job.text) :]
+        if piece:
+            job.text += piece
+            job.deliver(piece)
 
     def _end(self, job: Job) -> End:
         ended = bool(job.ids) and job.ids[-1] in self.policy.eos_ids

@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
         default = settings.get("default")
         shown = default not in (None, False, "") and default != []
         ending = f" (default: {default})" if shown and "(default" not in text else ""
-        self.add_argument(flag, help=(text + ending).replace("%", "%%"), **settings)  # type: ignore[arg-type]
+        text = (text + ending).replace("%", "%%")
+        self.add_argument(flag, help=text, **settings)  # type: ignore[arg-type]
 
     def add_loading(self) -> None:
         """How models are brought into memory."""

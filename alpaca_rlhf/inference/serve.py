@@ -9,6 +9,7 @@ in the chats; what cannot be answered gets status 400 and one line that says why
 
 import argparse
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -223,8 +224,9 @@ def messages_of(given: Any) -> "list[Message]":
 
 def _text(content: Any, number: int) -> str:
     if isinstance(content, list):  # of parts
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        parts = [text for text in texts if isinstance(text, str)]
+        if len(parts) == len(content):
             return "\n".join(parts)
     if not isinstance(content, str):
         raise BadRequest(f"messages, {number}: the content must be text")
@@ -272,7 +274,13 @@ async def start(request: Request) -> "Running":
         BadRequest: the dialogue cannot be answered.
     """
     pieces: asyncio.Queue[Any] = asyncio.Queue()
-    deliver = partial(asyncio.get_running_loop().call_soon_threadsafe, pieces.put_nowait)
+    loop = asyncio.get_running_loop()
+
+    def deliver(piece: Any) -> None:
+        """From the model's thread; a server that has gone down takes nothing more."""
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
     submit = partial(
         request.served.model.submit, request.messages, request.sampling, deliver, request.seed
     )

@@ -180,7 +180,7 @@ def _open(
     path: str, options: LoadOptions, load: Load, scorer: bool
 ) -> tuple[PreTrainedModel, ChatFormat]:
     preflight.require_cached(path)
-    config = find_adapter_config_file(path)
+    config = _adapter_config(path)
     if config is None:
         if is_reward_model(path, options) != scorer:
             raise UserError(_other_kind(path, scorer))
@@ -196,6 +196,14 @@ def _open(
         )
         model = _merged(path, load(base, tokenizer, options, _WHOLE))
     return model.to(distributed.device()).eval(), ChatFormat(tokenizer)
+
+
+def _adapter_config(path: str) -> str | None:
+    """The configuration of an adapter; None for what is none, or cannot be had at all."""
+    try:
+        return find_adapter_config_file(path)
+    except (OSError, ValueError):  # no such folder and no such model: the model's loader says so
+        return None
 
 
 def _other_kind(path: str, scorer: bool) -> str:
