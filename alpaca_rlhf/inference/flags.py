@@ -4,8 +4,10 @@ Imports no torch: `--help` and a mistyped flag answer at once.
 """
 
 import argparse
+import difflib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -41,6 +43,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse complains of."""
+        unknown = re.search(r"unrecognized arguments: .*?(--\w+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown flag {unknown[1]}; {hint}")
         raise UserError(" ".join(message.removeprefix("argument ").split()) + "; see --help")
 
     def add(self, flag: str, text: str, **settings: object) -> None:
