@@ -52,6 +52,11 @@ setup(
         "PyYAML>=6,<7",
         "tqdm>=4.66,<5",
     ],
-    # debug: for `my_deepspeed.py --debug_ranks`.
-    extras_require={"tested": tested(), "debug": ["debugpy>=1.8,<2"]},
+    # debug: for `my_deepspeed.py --debug_ranks`; chat: the web chat; serve: the endpoint.
+    extras_require={
+        "tested": tested(),
+        "debug": ["debugpy>=1.8,<2"],
+        "chat": ["gradio>=6,<7"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    },
 )

@@ -58,11 +58,11 @@ def opened(browser, capsys):
     """Serves a site and opens it; at the end it is checked that the page was content."""
     pages = []
 
-    def open_site(site, width=1280):
+    def open_site(site):
         with socket.create_server(("127.0.0.1", 0)) as found:
             port = found.getsockname()[1]
         served = launch(site, "127.0.0.1", port, wait=False)
-        page = browser.new_page(viewport={"width": width, "height": 900})
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(WAIT)
         errors, strangers = [], []
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
@@ -102,15 +102,16 @@ def wait_for(page, condition):
     raise AssertionError("waited in vain")
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_two_turns_with_one_model(models, opened, width):
-    page = opened(Site(["actor"], models[:1], SAMPLING), width)
+def test_two_turns_with_one_model_on_a_screen_and_on_a_phone(models, opened):
+    page = opened(Site(["actor"], models[:1], SAMPLING))
     for number, text in enumerate(("What is ice?", "Who wrote Faust?"), 1):
         say(page, text)
         wait_for(page, lambda n=number: len(turns(page)) == 2 * n
                  and page.locator("#notice").inner_text() == "")
         assert turns(page)[-2] == text and turns(page)[-1]
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
     say(page, "What is ice? " * 60)
     page.locator("#notice", has_text="shorten it").wait_for()
     assert len(turns(page)) == 4

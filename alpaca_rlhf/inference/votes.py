@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from alpaca_rlhf.utils.data.tokenizer import Message
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.measures import wilson_interval
+
+if TYPE_CHECKING:
+    from alpaca_rlhf.utils.data.tokenizer import Message
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class VoteBook:
         self._rows = self._read()
 
     def add(
-        self, prompt: Sequence[Message], better: Written, worse: Written, tie: bool = False
+        self, prompt: "Sequence[Message]", better: Written, worse: Written, tie: bool = False
     ) -> None:
         """Keep a vote; when this returns it is on the disk. Like replies are a tie."""
         tie = tie or better.reply == worse.reply
@@ -133,7 +136,7 @@ class VoteBook:
             os.ftruncate(file, end)
             self.notes.append(f"{self.path}: took off a torn last line of {size - end} bytes")
 
-    def _read(self) -> list[dict]:
+    def _read(self) -> list[dict[str, Any]]:
         rows = []
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
