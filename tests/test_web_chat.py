@@ -1,4 +1,4 @@
-"""The web chat in a real browser, without a network: two turns, and a vote that step 2 trains on."""
+"""The web chat in a real browser, with no network: two turns, and a vote that step 2 trains on."""
 
 import importlib
 import json
@@ -137,7 +137,7 @@ def test_a_vote_in_the_arena_is_a_pair_that_step_2_trains_on(
     site = Site(["rlhf", "sft"], models, SAMPLING, "Be kind.", VoteBook(path))
     page = opened(site)
     notice = page.locator("#notice")
-    for number, (text, side) in enumerate((("What is ice?", "left"), ("And fire?", "right")), 1):
+    for number, (text, side) in enumerate((("What is ice?", "right"), ("And fire?", "left")), 1):
         say(page, text)
         page.locator("#notice", has_text="Which is better?").wait_for()
         shown = turns(page, 0)[-1], turns(page, 1)[-1]

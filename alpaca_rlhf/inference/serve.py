@@ -36,6 +36,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
 }
+SECONDS_TO_END = 5  # for replies that are on their way when it is stopped
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -72,8 +73,11 @@ def main(args: argparse.Namespace) -> None:
     host, port = listener.getsockname()[:2]
     sys.stdout.write(f"serving {', '.join(served)} at http://{host}:{port}/v1\n")
     sys.stdout.flush()
-    server = uvicorn.Server(uvicorn.Config(application(served), log_level="warning"))
-    server.run(sockets=[listener])
+    config = uvicorn.Config(
+        application(served), log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it is stopped
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
