@@ -229,7 +229,7 @@ def run(
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    from alpaca_rlhf.utils import distributed, saved
+    from alpaca_rlhf.utils import distributed
 
-    saved.quiet()
+    distributed.quiet_libraries()
     distributed.run_main(partial(main, args))

@@ -255,14 +255,6 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return min((n for n in said if isinstance(n, int) and 0 < n < _ENDLESS), default=_USUAL_CONTEXT)
 
 
-def quiet() -> None:
-    """Keep transformers' notes and bars from what is written for people."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def short_names(paths: Sequence[str]) -> list[str]:
     """For people: the last parts of paths, as many as tell them apart."""
     parts = [Path(path).parts for path in paths]
