@@ -132,3 +132,25 @@ def test_of_a_dialogue_that_is_too_long_to_score_the_end_counts(small):
 ])
 def test_short_names_tell_paths_apart(paths, names):
     assert saved.short_names(paths) == names
+
+
+@pytest.mark.parametrize("name", ["whole", "adapter"])
+def test_a_hub_id_is_opened_from_the_cache_without_a_network(
+    exported, tmp_path, monkeypatch, name
+):
+    from huggingface_hub import constants
+
+    place = tmp_path / f"models--somebody--{name}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    shutil.copytree(exported / "actor", place / "snapshots" / "abc")
+    if name == "adapter":  # as people upload them: with their tokenizer, without the base
+        for file in ("config.json", "model.safetensors", "generation_config.json"):
+            (place / "snapshots" / "abc" / file).unlink()
+        shutil.copytree(exported / "actor" / "adapter", place / "snapshots" / "abc",
+                        dirs_exist_ok=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    opened = saved.open_policy(f"somebody/{name}", OPTIONS)
+    assert opened.form.tokenizer.name_or_path == f"somebody/{name}"
+    assert texts(opened) == texts(saved.open_policy(str(exported / "actor"), OPTIONS))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from alpaca_rlhf.utils import checkpoint, distributed, preflight
 from alpaca_rlhf.utils.data.collators import pad
@@ -236,6 +236,12 @@ def _base_of(path: str, adapter: dict[str, Any]) -> str:
 
 def _tokenizer_of(path: str, base: str) -> str:
     """Where an adapter's tokenizer is: beside it, in the folder around it, or with its base."""
+    if not Path(path).exists():
+        try:
+            cached_file(path, "tokenizer_config.json")
+        except OSError:  # the hub's repository has none
+            return base
+        return path
     beside = [Path(path), Path(path).absolute().parent]
     having = (str(folder) for folder in beside if (folder / "tokenizer_config.json").exists())
     return next(having, base)
