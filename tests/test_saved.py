@@ -152,5 +152,6 @@ def test_a_hub_id_is_opened_from_the_cache_without_a_network(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     opened = saved.open_policy(f"somebody/{name}", OPTIONS)
-    assert opened.form.tokenizer.name_or_path == f"somebody/{name}"
+    place = {"whole": "somebody/whole", "adapter": str(place / "snapshots" / "abc")}[name]
+    assert opened.form.tokenizer.name_or_path == place
     assert texts(opened) == texts(saved.open_policy(str(exported / "actor"), OPTIONS))

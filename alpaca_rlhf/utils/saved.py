@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from alpaca_rlhf.utils import checkpoint, distributed, preflight
 from alpaca_rlhf.utils.data.collators import pad
@@ -38,6 +39,7 @@ _WHOLE: dict[str, Any] = {"zero_optimization": {"stage": 0}}
 # Where neither the model nor its tokenizer says how much it can read.
 _USUAL_CONTEXT = 4096
 _ENDLESS = 10**9  # what some tokenizers say for "no limit" is larger still
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth"]
 _SCORED_AT_ONCE = 16384  # tokens, padding included
 
 
@@ -236,13 +238,9 @@ def _base_of(path: str, adapter: dict[str, Any]) -> str:
 
 def _tokenizer_of(path: str, base: str) -> str:
     """Where an adapter's tokenizer is: beside it, in the folder around it, or with its base."""
-    if not Path(path).exists():
-        try:
-            cached_file(path, "tokenizer_config.json")
-        except OSError:  # the hub's repository has none
-            return base
-        return path
     beside = [Path(path), Path(path).absolute().parent]
+    if not Path(path).exists():
+        beside = [Path(snapshot_download(path, ignore_patterns=_WEIGHTS))]
     having = (str(folder) for folder in beside if (folder / "tokenizer_config.json").exists())
     return next(having, base)
 
