@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+from dataclasses import replace
 
 import pytest
 from loading import load
@@ -178,6 +179,17 @@ def test_a_tie_and_what_is_said_before_any_message(models, tmp_path):
     assert next(site.answer("Again.", room, *settings))[2].startswith("Vote on these")
     assert "0 won, 1 tied, 0 lost" in site.vote(None, room)[1]
     assert site.vote(None, room)[1] == "Write something first."
+
+
+def test_what_one_model_cannot_answer_is_said_to_neither(models, tmp_path):
+    narrow = ChatModel(replace(models[1].policy, context=20))
+    site = Site(["rlhf", "sft"], [models[0], narrow], SAMPLING, "",
+                VoteBook(tmp_path / "votes.jsonl"))
+    *_, (text, room, notice, *_) = site.answer("What is ice? " * 4, None, 0.0, 1.0, 6)
+    narrow.close()
+    assert "shorten it" in notice and text.startswith("What is ice?")
+    assert [talk.turns for talk in room.talks] == [[], []]
+    assert site.vote(0, room)[1] == "Write something first."
 
 
 def test_stopping_keeps_what_was_said_and_clearing_begins_anew(models):

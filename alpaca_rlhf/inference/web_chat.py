@@ -176,6 +176,7 @@ class Site:
         if self._book is not None:
             room.deal()
         pieces: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        before = [talk.turns for talk in room.talks]
         try:
             sampling = replace(self._sampling, temperature=temperature, top_p=top_p,
                                max_new_tokens=int(new_tokens))
@@ -188,7 +189,10 @@ class Site:
             yield ("", room, "…", *self._shown(room))
             yield from self._follow(room, pieces)
             yield ("", room, "Which is better?" if self._book else "", *self._shown(room))
-        except UserError as error:
+        except UserError as error:  # on one side: then on neither anything was said
+            room.asked = []
+            for talk, turns in zip(room.talks, before, strict=True):
+                talk.turns = turns
             yield (text, room, f"**{error}**", *self._shown(room))
         finally:
             room.stop()
