@@ -55,8 +55,12 @@ def test_a_session_at_a_terminal(small, tmp_path):
         talk.sendline(line)
         talk.expect(answer)
     talk.expect("you> ")
-    talk.sendintr()
-    talk.expect(r"\(/quit leaves\)")
+    for _ in range(20):  # one that comes before the line editor listens waits for the next key
+        talk.sendintr()
+        if talk.expect([r"\(/quit leaves\)", pexpect.TIMEOUT], timeout=5) == 0:
+            break
+    else:
+        raise AssertionError("Ctrl-C was not answered")
     talk.sendline("/quit")
     talk.expect(pexpect.EOF)
     talk.close()
