@@ -44,13 +44,8 @@ def initialize(seed: int, timeout: int = 1800) -> None:
     take_place()
     debugging.wait_for_client()
     import deepspeed
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    deepspeed.utils.logger.setLevel("WARNING")
-    # Between these libraries: what one will rename, another still calls by its old name.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
+    quiet_libraries()
     if not on_cpu():
         # srun may show each rank its own device only.
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -62,6 +57,18 @@ def initialize(seed: int, timeout: int = 1800) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def quiet_libraries() -> None:
+    """Keep the notes, bars and warnings of libraries from what is written for people."""
+    import deepspeed
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    deepspeed.utils.logger.setLevel("WARNING")
+    # Between these libraries: what one will rename, another still calls by its old name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
 
 
 # Which rank this is, of how many, and which on this node, as mpirun and srun say it.

@@ -43,6 +43,21 @@ def load_reward_function(name: str) -> RewardFunction:
     return function
 
 
+def rate(function: RewardFunction, prompts: list[str], replies: list[str]) -> list[float]:
+    """What a reward function gives for each reply.
+
+    Raises:
+        UserError: it does not give one finite number for each reply.
+    """
+    given = [float(score) for score in function(prompts, replies)]
+    if len(given) != len(replies) or not all(map(math.isfinite, given)):
+        raise UserError(
+            f"--reward_function: gave {len(given)} numbers for {len(replies)} replies, or one "
+            "that is not finite; give one finite float for each"
+        )
+    return given
+
+
 @dataclass(frozen=True)
 class RewardSettings:
     """How a score becomes token rewards and advantages.
@@ -158,19 +173,9 @@ class RolloutMaker:
         )
 
     def _by_function(self, rollout: Rollout) -> Tensor:
-        """What the reward function gives [B].
-
-        Raises:
-            UserError: it does not give one finite number for each reply.
-        """
+        """What the reward function gives [B]."""
         assert self._reward_function is not None
-        prompts, replies = self.texts(rollout)
-        given = self._reward_function(prompts, replies)
-        if len(given) != len(replies) or not all(map(math.isfinite, given)):
-            raise UserError(
-                f"--reward_function: gave {len(given)} numbers for {len(replies)} replies, or one "
-                "that is not finite; give one finite float for each"
-            )
+        given = rate(self._reward_function, *self.texts(rollout))
         return torch.tensor(given, dtype=torch.float32, device=rollout.input_ids.device)
 
     def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:

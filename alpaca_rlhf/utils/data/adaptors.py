@@ -169,7 +169,7 @@ def _miracl(row: Row) -> Sample:
     return pair_of([user_turn(text_of(row["query"], "query"))], *sides)
 
 
-def _instruction(instruction: Any, extra: Any) -> list[Message]:
+def instruction_turns(instruction: Any, extra: Any) -> list[Message]:
     """An instruction of Stanford Alpaca's form, with its input if it has one."""
     if extra is not None and not isinstance(extra, str):
         raise Unusable("input is not text")
@@ -182,7 +182,7 @@ def _instruction(instruction: Any, extra: Any) -> list[Message]:
 
 
 def _alpaca(row: Row) -> Sample:
-    messages = _instruction(row["instruction"], row.get("input"))
+    messages = instruction_turns(row["instruction"], row.get("input"))
     # In MultiTurnAlpaca the instruction is the dialogue so far, whose replies have their own rows.
     return sample_of(messages, row["output"], history_is_trained=len(messages) == 1)
 
@@ -191,7 +191,7 @@ def _seed_task(row: Row) -> Iterator[Sample | Unusable]:
     for instance in list_of(row["instances"], "instances"):
         try:
             extra, output = (value_of(instance, key, "instance") for key in ("input", "output"))
-            yield sample_of(_instruction(row["instruction"], extra), output)
+            yield sample_of(instruction_turns(row["instruction"], extra), output)
         except Unusable as reason:
             yield reason
 
