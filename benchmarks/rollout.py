@@ -1,7 +1,7 @@
 """How fast rollouts are generated, as ratios to transformers' `generate` in the same run.
 
     python benchmarks/rollout.py                                   # the embedded tiny LLaMA
-    python benchmarks/rollout.py --model output/smollm2-135m --new_tokens 64
+    python benchmarks/rollout.py --model output/smollm2-135m --cases full varied
 
 Both sides get the same weights, prompts and limits and sample from the whole distribution at
 temperature 1. They run in turn, one after the other, and the median of the ratios counts: this is
@@ -44,6 +44,7 @@ from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
 from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.tiny_llama import ensure_tiny_llama
 
+CASES = ("full", "varied", "zero3")
 NEVER = torch.tensor([-1])
 PAD = 0
 
@@ -64,12 +65,13 @@ def main() -> None:
     say(f"## {name}: {weights / 1e6:.1f} M parameters, fp32, {args.threads} threads, limit "
         f"{args.new_tokens} new tokens, median of {args.repeats}\n")
     say(HEADER)
-    for batch in args.batch:
+    for batch in args.batch if "full" in args.cases else ():
         prompts = some_prompts(form, batch)
         report(f"full, batch {batch}", engine, prompts, batch, [args.new_tokens] * batch, args)
-    lengths = varied_lengths(64, args.new_tokens)
-    report("varied, 64 prompts, batch 16", engine, some_prompts(form, 64), 16, lengths, args)
-    if not args.no_zero3:
+    if "varied" in args.cases:
+        lengths = varied_lengths(64, args.new_tokens)
+        report("varied, 64 prompts, batch 16", engine, some_prompts(form, 64), 16, lengths, args)
+    if "zero3" in args.cases:
         zero3(args, model)
     say(f"\nmemory read by one pass over 256 MB: {bandwidth():.1f} GB/s")
 
@@ -80,14 +82,14 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--model", help="a Hugging Face folder (default: the embedded tiny LLaMA)")
-    made.add_argument("--batch", type=int, nargs="+", default=[8, 16], help="slots, case full")
+    made.add_argument(
+        "--batch", type=int, nargs="+", default=[8, 16], help="slots, cases full and zero3"
+    )
     made.add_argument("--new_tokens", type=int, default=128, help="limit of a reply")
     made.add_argument("--repeats", type=int, default=5)
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--lora_dim", type=int, default=0, help="an adapter, folded by ours")
-    made.add_argument("--zero3_new_tokens", type=int, default=32, help="limit in the case ZeRO-3")
-    made.add_argument("--zero3_repeats", type=int, help="(default: --repeats)")
-    made.add_argument("--no_zero3", action="store_true", help="leave that case out")
+    made.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     made.add_argument("--zero3_rank", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -226,8 +228,8 @@ def zero3(args: argparse.Namespace, model: str) -> None:
     """The case of two ranks, in processes of its own, one thread each."""
     command = [
         sys.executable, __file__, "--zero3_rank", "--model", model,
-        "--new_tokens", str(args.zero3_new_tokens), "--lora_dim", str(args.lora_dim),
-        "--repeats", str(args.zero3_repeats or args.repeats),
+        "--new_tokens", str(args.new_tokens), "--lora_dim", str(args.lora_dim),
+        "--repeats", str(args.repeats), "--batch", *map(str, args.batch),
     ]
     environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed_port())}
@@ -247,12 +249,12 @@ def distributed_port() -> int:
 
 
 def zero3_rank(args: argparse.Namespace) -> None:
-    """One of the two ranks; each has 16 prompts and as many slots."""
+    """One of the two ranks; each has as many prompts as slots, and every reply runs to the limit."""
     torch.set_num_threads(1)
     engine, form = build(args.model, 3, args.lora_dim)
-    lengths = [args.new_tokens] * 16
-    report(f"ZeRO-3, 2 ranks, batch 16 each, limit {args.new_tokens}", engine,
-           some_prompts(form, 16), 16, lengths, args, synced=True)
+    for batch in args.batch:
+        report(f"ZeRO-3, 2 ranks, batch {batch} each", engine, some_prompts(form, batch), batch,
+               [args.new_tokens] * batch, args, synced=True)
 
 
 def bandwidth() -> float:
