@@ -11,8 +11,9 @@
 #   -- FLAGS           are appended to each step's command line, so all three must know them:
 #                      --seed 2, say; what concerns one step belongs in its YAML file
 #
-# A second run reuses every finished step whose configuration, flags and code are unchanged, and runs
-# again what has changed and all that follows. A step that fails ends the pipeline with its code.
+# A second run reuses every finished step whose configuration, flags and code are unchanged, goes on
+# with a step that was cut short from its last checkpoint, and runs again what has changed and all
+# that follows. A step that fails ends the pipeline with its code.
 
 set -euo pipefail
 
@@ -59,13 +60,13 @@ run_step() {
     local title="step $1 ($2)" main=$training/$3/main.py output=$output_dir/$4
     local config=$config_dir/step$1.yaml state=$output_dir/.step$1.state
     shift 4
-    local flags=(--output_dir "$output" "$@") overwrite=() hash before="" status=0 started=$SECONDS
+    local flags=(--output_dir "$output" "$@") again=() hash before="" status=0 started=$SECONDS
     hash=$({ printf '%s\0' "$previous_hash" "${launcher_flags[@]}" "${flags[@]}" \
         "${extra_flags[@]}"; cat "$config"; } | sha256sum)
     previous_hash=$hash
 
     if $fresh && [[ -f $state ]]; then
-        rm -rf "$output" "$state"
+        rm -rf "$output" "$output.partial" "$state"
     fi
     if $reuse && is_finished && [[ $(cat "$state" 2>/dev/null) == "done $hash" ]]; then
         echo "== $title: kept, finished before: $output"
@@ -75,14 +76,17 @@ run_step() {
     # What this script has put there it may write over; the step itself refuses anybody else's.
     if [[ -f $state ]]; then
         before=$(<"$state")
-        overwrite=(--overwrite_output_dir)
+        again=(--overwrite_output_dir)
+        if [[ $before == "running $hash" ]]; then
+            again+=(--resume_from_checkpoint latest)
+        fi
     fi
     if [[ -f $state || -z $(ls -A "$output" 2>/dev/null) ]]; then
         echo "running $hash" >"$state"
     fi
     echo "== $title"
     python "$training/my_deepspeed.py" "${launcher_flags[@]}" "$main" --config "$config" \
-        "${flags[@]}" "${overwrite[@]}" "${extra_flags[@]}" || status=$?
+        "${flags[@]}" "${again[@]}" "${extra_flags[@]}" || status=$?
     if ((status == 2)) && [[ -n $before ]]; then
         echo "$before" >"$state"  # refused before anything was written: what was there still holds
     fi

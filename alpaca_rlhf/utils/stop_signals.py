@@ -1,6 +1,8 @@
 """SIGTERM and SIGINT, noted when they come and heeded at the next step boundary by all ranks."""
 
+import os
 import signal
+import sys
 from types import FrameType
 from typing import Self
 
@@ -28,9 +30,12 @@ class StopSignals:
     def _note(self, number: int, _: FrameType | None) -> None:
         self._noted = number
         self._restore()
-        distributed.say(
-            f"{signal.Signals(number).name}: stopping after this step; a second one stops at once"
-        )
+        if distributed.is_main():
+            # Not through Python's buffers: the signal may have come while one was being written.
+            os.write(sys.stdout.fileno(), (
+                f"{signal.Signals(number).name}: stopping after this step; a second one stops at "
+                "once\n"
+            ).encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
