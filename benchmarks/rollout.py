@@ -249,7 +249,7 @@ def distributed_port() -> int:
 
 
 def zero3_rank(args: argparse.Namespace) -> None:
-    """One of the two ranks; each has as many prompts as slots, and every reply runs to the limit."""
+    """One of the two ranks: as many prompts as slots, every reply runs to the limit."""
     torch.set_num_threads(1)
     engine, form = build(args.model, 3, args.lora_dim)
     for batch in args.batch:

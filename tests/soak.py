@@ -5,7 +5,7 @@
 The models are random ones of a few thousand weights, so that what takes time is starting; a start
 is a fork of this process, which has imported everything but computed nothing. Half of the kills
 come at any moment after the start, half while a checkpoint is being written. Of two ranks both are
-killed, or one, and then the other must end by itself. Every case says what it has done, and the
+killed, or one, and then the other must end, told to by SIGTERM as DeepSpeed's launcher does. Every case says what it has done, and the
 exit code is 1 if a weight differs, a checkpoint was found broken, or a rank outlived its fellow.
 """
 
@@ -242,11 +242,16 @@ class Run:
         return True
 
     def kill(self, victims: list[int] | None) -> float:
-        """SIGKILL; seconds until the last rank had ended."""
+        """SIGKILL; seconds until the last rank had ended, told to by SIGTERM as launchers do."""
         start = time.perf_counter()
         for rank in range(len(self._ranks)) if victims is None else victims:
             os.kill(self._ranks[rank], signal.SIGKILL)
+        told = False
         while self._alive():
+            if not told and time.perf_counter() - start > 1.0:
+                told = True
+                for process in self._ranks:
+                    os.kill(process, signal.SIGTERM)
             if time.perf_counter() - start > LONGEST_END:
                 for process in self._ranks:
                     os.kill(process, signal.SIGKILL)
@@ -274,7 +279,8 @@ def flags(case: Case, folder: Path, args: argparse.Namespace) -> list[Any]:
               "--num_train_epochs", 4, "--preprocessing_num_workers", 1]
     if case.step < 3:
         return [*shared, "--model_name_or_path", folder / "actor", "--zero_stage", case.stage,
-                "--lora_dim", case.lora, "--max_seq_len", 64, "--dropout", 0.0 if args.move else 0.1,
+                "--lora_dim", case.lora, "--max_seq_len", 64,
+                "--dropout", 0.0 if args.move else 0.1,
                 "--per_device_train_batch_size", rows, "--per_device_eval_batch_size", 8,
                 "--eval_iters", 1]
     return [

@@ -1,0 +1,101 @@
+"""What saving a checkpoint costs, as a share of the training between two of them.
+
+    PYTHONPATH=. python benchmarks/checkpoints.py                # the embedded tiny LLaMA
+    PYTHONPATH=. python benchmarks/checkpoints.py --model output/smollm2-135m --lora_dim 16
+
+Optimizer steps of step 1 on random tokens, a checkpoint after every `--save_steps` of them: weights,
+optimizer and the rest, forced to the disk, read back for the SHA-256, renamed. In one run, steps and
+saves in turn; the medians count.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from alpaca_rlhf.utils import arguments, distributed, losses, training_loop
+from alpaca_rlhf.utils.checkpoint import RunFolder
+from alpaca_rlhf.utils.data.collators import TokenBatch
+from alpaca_rlhf.utils.data.preprocessing import cache_home
+from alpaca_rlhf.utils.data.tokenizer import load_tokenizer
+from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
+from alpaca_rlhf.utils.model.tiny_llama import ensure_tiny_llama
+from alpaca_rlhf.utils.resume import Checkpoints
+
+
+def main() -> None:
+    """Measure, and print one line."""
+    args = parser().parse_args()
+    torch.set_num_threads(args.threads)
+    distributed.initialize(0)
+    model = args.model or str(ensure_tiny_llama(cache_home(None)))
+    settings = ModelSettings(
+        LoadOptions(), args.zero_stage, False, None, 1e-5, 1e-4, 0.0, args.lora_dim, None, 0.0,
+        None, "--lora_module_name", args.lora_dim > 0,
+    )
+    load = partial(load_causal_lm, model, load_tokenizer(model))
+    engine, _ = build_trained(settings, Schedule(1, 1, "constant", 0, 1), load)
+    steps: list[float] = []
+    saves: list[float] = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        flags = ["--output_dir", f"{folder}/run", "--save_steps", str(args.save_steps)]
+        checkpoints = Checkpoints(
+            RunFolder(f"{folder}/run", False), {"model": engine}, arguments.parse_step1(flags), None
+        )
+        for turn in range(args.saves + 1):
+            steps += [took(lambda: step(engine, args)) for _ in range(args.save_steps)]
+            checkpoints.progress.step += args.save_steps
+            saves.append(took(checkpoints.save))
+            if turn == 0:
+                steps, saves = [], []  # the first turn warms up
+    one, save = statistics.median(steps), statistics.median(saves)
+    sys.stdout.write(
+        f"step {one * 1e3:.0f} ms, save {save * 1e3:.0f} ms ({min(saves) * 1e3:.0f} to "
+        f"{max(saves) * 1e3:.0f}): {save / (one * args.save_steps):.1%} of {args.save_steps} steps\n"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", help="a Hugging Face folder (default: the embedded tiny LLaMA)")
+    made.add_argument("--folder", help="where to save (default: the system's temporary folder)")
+    made.add_argument("--save_steps", type=int, default=50)
+    made.add_argument("--saves", type=int, default=5)
+    made.add_argument("--rows", type=int, default=16, help="of a batch")
+    made.add_argument("--tokens", type=int, default=64, help="of a row")
+    made.add_argument("--lora_dim", type=int, default=0)
+    made.add_argument("--zero_stage", type=int, default=0)
+    made.add_argument("--threads", type=int, default=2)
+    return made
+
+
+def step(engine: Engine, args: argparse.Namespace) -> None:
+    """An optimizer step on random tokens."""
+    ids = torch.randint(10, 1000, (args.rows, args.tokens), device=distributed.device())
+    batch = TokenBatch(ids, torch.ones_like(ids), ids)
+    training_loop.optimizer_step(
+        engine, [batch],
+        lambda b: (losses.token_loss(
+            forward_logits(engine, b.input_ids, b.attention_mask), b.labels), {}),
+        training_loop.global_weight([batch]),
+    )
+
+
+def took(run: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
