@@ -206,10 +206,23 @@ class Small:
 
         made = PPOSettings(
             epochs=1, micro_batch_size=2, accumulation_steps=1, temperature=1.0, clip=0.2,
-            clip_value=0.2, entropy_coef=0.0, unsup_coef=0.0, critic_warmup_steps=0,
-            max_skipped_steps=10, seed=3,
+            clip_value=0.2, entropy_coef=0.0, unsup_coef=0.0, critic_warmup_steps=0, seed=3,
         )
         return replace(made, **changes)
+
+    def trainer(self, engine: Any, settings: Any, ema: Any = None, most: int = 10) -> Any:
+        """Learns, keeps no batch that was skipped, and skips `most` in a row at most."""
+        from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
+        from alpaca_rlhf.utils.faults import Faults
+
+        return PPOTrainer(engine, settings, Faults(None, most, "lower the learning rate"), ema)
+
+
+def learn(trainer: Any, experience: Any, number: int = 0, *more: Any) -> dict[str, float]:
+    """All updates of a round with this experience; the metrics of the updates alone."""
+    from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import Round
+
+    return trainer.learn(Round(experience, {}), number, *more)
 
 
 def snapshot(model: Any) -> dict[str, Any]:

@@ -21,13 +21,12 @@ from typing import Any
 
 import deepspeed
 import torch
-from conftest import Small, moved, snapshot
+from conftest import Small, learn, moved, snapshot
 
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     ScoreNormalizer,
     make_experience,
@@ -96,7 +95,7 @@ def ppo_step(small: Small, stage: int, lora_rank: int, experience: Experience) -
     """One update from the same eight rollouts, dealt out over all ranks."""
     engine = small.roles(stage, lora_rank, **PLAIN)
     mine = experience.rows(list(range(8))[distributed.rank() :: distributed.world_size()])
-    PPOTrainer(engine, small.ppo(micro_batch_size=8)).learn(mine, 0)
+    learn(small.trainer(engine, small.ppo(micro_batch_size=8)), mine)
     return engine
 
 
@@ -126,7 +125,7 @@ def iterations(
     """Two rounds of rollout, experience and update."""
     engine = ending_often(small.roles(stage, lora_rank, **PLAIN), small)
     maker = small.maker(engine, hybrid=hybrid, tokens=8)
-    trainer = PPOTrainer(engine, small.ppo(micro_batch_size=2, accumulation_steps=2))
+    trainer = small.trainer(engine, small.ppo(micro_batch_size=2, accumulation_steps=2))
     before, tokens, records = snapshot(engine.actor.module), [], []
     for number in range(2):
         prompts = of_this_rank(small.prompts(8))
@@ -134,7 +133,7 @@ def iterations(
         experience, metrics = make_experience(
             scored, ScoreNormalizer("none"), small.reward_settings(), kl_coef=0.05
         )
-        metrics |= trainer.learn(experience, number)
+        metrics |= learn(trainer, experience, number)
         tokens.append(distributed.gather_rows(
             [row[kept.bool()].tolist()
              for row, kept in zip(scored.responses, scored.response_mask, strict=True)]

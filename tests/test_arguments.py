@@ -62,8 +62,14 @@ ALL_STEPS = """
 --tracker wandb
 --tracker tensorboard mlflow
 --logging_dir tb
---save_steps 10
---resume_from_checkpoint latest
+--save_steps 10 --output_dir out
+--save_total_limit 3
+--resume_from_checkpoint latest --output_dir out
+--resume_from_checkpoint out.partial/checkpoints/step-00000010
+--allow_changed_args --resume_from_checkpoint latest --output_dir out
+--collective_timeout 60
+--max_skipped_steps 3
+--replay out.partial/nonfinite/step-00000003.pt
 """
 STEPS_1_AND_2 = """
 --model_name_or_path meta-llama/Llama-2-7b-hf
@@ -160,7 +166,6 @@ STEP_3 = """
 --whiten_advantages false
 --critic_warmup_steps 5
 --num_generations 4
---max_skipped_steps 3
 --eval_prompts 0
 """
 LINES = [(step, line) for block, steps in (
@@ -350,8 +355,11 @@ def test_ppo_defaults():
     (3, "--lam -0.1", "--lam -0.1: must be from 0 to 1"),
     (3, "--ema_decay 1", "--ema_decay 1.0: must be above 0 and below 1"),
     (3, "--critic_learning_rate=-1", "--critic_learning_rate -1.0: must be 0 or more"),
-    (1, "--save_steps 10", "--save_steps 10: not available in this version: the model is saved "
-        "once, at the end; remove the flag"),
+    (1, "--save_steps 10", "--save_steps 10: needs --output_dir; give it or remove the flag"),
+    (2, "--resume_from_checkpoint latest", "--resume_from_checkpoint latest: needs --output_dir, "
+        "whose checkpoints it looks at; give it, or the folder of a checkpoint"),
+    (3, "--save_total_limit 0", "--save_total_limit 0: must be 1 or more"),
+    (1, "--collective_timeout 0", "--collective_timeout 0: must be 1 or more"),
     (3, "--offload_reference_model", "--offload_reference_model: not available in this version: "
         "the reference stays on the device; remove the flag"),
     (1, "--data_split 2,4", "--data_split 2,4: must be three numbers of 0 or more, not all 0, "
@@ -530,7 +538,7 @@ def test_saved_arguments_give_back_equal_arguments(step, words, suffix, tmp_path
 def test_saved_arguments_hold_resolved_values_and_no_launch():
     config = to_config(parse_step1(["--lora_dim", "8", "--local_rank", "0"]))
     assert (config["learning_rate"], config["only_optimize_lora"]) == (3e-4, True)
-    assert not config.keys() & {"local_rank", "config", "save_steps", "deepspeed"}
+    assert not config.keys() & {"local_rank", "config", "max_tokens_per_micro_batch", "deepspeed"}
 
 
 # --- notices and help ----------------------------------------------------------------------------
@@ -551,6 +559,11 @@ def test_a_flag_of_the_config_file_is_noticed(tmp_path):
 def test_module_names_without_lora_are_noticed():
     args = parse_step3([*MODELS, "--actor_lora_module_name", "layers."])
     assert notices(args) == ["--actor_lora_module_name has no effect: --actor_lora_dim is 0"]
+
+
+def test_allowing_changes_without_resuming_is_noticed():
+    assert notices(parse_step1(["--allow_changed_args"])) == [
+        "--allow_changed_args has no effect: nothing is resumed"]
 
 
 def test_nothing_given_is_nothing_noticed():

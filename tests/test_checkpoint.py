@@ -197,7 +197,8 @@ def test_a_run_that_fails_leaves_the_old_one_and_its_rest_is_cleared_by_the_next
     final.mkdir()
     (final / "old").write_text("old")
     first = RunFolder(str(final), overwrite=True)
-    (first.path / "half").write_text("half")  # and here it is killed
+    (first.path / "half").write_text("half")  # and here it is killed:
+    first._lock.release()
     assert (final / "old").read_text() == "old"
     second = RunFolder(str(final), overwrite=True)
     assert list(second.path.iterdir()) == []

@@ -10,10 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from alpaca_rlhf.utils import losses, training_loop
+from alpaca_rlhf.utils.arguments import parse_step1
+from alpaca_rlhf.utils.checkpoint import RunFolder
 from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.collators import collate_pairs, collate_tokens
+from alpaca_rlhf.utils.faults import Faults
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
 from alpaca_rlhf.utils.model.reward_model import scores
+from alpaca_rlhf.utils.resume import Checkpoints
 from alpaca_rlhf.utils.training_loop import Plan, global_weight, optimizer_step
 
 STAGES = [0, 1, 2, 3]
@@ -277,13 +281,16 @@ class Recorder:
     """A tracker that keeps what it is told."""
 
     def __init__(self):
-        self.logged = []
+        self.logged, self.events = [], []
 
     def log(self, metrics, step):
         self.logged.append((step, metrics))
 
+    def event(self, kind, step, message):
+        self.events.append((kind, step, message))
 
-def run(small, plan, rows=5, objective=None, evaluate=dict, lengths=None):
+
+def run(small, plan, rows=5, objective=None, evaluate=dict, lengths=None, most=10, first=0):
     """Train on rows that name themselves by their length; gives back the steps and the rows."""
     engine, seen, tracker = actor(small), [], Recorder()
     data = [{"input_ids": [1] + [60 + i] * (i + 1), "labels": [-100] + [60 + i] * (i + 1)}
@@ -293,9 +300,11 @@ def run(small, plan, rows=5, objective=None, evaluate=dict, lengths=None):
         seen.append([len(row["input_ids"]) - 2 for row in chosen])
         return collate_tokens(chosen, pad_id=3)
 
+    checkpoints = Checkpoints(RunFolder(None, False), {"model": engine}, parse_step1([]), None)
+    checkpoints.progress.step = first
     training_loop.train(
-        engine, data, collate, objective or token_objective(engine), plan, tracker, evaluate,
-        lengths,
+        engine, data, collate, (objective or token_objective)(engine), plan, tracker, evaluate,
+        checkpoints, Faults(None, most, "lower the learning rate"), lengths,
     )
     return tracker.logged, seen
 
@@ -348,13 +357,48 @@ def test_it_is_measured_in_between_and_not_once_more_at_the_end(small):
     assert [step for step, metrics in logged if metrics.get("eval/perplexity") == 3.0] == [2]
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(small):
-    def broken(batch):
-        return torch.tensor(math.nan, requires_grad=True), {}
+def broken_at(*calls):
+    """An objective that is not finite at some of its calls, counted from 1, or at all."""
+    counted = []
 
+    def objective(engine):
+        right = token_objective(engine)
+
+        def broken(batch):
+            counted.append(batch)
+            loss, stats = right(batch)
+            return (loss * math.nan if not calls or len(counted) in calls else loss), stats
+
+        return broken
+
+    return objective
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_training(small, capsys):
     with pytest.raises(FloatingPointError) as error:
-        run(small, plan(), objective=broken)
-    assert str(error.value) == "the loss is not finite at step 1; lower the learning rate"
+        run(small, plan(), objective=broken_at(), most=2)
+    assert str(error.value) == (
+        "2 updates in a row were not finite (--max_skipped_steps 2); lower the learning rate"
+    )
+    warning = "warning: the loss or the gradient of step {} is not finite; the step is skipped"
+    assert capsys.readouterr().out.splitlines()[-2:] == [warning.format(1), warning.format(2)]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_training_goes_on(small):
+    # One micro-batch a step: the second and the fourth are skipped, which is not in a row.
+    logged, _ = run(small, plan(accumulation_steps=1), objective=broken_at(2, 4), most=2)
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    assert [metrics["skipped_steps"] for _, metrics in logged] == [0, 1, 1, 2, 2, 2]
+    assert ["loss" in metrics for _, metrics in logged] == [True, False, True, False, True, True]
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_resumed_training_takes_the_rows_that_are_left_and_no_others(small, first):
+    _, whole = run(small, plan())
+    logged, rest = run(small, plan(), first=first)
+    assert [step for step, _ in logged] == list(range(first + 1, 5))
+    # Steps of 2 micro-batches and of 1, twice.
+    assert rest == whole[[0, 2, 3, 5][first]:]
 
 
 @pytest.mark.parametrize("training", [False, True])

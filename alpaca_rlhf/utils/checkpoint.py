@@ -77,7 +77,7 @@ class RunFolder:
     def _make(self, path: Path, output_dir: str | None, keep: bool) -> None:
         """The folder to work in, for this process alone."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             # The system lets go of it when the process ends, however that comes about.
             self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
             self._lock.acquire()
