@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/checkpoints.py                # the embedded tiny LLaMA
     PYTHONPATH=. python benchmarks/checkpoints.py --model output/smollm2-135m --lora_dim 16
 
-Optimizer steps of step 1 on random tokens, a checkpoint after every `--save_steps` of them: weights,
-optimizer and the rest, forced to the disk, read back for the SHA-256, renamed. In one run, steps and
-saves in turn; the medians count.
+Optimizer steps of step 1 on random tokens, a checkpoint after every `--save_steps` of them:
+weights, optimizer and the rest, forced to the disk, read back for the SHA-256, renamed. In one run,
+steps and saves in turn; the medians count.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def main() -> None:
     one, save = statistics.median(steps), statistics.median(saves)
     sys.stdout.write(
         f"step {one * 1e3:.0f} ms, save {save * 1e3:.0f} ms ({min(saves) * 1e3:.0f} to "
-        f"{max(saves) * 1e3:.0f}): {save / (one * args.save_steps):.1%} of {args.save_steps} steps\n"
+        f"{max(saves) * 1e3:.0f}): {save / (one * args.save_steps):.1%} of {args.save_steps} "
+        "steps\n"
     )
 
 

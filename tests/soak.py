@@ -5,8 +5,9 @@
 The models are random ones of a few thousand weights, so that what takes time is starting; a start
 is a fork of this process, which has imported everything but computed nothing. Half of the kills
 come at any moment after the start, half while a checkpoint is being written. Of two ranks both are
-killed, or one, and then the other must end, told to by SIGTERM as DeepSpeed's launcher does. Every case says what it has done, and the
-exit code is 1 if a weight differs, a checkpoint was found broken, or a rank outlived its fellow.
+killed, or one, and then the other must end, told to by SIGTERM as DeepSpeed's launcher does. Every
+case says what it has done, and the exit code is 1 if a weight differs, a checkpoint was found
+broken, or a rank outlived its fellow.
 """
 
 import argparse
