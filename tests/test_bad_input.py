@@ -382,4 +382,5 @@ def test_a_full_disk_is_one_line_and_exit_code_1(capsys, monkeypatch):
     distributed.run_main(full)
     assert codes == [1]
     assert capsys.readouterr().err == (
-        "error: no space left on the disk of out/model.safetensors; free some and start again\n")
+        "error: no space left on the disk of out/model.safetensors; free some and start again, "
+        "with --resume_from_checkpoint latest if there are checkpoints\n")

@@ -276,16 +276,10 @@ def run_main(main: Callable[[], None]) -> None:
     except TrainingStopped as stop:
         _last_words(str(stop))
         code = stop.code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = error.filename or "the output or cache folder"
-        _last_words(f"error: no space left on the disk of {where}; free some and start again")
-        code = 1
     except Exception as error:
         if debugging.under_debugger():
             raise  # to where the debugger stops at it
-        _last_words(_of_other_ranks(error) or traceback.format_exc())
+        _last_words(_full_disk(error) or _of_other_ranks(error) or traceback.format_exc())
         code = 1
     several = world_size() > 1
     if dist.is_initialized() and code == 0:
@@ -296,6 +290,17 @@ def run_main(main: Callable[[], None]) -> None:
     # of one that went well now and then abort the interpreter while it is taken down.
     if code or several:
         os._exit(code)
+
+
+def _full_disk(error: Exception) -> str | None:
+    """What to say of a disk that is full; None if that is not what happened."""
+    known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors has errors of its own.
+    if not known and "No space left on device" not in str(error):
+        return None
+    where = getattr(error, "filename", None) or "the output or cache folder"
+    return (f"error: no space left on the disk of {where}; free some and start again, with "
+            "--resume_from_checkpoint latest if there are checkpoints")
 
 
 def _of_other_ranks(error: Exception) -> str | None:
