@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from alpaca_rlhf.utils.checkpoint import RunFolder, eos_ids, export, model_card, read_json
-from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.model import lora
 
 
@@ -202,6 +202,55 @@ def test_a_run_that_fails_leaves_the_old_one_and_its_rest_is_cleared_by_the_next
     assert (final / "old").read_text() == "old"
     second = RunFolder(str(final), overwrite=True)
     assert list(second.path.iterdir()) == []
+
+
+def killed_with_a_checkpoint(final):
+    """A run that had saved a checkpoint when it was killed."""
+    folder = RunFolder(str(final), overwrite=False)
+    (folder.path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    folder._lock.release()
+    return folder.path
+
+
+def test_a_run_that_can_be_resumed_is_not_started_over_by_accident(group, tmp_path):
+    path = killed_with_a_checkpoint(tmp_path / "run")
+    assert refusal(tmp_path / "run") == (
+        f"--output_dir {tmp_path / 'run'}: {path / 'checkpoints'} has checkpoints of a run that "
+        "did not finish; --resume_from_checkpoint latest goes on with it, --overwrite_output_dir "
+        "starts over"
+    )
+    assert (path / "checkpoints" / "step-00000005").is_dir()
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False, resume=True)
+    assert [p.name for p in (folder.path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_a_run_that_can_be_resumed_is_started_over_on_purpose(group, tmp_path):
+    killed_with_a_checkpoint(tmp_path / "run")
+    folder = RunFolder(str(tmp_path / "run"), overwrite=True)
+    assert list(folder.path.iterdir()) == []
+
+
+def test_a_run_that_has_finished_is_not_resumed_and_that_is_no_error(group, tmp_path):
+    RunFolder(str(tmp_path / "run"), overwrite=False).finish({}, {"step": 1})
+    with pytest.raises(TrainingStopped) as stopped:
+        RunFolder(str(tmp_path / "run"), overwrite=False, resume=True)
+    assert (stopped.value.code, str(stopped.value)) == (
+        0, f"--output_dir {tmp_path / 'run'}: this run has finished, there is nothing to resume")
+    RunFolder(str(tmp_path / "run"), overwrite=True, resume=True)  # starts over
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_never_write_in_one_folder(group, tmp_path, resume):
+    first = RunFolder(str(tmp_path / "run"), overwrite=False)
+    (first.path / "kept").touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError) as error:
+            RunFolder(str(tmp_path / "run"), overwrite, resume)
+        assert str(error.value) == (
+            f"--output_dir {tmp_path / 'run'}: another process is writing there; wait for it, or "
+            "give another folder"
+        )
+    assert (first.path / "kept").exists()
 
 
 def test_a_run_killed_between_the_two_renames_is_not_lost(group, tmp_path, monkeypatch):

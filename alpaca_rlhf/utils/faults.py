@@ -1,6 +1,7 @@
 """Updates whose loss or gradient is not finite: skipped, counted, and kept to be taken again."""
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class Faults:
                     torch.save({"step": step, "ranks": ranks}, file)
             except (OSError, RuntimeError) as error:
                 distributed.say(f"warning: {path} can not be written: {error}")
+                return None
         return path
 
 
@@ -138,8 +140,12 @@ def replay(
         batches = [made(**_on_device(one)) for part in mine for one in part["micro_batches"]]
     except FileNotFoundError:
         raise UserError(f"--replay {path}: no such file") from None
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
-        raise UserError(f"--replay {path}: is no update of this step ({error})") from error
+    except pickle.UnpicklingError:
+        raise UserError(f"--replay {path}: holds more than data, or is damaged, and is not "
+                        "read; give a file of nonfinite/") from None
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--replay {path}: is no update of this step ({reason})") from error
     distributed.say(f"replay: step {record['step']}, {len(batches)} micro-batch(es) of "
                     f"{len(ranks)} rank(s)")
     torch.set_rng_state(mine[0]["random_state"])

@@ -22,6 +22,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -50,6 +51,8 @@ ARGUMENTS = "arguments.json"
 SHARED = "shared.pt"
 TAG = "engine"
 NAME = re.compile(r"step-(\d{8})")
+NEEDED_KEYS = {"step_of_rlhf", "step", "in_round", "ranks"}
+NEEDED_FILES = {PROGRESS, ARGUMENTS, SHARED, "rank-00000.pt"}
 
 
 class Stateful(Protocol):
@@ -154,14 +157,16 @@ def broken(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; all ranks share the work and must ask."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = sorted(manifest["files"].items())
+        files = sorted((name, size, digest) for name, (size, digest) in manifest["files"].items())
         known = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     if not known:
         return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+    if not (NEEDED_KEYS <= manifest.keys() and NEEDED_FILES <= manifest["files"].keys()):
+        return f"{MANIFEST} is damaged"
     problems = []
-    for name, (size, digest) in files[distributed.rank() :: distributed.world_size()]:
+    for name, size, digest in files[distributed.rank() :: distributed.world_size()]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
@@ -239,9 +244,17 @@ class DurableFiles(CheckpointEngine):
             self.error = self.error or f"{path}: {getattr(cause, 'strerror', None) or error}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file."""
-        with torch.serialization.safe_globals(universal.deepspeeds_classes()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        """Read a file.
+
+        Raises:
+            UserError: it holds more than tensors and plain values.
+        """
+        try:
+            with torch.serialization.safe_globals(universal.deepspeeds_classes()):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(f"{path}: holds more than data, or is damaged, and is not read; give "
+                            "a checkpoint that a run has written") from None
 
     def commit(self, info: Any) -> bool:
         """The manifest is written by us."""
