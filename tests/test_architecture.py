@@ -47,6 +47,7 @@ FLOORS = {
     "utils/model": 1,
     "utils/arguments.py": 0,
     "utils/debugging.py": 0,
+    "utils/durable.py": 0,
     "utils/errors.py": 0,
     "utils/measures.py": 0,
     "utils/losses.py": 0,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from alpaca_rlhf.utils.durable import sync_folder
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.measures import wilson_interval
 
@@ -76,7 +77,7 @@ class VoteBook:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock, path.open("ab+") as file:
                 self._mend(file.fileno())
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise UserError(f"--votes {path}: cannot be written ({error.strerror}); give another "
                             "file") from error
@@ -147,12 +148,3 @@ class VoteBook:
                 raise UserError(f"--votes {self.path}, line {number}: is no vote; give another "
                                 "file, or mend it") from error
         return rows
-
-
-def _sync_folder(folder: Path) -> None:
-    """See to it that a file that was just made is there after a crash too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

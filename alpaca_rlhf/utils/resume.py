@@ -39,6 +39,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 
 from alpaca_rlhf.utils import arguments, checkpoint, distributed, faults, universal
 from alpaca_rlhf.utils.arguments import StepArguments
+from alpaca_rlhf.utils.durable import sync_folder
 from alpaca_rlhf.utils.engine import Engine
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.stop_signals import StopSignals
@@ -455,7 +456,7 @@ class Checkpoints:
         if final.exists():
             os.rename(final, aside)
         os.rename(temporary, final)
-        _force_to_disk(final.parent)
+        sync_folder(final.parent)
         shutil.rmtree(aside, ignore_errors=True)
         limit = self._args.run.save_total_limit
         older = [path for path in complete_ones(final.parent) if path.name < final.name]
@@ -467,14 +468,6 @@ class Checkpoints:
 
 def _of_all_ranks(files: DurableFiles) -> list[str]:
     return distributed.gather_rows([files.error] if files.error else [])
-
-
-def _force_to_disk(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _rank_file(folder: Path) -> Path:
