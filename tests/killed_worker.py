@@ -1,6 +1,6 @@
 """What test_killed_runs.py starts: cases of soak.py, and ranks that go wrong, forked off here.
 
-    python tests/killed_worker.py FOLDER
+    python tests/killed_worker.py FOLDER [move]
 
 A line on standard output for each case. Everything is imported once, and computed in forks.
 """
@@ -26,9 +26,12 @@ TIMEOUT = 5
 
 
 def main() -> None:
-    """Every case."""
+    """Every case, or those that move elsewhere."""
     folder = Path(sys.argv[1])
     soak.prepare(folder)
+    if sys.argv[2:] == ["move"]:
+        move(folder)
+        return
     ends = {work.__name__: ranks(work, folder) for work in (stuck, raises, dies)}
     args = soak.parser().parse_args(["--kills", "1", "--updates", "6", "--save_steps", "2"])
     draw = random.Random(1)
@@ -36,6 +39,10 @@ def main() -> None:
         soak.soak(case, folder, args, draw)
     ends["stopped"] = stopped(case, folder, args)
     (folder / "ends.json").write_text(json.dumps(ends))
+
+
+def move(folder: Path) -> None:
+    """Runs that go on elsewhere."""
     args = soak.parser().parse_args(["--move", "--updates", "4", "--save_steps", "2"])
     alone, together = Case(1, 1, 0, 0), Case(1, 2, 3, 0)
     soak.move(alone, together, folder, args)

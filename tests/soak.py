@@ -279,7 +279,8 @@ def flags(case: Case, folder: Path, args: argparse.Namespace) -> list[Any]:
               "--num_train_epochs", 4, "--preprocessing_num_workers", 1]
     if case.step < 3:
         return [*shared, "--model_name_or_path", folder / "actor", "--zero_stage", case.stage,
-                "--lora_dim", case.lora, "--max_seq_len", 64, "--dropout", 0.0 if args.move else 0.1,
+                "--lora_dim", case.lora, "--max_seq_len", 64,
+                "--dropout", 0.0 if args.move else 0.1,
                 "--per_device_train_batch_size", rows, "--per_device_eval_batch_size", 8,
                 "--eval_iters", 1]
     return [

@@ -1,6 +1,7 @@
 """Processes that are killed, stuck, stopped or broken: how all ranks end, and what is resumed.
 
 The cases run in one process and forks of it (`killed_worker.py`); `soak.py` does more of them.
+Those that go on elsewhere take a minute more: `python -m pytest tests/test_killed_runs.py -m slow`.
 """
 
 import json
@@ -18,18 +19,30 @@ pytestmark = pytest.mark.timeout(600)
 LONGEST_END = 30.0  # seconds after one rank's death
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    """The folder of all cases, and the lines of their report."""
-    folder = tmp_path_factory.mktemp("killed")
+def report(folder, *words):
+    """The lines of the report on cases."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, str(root / "tests" / "killed_worker.py"), str(folder)], cwd=root,
+        [sys.executable, str(root / "tests" / "killed_worker.py"), str(folder), *words],
+        cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=500, check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder, [line for line in done.stdout.splitlines() if line[:6] in ("ok    ", "FAILED")]
+    return [line for line in done.stdout.splitlines() if line[:6] in ("ok    ", "FAILED")]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """The folder of all cases but those that move, and the lines of their report."""
+    folder = tmp_path_factory.mktemp("killed")
+    return folder, report(folder)
+
+
+@pytest.fixture(scope="module")
+def moves(tmp_path_factory):
+    """The lines of the report on cases that move."""
+    return report(tmp_path_factory.mktemp("moved"), "move")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +62,12 @@ def test_a_run_that_was_killed_and_resumed_ends_as_one_that_was_not(outcome, cas
     assert "the weights are the same, bit for bit; 0 broken checkpoints" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("origin", "goal"), [
     ("1 rank(s), ZeRO 0", "2 rank(s), ZeRO 3"), ("2 rank(s), ZeRO 3", "1 rank(s), ZeRO 0")])
-def test_a_run_goes_on_with_other_ranks_and_another_stage(outcome, origin, goal):
-    start = f"ok      step 1, {origin}, all weights: to step 1, {goal}, all weights: weights differ"
-    assert [line for line in outcome[1] if line.startswith(start)]
+def test_a_run_goes_on_with_other_ranks_and_another_stage(moves, origin, goal):
+    line = f"ok      step 1, {origin}, all weights: to step 1, {goal}, all weights: weights differ"
+    assert [said for said in moves if said.startswith(line)]
 
 
 def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_ends_as_if_there_had_been_none(ends):
