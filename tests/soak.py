@@ -55,13 +55,8 @@ def main() -> int:
     args = parser().parse_args()
     folder = Path(args.folder).absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    prepare(folder)
     draw = random.Random(args.seed)
-    in_a_fork(lambda: make_inputs(folder), folder / "inputs.log")
-    for name in ("datasets", "peft", "deepspeed", "transformers.models.llama.modeling_llama"):
-        importlib.import_module(name)
-    for step in STEPS:
-        importlib.import_module(f"alpaca_rlhf.training_model.{STEPS[step]}.main")
     failures = 0
     if args.move:
         for step, lora in product(args.steps, args.lora):
@@ -78,6 +73,16 @@ def main() -> int:
             continue
         failures += not soak(case, folder, args, draw)
     return 1 if failures else 0
+
+
+def prepare(folder: Path) -> None:
+    """Make the inputs, and import what the forks need."""
+    folder.mkdir(parents=True, exist_ok=True)
+    in_a_fork(lambda: make_inputs(folder), folder / "inputs.log")
+    for name in ("datasets", "peft", "deepspeed", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+    for step in STEPS:
+        importlib.import_module(f"alpaca_rlhf.training_model.{STEPS[step]}.main")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,149 @@
+"""Processes that are killed, stuck, stopped or broken: how all ranks end, and what is resumed.
+
+The cases run in one process and forks of it (`killed_worker.py`); `soak.py` does more of them.
+Those that go on elsewhere take a minute more: `python -m pytest tests/test_killed_runs.py -m slow`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_my_deepspeed import start
+
+pytestmark = pytest.mark.timeout(600)
+LONGEST_END = 30.0  # seconds after one rank's death
+
+
+def report(folder, *words):
+    """The lines of the report on cases."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, str(root / "tests" / "killed_worker.py"), str(folder), *words],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500, check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [line for line in done.stdout.splitlines() if line[:6] in ("ok    ", "FAILED")]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """The folder of all cases but those that move, and the lines of their report."""
+    folder = tmp_path_factory.mktemp("killed")
+    return folder, report(folder)
+
+
+@pytest.fixture(scope="module")
+def moves(tmp_path_factory):
+    """The lines of the report on cases that move."""
+    return report(tmp_path_factory.mktemp("moved"), "move")
+
+
+@pytest.fixture(scope="module")
+def ends(outcome):
+    """How each case of two ranks has ended."""
+    return json.loads((outcome[0] / "ends.json").read_text())
+
+
+# ------------------------------------------------------------------- killed and moved
+
+
+@pytest.mark.parametrize("case", [
+    "step 3, 1 rank(s), ZeRO 0, LoRA 4", "step 1, 2 rank(s), ZeRO 3, LoRA 4"])
+def test_a_run_that_was_killed_and_resumed_ends_as_one_that_was_not(outcome, case):
+    (line,) = [line for line in outcome[1] if case in line]
+    assert line.startswith(f"ok      {case}: 1 kills, ")
+    assert "the weights are the same, bit for bit; 0 broken checkpoints" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("origin", "goal"), [
+    ("1 rank(s), ZeRO 0", "2 rank(s), ZeRO 3"), ("2 rank(s), ZeRO 3", "1 rank(s), ZeRO 0")])
+def test_a_run_goes_on_with_other_ranks_and_another_stage(moves, origin, goal):
+    line = f"ok      step 1, {origin}, all weights: to step 1, {goal}, all weights: weights differ"
+    assert [said for said in moves if said.startswith(line)]
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_ends_as_if_there_had_been_none(ends):
+    stopped = ends["stopped"]
+    assert stopped["codes"] == [143, 143]
+    assert stopped["said"].count("SIGTERM: stopped after step 3; --resume_from_checkpoint") == 2
+    assert stopped["saved"] == ["step-00000002", "step-00000003"]
+    assert stopped["resumed"] == [0, 0]
+    assert stopped["differences"] == []
+
+
+# ------------------------------------------------------------------- one rank goes wrong
+
+
+def test_a_rank_that_is_stuck_ends_the_others_after_the_timeout_with_a_message(ends):
+    assert ends["stuck"]["codes"] == [1, 7]  # 7: it came back and found nobody
+    assert ends["stuck"]["said"].startswith(
+        "error: rank 0 waited for another rank until --collective_timeout was over (in barrier, ")
+    assert ends["stuck"]["said"].count("\n") == 1
+
+
+def test_a_rank_that_fails_ends_all_and_its_cause_is_on_the_console_once(ends):
+    assert ends["raises"]["codes"] == [1, 1]
+    said = ends["raises"]["said"]
+    assert said.count("Traceback") == said.count("ZeroDivisionError: the cause") == 1
+    assert said.splitlines()[-1].startswith("error: another rank has ended (in barrier, ")
+
+
+def test_a_rank_that_is_killed_ends_the_others_soon(ends):
+    assert ends["dies"]["codes"] == [1, -signal.SIGKILL]
+    assert ends["dies"]["said"].startswith("error: another rank has ended")
+    assert ends["dies"]["seconds"] < LONGEST_END
+
+
+# ------------------------------------------------------------------- below the launcher
+
+# These import no torch, so that a launch is short.
+KILLED = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    with open(sys.argv[-1], "w") as file:
+        file.write(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(120)
+"""
+SAVING = """
+import os, signal, sys, time
+noted = []
+signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+path = sys.argv[-1] + os.environ["RANK"]
+open(path + ".started", "w").close()
+while not noted:
+    time.sleep(0.05)
+time.sleep(2)  # a checkpoint takes its time
+open(path + ".saved", "w").close()
+sys.exit(143)
+"""
+
+
+def test_a_rank_that_is_killed_below_the_launcher_ends_all(tmp_path):
+    (tmp_path / "train.py").write_text(KILLED)
+    launch = start(tmp_path, "--num_gpus", "2", "train.py", str(tmp_path / "time"))
+    _, said = launch.communicate(timeout=110)
+    assert launch.returncode != 0
+    assert time.time() - float((tmp_path / "time").read_text()) < LONGEST_END
+    assert "my_deepspeed: a worker was ended by SIGKILL (out of memory?)" in said
+
+
+def test_the_launcher_passes_sigterm_on_and_lets_every_rank_save(tmp_path):
+    (tmp_path / "train.py").write_text(SAVING)
+    launch = start(tmp_path, "--num_gpus", "2", "train.py", str(tmp_path / "rank"))
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"rank{i}.started").exists() for i in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    launch.send_signal(signal.SIGTERM)
+    launch.communicate(timeout=60)
+    assert launch.returncode == 143
+    assert all((tmp_path / f"rank{i}.saved").exists() for i in (0, 1))
