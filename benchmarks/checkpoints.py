@@ -45,8 +45,9 @@ def main() -> None:
     saves: list[float] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         flags = ["--output_dir", f"{folder}/run", "--save_steps", str(args.save_steps)]
+        how = arguments.resuming(arguments.parse_step1(flags))
         checkpoints = Checkpoints(
-            RunFolder(f"{folder}/run", False), {"model": engine}, arguments.parse_step1(flags), None
+            RunFolder(f"{folder}/run", False), {"model": engine}, how, None
         )
         for turn in range(args.saves + 1):
             steps += [took(lambda: step(engine, args)) for _ in range(args.save_steps)]

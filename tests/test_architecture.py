@@ -50,6 +50,7 @@ FLOORS = {
     "utils/durable.py": 0,
     "utils/errors.py": 0,
     "utils/measures.py": 0,
+    "utils/resuming.py": 0,
     "utils/losses.py": 0,
     "utils/rl_math.py": 0,
     "utils/data/chat_template.py": 0,

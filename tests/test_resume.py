@@ -20,12 +20,13 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
     Round,
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import ScoreNormalizer
-from alpaca_rlhf.utils import arguments, resume
-from alpaca_rlhf.utils.checkpoint import run_folder
+from alpaca_rlhf.utils import arguments, resume, stop_signals
+from alpaca_rlhf.utils.checkpoint import RunFolder
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.faults import Faults
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.resume import Checkpoints
+from alpaca_rlhf.utils.stop_signals import StopSignals
 
 pytestmark = pytest.mark.usefixtures("group")
 RATE = ("--learning_rate", "0.001")
@@ -48,8 +49,11 @@ class Run:
     """A run in a folder; leaving it is what a kill does to its lock."""
 
     def __init__(self, output, *words):
-        self.args = arguments.parse_step1(["--output_dir", str(output), *RATE, *words])
-        self.folder = run_folder(self.args.run)
+        args = arguments.parse_step1(["--output_dir", str(output), *RATE, *words])
+        self.how = arguments.resuming(args)
+        self.folder = RunFolder(
+            self.how.output_dir, self.how.overwrite, self.how.origin is not None
+        )
         self.root = self.folder.path / "checkpoints"
 
     def __enter__(self):
@@ -59,10 +63,10 @@ class Run:
         self.folder._lock.release()
 
     def find(self):
-        return resume.find(self.folder, self.args)
+        return resume.find(self.folder, self.how)
 
     def checkpoints(self, found=None, engines=None, **states):
-        return Checkpoints(self.folder, engines or {}, self.args, found, **states)
+        return Checkpoints(self.folder, engines or {}, self.how, found, **states)
 
 
 def save_at(checkpoints, *steps, **how):
@@ -180,15 +184,23 @@ def test_a_broken_checkpoint_that_is_asked_for_is_refused(tmp_path, damage):
     )
 
 
-def test_when_all_are_broken_the_run_starts_at_its_first_step(tmp_path, capsys):
-    root = written(tmp_path / "run")
-    for path in root.iterdir():
-        truncate(path)
+def test_a_run_without_a_checkpoint_starts_at_its_first_step(tmp_path, capsys):
     assert found(tmp_path / "run") is None
     assert capsys.readouterr().out.splitlines()[-1] == (
         "--resume_from_checkpoint latest: there is no checkpoint yet; this run starts at its "
         "first step"
     )
+
+
+def test_when_all_are_broken_nothing_is_started_over_unasked(tmp_path):
+    root = written(tmp_path / "run")
+    for path in root.iterdir():
+        truncate(path)
+    assert refusal(tmp_path / "run") == (
+        f"--resume_from_checkpoint latest: none of the 2 checkpoints in {root} is whole; put one "
+        "back, or start over with --overwrite_output_dir and without this flag"
+    )
+    assert len(list(root.iterdir())) == 2
 
 
 def test_what_was_not_written_to_its_end_is_never_taken(tmp_path):
@@ -579,7 +591,7 @@ def test_step_3_goes_on_in_the_middle_of_a_round(small, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_at_the_next_boundary_and_ends_the_run_with_its_code(
-    tmp_path, capsys, number
+    tmp_path, capfd, number
 ):
     before = signal.getsignal(number)
     with Run(tmp_path / "run") as run:
@@ -589,7 +601,9 @@ def test_a_signal_saves_at_the_next_boundary_and_ends_the_run_with_its_code(
             checkpoints.boundary(1, tracker)
             assert not run.root.exists()
             os.kill(os.getpid(), number)
-            assert signal.getsignal(number) is before  # a second one stops at once
+            # What a launcher makes of one Ctrl-C: both, and one of them twice.
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(TrainingStopped) as stopped:
                 checkpoints.boundary(2, tracker)
         assert signal.getsignal(number) is before
@@ -599,14 +613,23 @@ def test_a_signal_saves_at_the_next_boundary_and_ends_the_run_with_its_code(
     assert str(stopped.value) == (
         f"{number.name}: stopped after step 2; --resume_from_checkpoint latest goes on from {path}"
     )
-    assert capsys.readouterr().out == (
-        f"{number.name}: stopping after this step; a second one stops at once\n")
+    assert capfd.readouterr().out == (
+        f"{number.name}: stopping after this step; Ctrl-C once more stops at once\n")
     assert tracker.events == [("checkpoint", 2, "step-00000002")]
 
 
+def test_another_ctrl_c_a_moment_later_stops_at_once(monkeypatch):
+    monkeypatch.setattr(stop_signals, "MOMENT", 0.0)
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_signal_without_an_output_dir_says_that_nothing_is_saved(group):
-    args = arguments.parse_step1([])
-    checkpoints = Checkpoints(run_folder(args.run), {}, args, None)
+    how = arguments.resuming(arguments.parse_step1([]))
+    checkpoints = Checkpoints(RunFolder(None, False), {}, how, None)
     with checkpoints.heeding_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(TrainingStopped) as stopped:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from alpaca_rlhf.utils import losses, training_loop
-from alpaca_rlhf.utils.arguments import parse_step1
+from alpaca_rlhf.utils.arguments import parse_step1, resuming
 from alpaca_rlhf.utils.checkpoint import RunFolder
 from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.collators import collate_pairs, collate_tokens
@@ -300,7 +300,8 @@ def run(small, plan, rows=5, objective=None, evaluate=dict, lengths=None, most=1
         seen.append([len(row["input_ids"]) - 2 for row in chosen])
         return collate_tokens(chosen, pad_id=3)
 
-    checkpoints = Checkpoints(RunFolder(None, False), {"model": engine}, parse_step1([]), None)
+    how = resuming(parse_step1([]))
+    checkpoints = Checkpoints(RunFolder(None, False), {"model": engine}, how, None)
     checkpoints.progress.step = first
     training_loop.train(
         engine, data, collate, (objective or token_objective)(engine), plan, tracker, evaluate,

@@ -23,6 +23,7 @@ import sys
 from argparse import Action, ArgumentError, ArgumentTypeError, HelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import (
     Annotated,
@@ -40,6 +41,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.resuming import Resuming
 
 # Flags that are known but not yet served: anything but their default is refused, with the reason.
 UNAVAILABLE: dict[str, str] = {
@@ -547,7 +549,7 @@ def moved(written: dict[str, Any], args: StepArguments) -> bool:
 
 
 def changed(
-    written: dict[str, Any], args: StepArguments, ranks_then: int, ranks_now: int
+    args: StepArguments, written: dict[str, Any], ranks_then: int, ranks_now: int
 ) -> list[str]:
     """What of a checkpoint's arguments is not the same now, and changes the result; a line each."""
     now = to_config(args)
@@ -563,6 +565,16 @@ def changed(
         elif old != new:
             lines.append(f"--{name} was {old}, is {new}")
     return lines
+
+
+def resuming(args: StepArguments) -> Resuming:
+    """How the run saves checkpoints, and what it goes on from."""
+    run = args.run
+    return Resuming(
+        args.step, to_config(args), None if run.replay else run.output_dir,
+        run.overwrite_output_dir, run.save_steps, run.save_total_limit, run.resume_from_checkpoint,
+        run.replay, run.allow_changed_args, partial(moved, args=args), partial(changed, args),
+    )
 
 
 def notices(args: StepArguments) -> list[str]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca_rlhf.utils import distributed
-from alpaca_rlhf.utils.arguments import RunArguments
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.model.lora import gathered_state_dict, merged_state_dict, unwrapped
 
@@ -114,14 +113,6 @@ class RunFolder:
         elif self.final is None:
             distributed.say("nothing is saved: no --output_dir was given")
         distributed.barrier()
-
-
-def run_folder(run: RunArguments) -> RunFolder:
-    """The folder that the flags name; one that only replays an update has none."""
-    return RunFolder(
-        None if run.replay else run.output_dir, run.overwrite_output_dir,
-        resume=run.resume_from_checkpoint is not None,
-    )
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

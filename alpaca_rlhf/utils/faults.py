@@ -34,6 +34,7 @@ class Faults:
         self._remedy = remedy
         self.skipped = 0
         self._in_a_row = 0
+        self._first = False
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""
@@ -42,6 +43,11 @@ class Faults:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on counting."""
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+
+    def was_first(self) -> bool:
+        """Once after the first skipped update of a run: a checkpoint for its replay is due."""
+        first, self._first = self._first, False
+        return first
 
     def none(self) -> None:
         """An update was taken."""
@@ -60,6 +66,7 @@ class Faults:
         """
         self.skipped += 1
         self._in_a_row += 1
+        self._first = self.skipped == 1
         kept = self._keep(step, micro_batches, random_state)
         distributed.say(
             f"warning: the loss or the gradient of step {step} is not finite; the step is skipped"

@@ -37,11 +37,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from alpaca_rlhf.utils import arguments, checkpoint, distributed, faults, universal
-from alpaca_rlhf.utils.arguments import StepArguments
+from alpaca_rlhf.utils import checkpoint, distributed, faults, universal
 from alpaca_rlhf.utils.durable import sync_folder
 from alpaca_rlhf.utils.engine import Engine
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
+from alpaca_rlhf.utils.resuming import Resuming
 from alpaca_rlhf.utils.stop_signals import StopSignals
 from alpaca_rlhf.utils.tracking import Tracker
 
@@ -101,15 +101,23 @@ class Found:
 # ------------------------------------------------------------------------- finding one
 
 
-def find(folder: checkpoint.RunFolder, args: StepArguments) -> Found | None:
-    """The checkpoint that `--resume_from_checkpoint` asks for; None starts at the first step.
+def open_run(how: Resuming) -> tuple[checkpoint.RunFolder, Found | None]:
+    """The folder to work in, and the checkpoint to go on from; None starts at the first step.
 
     Raises:
-        UserError: there is none at the path, or it is broken, or was written with other arguments.
+        UserError: the folder cannot be had; there is no checkpoint at the path, or it is broken, or
+            was written with other arguments.
+        TrainingStopped: the run has finished.
     """
-    asked: str | None = args.run.resume_from_checkpoint
-    if asked is None and args.run.replay:
-        kept = faults.checkpoint_of(args.run.replay)
+    folder = checkpoint.RunFolder(how.output_dir, how.overwrite, how.origin is not None)
+    return folder, find(folder, how)
+
+
+def find(folder: checkpoint.RunFolder, how: Resuming) -> Found | None:
+    """The checkpoint to go on from, verified; see `open_run`."""
+    asked = how.origin
+    if asked is None and how.replay:
+        kept = faults.checkpoint_of(how.replay)
         if kept is None:
             distributed.say("--replay: the checkpoint of that step is not there; it is taken on "
                             "the weights that a run starts from")
@@ -132,19 +140,30 @@ def find(folder: checkpoint.RunFolder, args: StepArguments) -> Found | None:
         return None
     else:
         path = latest
-    found = _read(path, args)
-    _refuse_changes(found, args)
+    found = _read(path, how)
+    _refuse_changes(found, how)
     distributed.say(f"going on from {path}")
     return found
 
 
 def _latest(run: Path | None) -> Path | None:
-    """The last checkpoint that is whole; those that are not are named on the console."""
-    for path in reversed(complete_ones(run / checkpoint.CHECKPOINTS_FOLDER) if run else []):
+    """The last checkpoint that is whole; those that are not are named on the console.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    there = complete_ones(run / checkpoint.CHECKPOINTS_FOLDER) if run else []
+    for path in reversed(there):
         problem = broken(path)
         if problem is None:
             return path
         distributed.say(f"warning: the checkpoint {path} is broken and is left out: {problem}")
+    if there:
+        raise UserError(
+            f"--resume_from_checkpoint latest: none of the {len(there)} checkpoints in "
+            f"{there[0].parent} is whole; put one back, or start over with --overwrite_output_dir "
+            "and without this flag"
+        )
     return None
 
 
@@ -179,13 +198,13 @@ def broken(folder: Path) -> str | None:
     return found[0] if found else None
 
 
-def _read(path: Path, args: StepArguments) -> Found:
+def _read(path: Path, how: Resuming) -> Found:
     manifest = json.loads((path / MANIFEST).read_text())
-    if manifest["step_of_rlhf"] != args.step:
+    if manifest["step_of_rlhf"] != how.step:
         raise UserError(f"--resume_from_checkpoint {path}: is of step {manifest['step_of_rlhf']}, "
-                        f"this is step {args.step}")
+                        f"this is step {how.step}")
     written = json.loads((path / ARGUMENTS).read_text())
-    same = manifest["ranks"] == distributed.world_size() and not arguments.moved(written, args)
+    same = manifest["ranks"] == distributed.world_size() and not how.moved(written)
     if not same and manifest["in_round"]:
         raise UserError(
             f"--resume_from_checkpoint {path}: was written in the middle of a round, by "
@@ -195,9 +214,9 @@ def _read(path: Path, args: StepArguments) -> Found:
     return Found(path, manifest["ranks"], written, not same)
 
 
-def _refuse_changes(found: Found, args: StepArguments) -> None:
-    changed = arguments.changed(found.arguments, args, found.ranks, distributed.world_size())
-    if changed and not args.run.allow_changed_args:
+def _refuse_changes(found: Found, how: Resuming) -> None:
+    changed = how.changed(found.arguments, found.ranks, distributed.world_size())
+    if changed and not how.allow_changes:
         raise UserError(
             f"--resume_from_checkpoint {found.folder}: arguments that change the result are not "
             f"what they were: {'; '.join(changed)}; give them as they were, or "
@@ -268,19 +287,19 @@ class Checkpoints:
     Args:
         folder: of the run.
         engines: that are trained, by role.
-        args: of the run.
+        how: when to save, and how many to keep.
         found: the checkpoint to go on from, if any.
         parts: what else has a state: each rank has its own.
         shared: what else has a state that is alike on all ranks.
     """
 
     def __init__(
-        self, folder: checkpoint.RunFolder, engines: Mapping[str, Engine], args: StepArguments,
+        self, folder: checkpoint.RunFolder, engines: Mapping[str, Engine], how: Resuming,
         found: Found | None, parts: Mapping[str, Stateful] | None = None,
         shared: Mapping[str, Stateful] | None = None,
     ) -> None:
         self._root = folder.path and folder.path / checkpoint.CHECKPOINTS_FOLDER
-        self._engines, self._args, self._found = dict(engines), args, found
+        self._engines, self._how, self._found = dict(engines), how, found
         self._parts, self._shared = dict(parts or {}), dict(shared or {})
         self._written: set[str] = set()
         self._signals = StopSignals()
@@ -308,7 +327,7 @@ class Checkpoints:
             return self.progress
         folder = self._found.folder
         written = Progress(**json.loads((folder / PROGRESS).read_text()))
-        if written.data != data and not self._args.run.allow_changed_args:
+        if written.data != data and not self._how.allow_changes:
             raise UserError(
                 f"--resume_from_checkpoint {folder}: the rows to train on are not those of the "
                 "checkpoint: the files of --data_path have changed; put back what they were, or "
@@ -351,7 +370,7 @@ class Checkpoints:
             TrainingStopped: SIGTERM or SIGINT had come.
         """
         self.progress.step = step
-        every = self._args.run.save_steps
+        every = self._how.save_steps
         due = due or (every > 0 and step > 0 and step % every == 0)
         stop = self._signals.agreed()
         saved = self.save(in_round) if due or stop else None
@@ -421,7 +440,7 @@ class Checkpoints:
             files.save(shared, str(folder / SHARED))
             try:
                 checkpoint.write_json(folder / PROGRESS, dataclasses.asdict(self.progress))
-                checkpoint.write_json(folder / ARGUMENTS, arguments.to_config(self._args))
+                checkpoint.write_json(folder / ARGUMENTS, self._how.config)
             except OSError as error:
                 files.error = files.error or f"{folder}: {error.strerror}"
         return _of_all_ranks(files) or self._describe(folder, in_round)
@@ -437,7 +456,7 @@ class Checkpoints:
         error = DurableFiles()
         if distributed.is_main():
             manifest = {
-                "format": FORMAT, "step_of_rlhf": self._args.step, "step": self.progress.step,
+                "format": FORMAT, "step_of_rlhf": self._how.step, "step": self.progress.step,
                 "in_round": in_round, "ranks": distributed.world_size(), "files": files,
             }
             try:
@@ -458,7 +477,7 @@ class Checkpoints:
         os.rename(temporary, final)
         sync_folder(final.parent)
         shutil.rmtree(aside, ignore_errors=True)
-        limit = self._args.run.save_total_limit
+        limit = self._how.limit
         older = [path for path in complete_ones(final.parent) if path.name < final.name]
         for path in older[: max(0, len(older) + 1 - limit)]:
             # Without its manifest it counts no more, should this be cut short.

@@ -6,7 +6,6 @@ means that it is to be at once.
 
 import os
 import signal
-import sys
 import time
 from types import FrameType
 from typing import Self
@@ -43,7 +42,7 @@ class StopSignals:
         self._noted, self._since = number, time.monotonic()
         if distributed.is_main():
             # Not through Python's buffers: the signal may have come while one was being written.
-            os.write(sys.stdout.fileno(), (
+            os.write(1, (
                 f"{signal.Signals(number).name}: stopping after this step; Ctrl-C once more stops "
                 "at once\n"
             ).encode())

@@ -221,7 +221,6 @@ def train(
         engine.train()
         weight, random_state = global_weight(micro), torch.get_rng_state()
         metrics = optimizer_step(engine, micro, objective, weight)
-        fault = metrics is None
         if metrics is None:
             faults.skip(step, micro, random_state)
             metrics = {}
@@ -239,7 +238,7 @@ def train(
         tracker.log(metrics, step)
         ends_epoch = step % per_epoch == 0 and step < total
         checkpoints.boundary(
-            step, tracker, due=ends_epoch or (fault and faults.skipped == 1)
+            step, tracker, due=faults.was_first() or ends_epoch
         )
 
 

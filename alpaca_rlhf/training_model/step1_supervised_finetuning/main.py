@@ -42,8 +42,8 @@ def main() -> None:
     distributed.initialize(args.run.seed, args.run.collective_timeout)
     for notice in arguments.notices(args):
         distributed.say(notice)
-    folder = checkpoint.run_folder(args.run)
-    found = resume.find(folder, args)
+    how = arguments.resuming(args)
+    folder, found = resume.open_run(how)
     home = preprocessing.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
@@ -58,27 +58,16 @@ def main() -> None:
     data = load_data(args, form)
     distributed.say(data.describe())
     data.check_against(path, "the model to start from")
-    plan = training_loop.Plan(
-        args.optimization.num_train_epochs, args.optimization.max_steps,
-        args.batches.per_device_train_batch_size, args.optimization.gradient_accumulation_steps,
-        args.run.seed, args.batches.eval_interval,
-    )
+    plan = plan_of(args)
     total_steps = plan.total_steps(len(data.train))
-    schedule = Schedule(
-        plan.batch_size, plan.accumulation_steps, args.optimization.lr_scheduler_type,
-        args.optimization.num_warmup_steps, total_steps,
-    )
-    engine, trains = build_trained(
-        model_settings(args), schedule, partial(load_causal_lm, path, form.tokenizer)
-    )
-    distributed.say(f"model: {trains}")
+    engine = build(args, path, form, plan, total_steps)
 
     evaluate = partial(perplexity, engine, data, form.pad_id, args)
     counter = faults.Faults(
         folder.path, args.optimization.max_skipped_steps, "lower --learning_rate"
     )
     checkpoints = resume.Checkpoints(
-        folder, {"model": engine}, args, found, shared={"faults": counter}
+        folder, {"model": engine}, how, found, shared={"faults": counter}
     )
     progress = checkpoints.restore(data.fingerprint())
     if args.run.replay:
@@ -104,6 +93,30 @@ def main() -> None:
     results = {"step": 1, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
     page.write_beside(folder.final)
+
+
+def plan_of(args: Step1Arguments) -> training_loop.Plan:
+    """How long to train, on batches of what size."""
+    return training_loop.Plan(
+        args.optimization.num_train_epochs, args.optimization.max_steps,
+        args.batches.per_device_train_batch_size, args.optimization.gradient_accumulation_steps,
+        args.run.seed, args.batches.eval_interval,
+    )
+
+
+def build(
+    args: Step1Arguments, path: str, form: ChatFormat, plan: training_loop.Plan, total_steps: int
+) -> Engine:
+    """The model, in DeepSpeed's hands."""
+    schedule = Schedule(
+        plan.batch_size, plan.accumulation_steps, args.optimization.lr_scheduler_type,
+        args.optimization.num_warmup_steps, total_steps,
+    )
+    engine, trains = build_trained(
+        model_settings(args), schedule, partial(load_causal_lm, path, form.tokenizer)
+    )
+    distributed.say(f"model: {trains}")
+    return engine
 
 
 def replay(path: str, engine: Engine) -> None:

@@ -87,8 +87,8 @@ def main() -> None:
         load_reward_function(args.reward.reward_function) if args.reward.reward_function else None
     )
     normalizer = score_normalizer(args)
-    folder = checkpoint.run_folder(args.run)
-    found = resume.find(folder, args)
+    how = arguments.resuming(args)
+    folder, found = resume.open_run(how)
     preflight.check(
         planned(args), args.loading.tokenizer_name_or_path, arguments.trackers(args)
     )
@@ -111,13 +111,9 @@ def main() -> None:
     )
     trainer = PPOTrainer(engine, ppo_settings(args), faults, ema)
     controller = kl_controller(args)
-    average = {"ema": ema} if ema is not None else {}
     checkpoints = resume.Checkpoints(
-        folder, {"actor": engine.actor, "critic": engine.critic}, args, found,
-        parts={"trainer": trainer, "sampler": maker,
-               **(average if ema is not None and ema.sharded else {})},
-        shared={"faults": faults, "controller": controller, "normalizer": normalizer,
-                **({} if ema is None or ema.sharded else average)},
+        folder, {"actor": engine.actor, "critic": engine.critic}, how, found,
+        *states(trainer, maker, ema, faults, controller, normalizer),
     )
     progress = checkpoints.restore(data.fingerprint())
     if args.run.replay:
@@ -132,7 +128,8 @@ def main() -> None:
         resume_step=rounds.done(progress.step),
     )
     with tracker, checkpoints.heeding_signals():
-        train(args, rounds, data, maker, trainer, normalizer, controller, tracker, checkpoints)
+        train(args, rounds, data, maker, trainer, normalizer, controller, tracker, checkpoints,
+              faults)
     after = measure(args, maker, data)
 
     export(engine, form, folder, ema, after)
@@ -140,6 +137,20 @@ def main() -> None:
         data.save_record(folder.path and folder.path / role)
     folder.finish(arguments.to_config(args), results(data, progress.before, after))
     page.write_beside(folder.final)
+
+
+def states(
+    trainer: PPOTrainer, maker: RolloutMaker, ema: Ema | None, faults: Faults,
+    controller: AdaptiveKLController, normalizer: ScoreNormalizer,
+) -> tuple[dict[str, resume.Stateful], dict[str, resume.Stateful]]:
+    """What a checkpoint holds besides the engines: of each rank, and alike on all."""
+    own: dict[str, resume.Stateful] = {"trainer": trainer, "sampler": maker}
+    shared: dict[str, resume.Stateful] = {
+        "faults": faults, "controller": controller, "normalizer": normalizer,
+    }
+    if ema is not None:
+        (own if ema.sharded else shared)["ema"] = ema
+    return own, shared
 
 
 class Rounds:
@@ -198,7 +209,7 @@ class Rounds:
 def train(
     args: Step3Arguments, rounds: Rounds, data: Prepared, maker: RolloutMaker,
     trainer: PPOTrainer, normalizer: ScoreNormalizer, controller: AdaptiveKLController,
-    tracker: Tracker, checkpoints: resume.Checkpoints,
+    tracker: Tracker, checkpoints: resume.Checkpoints, faults: Faults,
 ) -> None:
     """Rollout phase and update phase in turn."""
     tracker.note(rounds.describe())
@@ -216,7 +227,9 @@ def train(
         under_way = trainer.round or roll_out(args, rows, maker, normalizer, controller)
 
         def between(at: int = number) -> None:
-            checkpoints.boundary(trainer.taken, tracker, place=at, in_round=True)
+            checkpoints.boundary(
+                trainer.taken, tracker, due=faults.was_first(), place=at, in_round=True
+            )
 
         metrics = trainer.learn(under_way, number - 1, next(text), between)
         episodes = rounds.rollouts * distributed.world_size()
@@ -224,7 +237,8 @@ def train(
         report(args, rounds, number, metrics, under_way.experience, maker, normalizer, tracker)
         controller.update(metrics["kl/k1"], episodes)
         checkpoints.boundary(
-            trainer.taken, tracker, place=number, due=rounds.ends_epoch(number)
+            trainer.taken, tracker, place=number,
+            due=faults.was_first() or rounds.ends_epoch(number),
         )
 
 
