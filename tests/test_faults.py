@@ -59,6 +59,16 @@ def test_only_so_many_in_a_row_end_the_run(tmp_path):
     assert counter.skipped == 5
 
 
+def test_a_checkpoint_is_due_once_after_the_first(tmp_path):
+    counter = Faults(None, 9, "")
+    assert not counter.was_first()
+    skip(counter, 1)
+    assert counter.was_first()
+    assert not counter.was_first()
+    skip(counter, 2)
+    assert not counter.was_first()
+
+
 def test_no_more_than_ten_are_kept(tmp_path, capsys):
     counter = Faults(tmp_path, 99, "")
     skip(counter, *range(1, 13))

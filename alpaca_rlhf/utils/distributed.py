@@ -276,6 +276,9 @@ def run_main(main: Callable[[], None]) -> None:
     except TrainingStopped as stop:
         _last_words(str(stop))
         code = stop.code
+    except FloatingPointError as error:
+        _last_words(f"error: {error}")
+        code = 1
     except Exception as error:
         if debugging.under_debugger():
             raise  # to where the debugger stops at it
