@@ -6,12 +6,17 @@ Heavy imports stand inside functions, so that tests of the command line stay qui
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Started in the background, a shell's jobs ignore Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Made to differ in length: batches of them are padded.
 PROMPTS = ("What is the capital of France?", "Hi.", "Name a colour.", "How many legs has a cat?",

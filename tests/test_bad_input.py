@@ -67,7 +67,7 @@ class Command:
         """The line that the step's `main` is refused with; nothing has been made but the cache."""
         main = importlib.import_module(f"alpaca_rlhf.training_model.{STEPS[step]}.main")
         self.monkeypatch.setattr(sys, "argv", ["main.py", *self.words(step, **changes)])
-        self.monkeypatch.setattr(distributed, "initialize", lambda seed: None)
+        self.monkeypatch.setattr(distributed, "initialize", lambda *_: None)
         with pytest.raises(UserError) as refused:
             main.main()
         assert not self.output.exists()
