@@ -55,7 +55,7 @@ def test_a_breakpoint_that_pdb_sets_in_ppo_trainer_is_hit_under_debug(tmp_path: 
         "--max_steps", 1, "--max_answer_seq_len", 4, "--eval_prompts", 0,
         "--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4,
     ]
-    line = line_of(TRAINER, "weight = global_weight(micro_batches)")
+    line = line_of(TRAINER, "weight, random_state = global_weight(micro_batches)")
     pdb = pexpect.spawn(sys.executable, list(map(str, words)), cwd=str(tmp_path),
                         env=environment(), encoding="utf-8", timeout=200)
     try:
