@@ -20,12 +20,12 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
     Round,
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import ScoreNormalizer
-from alpaca_rlhf.utils import arguments, resume, stop_signals
+from alpaca_rlhf.utils import arguments, resume, stop_signals, universal
 from alpaca_rlhf.utils.checkpoint import RunFolder
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.faults import Faults
 from alpaca_rlhf.utils.model.ema import Ema
-from alpaca_rlhf.utils.resume import Checkpoints
+from alpaca_rlhf.utils.resume import Checkpoints, DurableFiles
 from alpaca_rlhf.utils.stop_signals import StopSignals
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -445,6 +445,20 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_the_converter_is_given_no_file_with_code_whichever_rank_wrote_it(tmp_path):
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    torch.save({"optimizer_state_dict": {}}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    torch.save({}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    torch.save(Evil(tmp_path / "ran"), folder / "zero_pp_rank_1_mp_rank_00_model_states.pt")
+    with (
+        pytest.raises(UserError, match="rank_1_mp_rank_00_model_states.pt: holds more than data"),
+        universal._sharded(folder, DurableFiles().load),
+    ):
+        pass
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("stage", [0, 2])

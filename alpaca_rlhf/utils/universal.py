@@ -136,19 +136,22 @@ def _sharded(
 ) -> Iterator[tuple[Callable[[str, str], Tensor | None], float]]:
     """What ZeRO has written, by name, through the universal format in a folder for the time."""
     made = source.with_name(f".{source.name}.universal")
-    # The converter unpickles anything: so everything is read once by what unpickles only data.
-    states = [read(str(path), "cpu") for path in sorted(source.glob("*_optim_states.pt"))]
-    steps = [float(step) for state in states for step in _steps(state)]
-    with distributed.main_first():
-        if not made.exists():
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(
-                io.StringIO()
-            ):
-                ds_to_universal.main(argparse.Namespace(
-                    input_folder=str(source), output_folder=str(made), num_extract_workers=1,
-                    num_merge_workers=1, keep_temp_folder=False, strict=False,
-                    inject_missing_state=True,
-                ))
+    # The converter unpickles anything: so every file is read first by what unpickles only data.
+    steps = [
+        float(step) for path in sorted(source.rglob("*.pt"))
+        for step in _steps(read(str(path), "cpu").get("optimizer_state_dict"))
+    ]
+    distributed.barrier()
+    if distributed.is_main():
+        # One that is there is of a conversion that was cut short.
+        shutil.rmtree(made, ignore_errors=True)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(argparse.Namespace(
+                input_folder=str(source), output_folder=str(made), num_extract_workers=1,
+                num_merge_workers=1, keep_temp_folder=False, strict=False,
+                inject_missing_state=True,
+            ))
+    distributed.barrier()
 
     def value_of(name: str, kind: str) -> Tensor | None:
         path = made / "zero" / name / f"{kind}.pt"
