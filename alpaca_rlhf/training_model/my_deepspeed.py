@@ -308,7 +308,8 @@ def main(argv: list[str]) -> int:
         raise
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
+        # With these DeepSpeed's launcher refuses a command line, a host file or a launcher.
         if under_debugger():
             raise
         print(f"my_deepspeed: {error}", file=sys.stderr)
