@@ -34,7 +34,10 @@ setup(
     version=version(),
     description="RLHF for LLaMA-family models in three steps: SFT, reward model, PPO",
     packages=find_packages(include=["alpaca_rlhf", "alpaca_rlhf.*"]),
-    package_data={"alpaca_rlhf.report": ["*.j2", "*.css", "*.js"]},
+    package_data={
+        "alpaca_rlhf.report": ["*.j2", "*.css", "*.js"],
+        "alpaca_rlhf.utils.model": ["*.c"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9,<3",

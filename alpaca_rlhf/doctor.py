@@ -90,13 +90,14 @@ def devices() -> list[Row]:
 
 
 def compiler() -> list[Row]:
-    """What --offload compiles its optimizer with."""
+    """What --offload compiles its optimizer with, and the hybrid engine its loops."""
     from alpaca_rlhf.utils.optimizer import missing_build_tools
 
     missing = missing_build_tools()
     if missing:
         found = f"no {' and no '.join(missing)}"
-        return [Row("compiler", WARN, found, "needed for --offload only")]
+        return [Row("compiler", WARN, found,
+                    "needed for --offload, and on a CPU the compiler for fast decoding")]
     return [Row("compiler", OK, "C++ compiler and ninja")]
 
 

@@ -87,7 +87,7 @@ def test_200_prompts_get_the_tokens_that_transformers_gives_however_they_are_bat
     expected = by_transformers(model, whole, ends, 12)
     assert len({len(reply) for reply in expected}) > 5
     sampling = SamplingConfig(12, temperature=0)
-    step = LlamaStep(model, 16)
+    step = LlamaStep(model).fill()
     for how in ({}, {"slots": 16}, {"slots": 16, "step": step}, {"step": step}):
         assert replies(generate(model, whole, sampling, ends, **how)) == expected
     alone = [
@@ -228,7 +228,7 @@ def test_a_reply_is_drawn_alike_whatever_it_is_batched_with(small, model, ends):
     sampling = SamplingConfig(10, n_samples_per_prompt=2)
     whole = replies(generate(model, small.prompts(8), sampling, ends))
     assert replies(generate(model, small.prompts(8), sampling, ends, slots=3)) == whole
-    step = LlamaStep(model, 3)
+    step = LlamaStep(model).fill()
     assert replies(generate(model, small.prompts(8), sampling, ends, slots=3, step=step)) == whole
 
 
@@ -241,12 +241,12 @@ def test_one_seed_gives_one_set_of_replies_and_another_seed_another(small, model
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_logprobs_of_decoding_are_those_of_a_whole_forward_pass(
-    small, model, ends, temperature, packed
+    small, model, ends, temperature, compiled
 ):
     sampling = SamplingConfig(10, temperature, top_p=0.9, repetition_penalty=1.3)
-    step = LlamaStep(model, 3) if packed else None
+    step = LlamaStep(model).fill() if compiled else None
     batch = generate(model, small.prompts(8), sampling, ends, slots=3, step=step)
     with torch.no_grad():
         logits = response_logits(
@@ -341,7 +341,7 @@ def test_a_distribution_that_is_a_little_off_is_noticed():
 def test_decoding_draws_from_the_distribution_of_the_model(small, model):
     """First and second tokens of 40,000 replies to one prompt, through prefill and steps."""
     prompts, sampling = small.prompts(1), SamplingConfig(2, n_samples_per_prompt=4000)
-    step = LlamaStep(model, 1000)
+    step = LlamaStep(model).fill()
     with torch.no_grad():
         first = model(input_ids=prompts.input_ids).logits[0, -1].softmax(-1).double()
         likely = first.argmax()
@@ -374,6 +374,37 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_are_possible(uniform):
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf]])
     token = sample(logits, SamplingConfig(1), torch.tensor([uniform], dtype=torch.float64))
     assert token.item() == (2 if uniform else 1)
+
+
+@pytest.mark.parametrize("vocabulary", [4096, 4097, 10_000, 12 * 1024])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 4050}])
+def test_the_tokens_of_a_large_vocabulary_are_those_of_one_running_sum(vocabulary, cut):
+    """Found by blocks, the last of them not full, some of them without a token that can be."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 2 * torch.randn(500, vocabulary, generator=generator)
+    logits[::2, 256:1024] = -torch.inf
+    logits[::3, -300:] = -torch.inf
+    uniform = torch.rand(500, dtype=torch.float64, generator=generator)
+    uniform[:6], uniform[6:12] = 0.0, 1 - 2**-53
+    tokens = sample(logits, SamplingConfig(1, **cut), uniform)
+    probabilities, order = logits.softmax(-1).sort(descending=True) if cut else (
+        logits.softmax(-1), torch.arange(vocabulary).expand_as(logits))
+    cumulative = probabilities.double().cumsum(-1)
+    kept = torch.full((500,), vocabulary)
+    if "top_k" in cut:
+        kept = kept.clamp(max=cut["top_k"])
+    if "top_p" in cut:
+        kept = (cumulative - probabilities < cut["top_p"]).sum(-1)
+    total = cumulative.gather(-1, kept[:, None] - 1)
+    expected = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    # Where the number lies at a border between two tokens, to fp32's rounding, either is right.
+    drawn = (order == tokens[:, None]).int().argmax(-1, keepdim=True)
+    upper = cumulative.gather(-1, drawn) / total
+    lower = upper - probabilities.gather(-1, drawn) / total
+    inside = (uniform[:, None] >= lower - 1e-6) & (uniform[:, None] <= upper + 1e-6)
+    assert inside.all()
+    assert (drawn == expected).float().mean() > 0.99
+    assert (probabilities.gather(-1, drawn) > 0).all()
 
 
 # ------------------------------------------------------------------- keeping step under ZeRO-3

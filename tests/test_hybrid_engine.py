@@ -9,7 +9,7 @@ from conftest import moved, snapshot
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import deepspeed_backend
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import _built_actor
-from alpaca_rlhf.utils.model import decoding, llama_step, lora
+from alpaca_rlhf.utils.model import decoding, lora
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
 from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.llama_step import LlamaStep
@@ -122,11 +122,10 @@ def generated(hybrid, small, tokens=8, seed=1, **how):
     )
 
 
-def test_the_packed_step_decodes_only_where_the_hybrid_engine_is_enabled(
+def test_the_compiled_step_decodes_only_where_the_hybrid_engine_is_enabled(
     small, engine, monkeypatch
 ):
     """And with the adapter folded in it writes what the forward pass with the adapter writes."""
-    monkeypatch.setattr(llama_step, "PACKED_FROM", 0)
     by_forward, right = [], decoding.forward_step
     monkeypatch.setattr(
         decoding, "forward_step", lambda *given: by_forward.append(1) or right(*given)
@@ -134,12 +133,12 @@ def test_the_packed_step_decodes_only_where_the_hybrid_engine_is_enabled(
     plain = generated(HybridEngine(engine, enabled=False, slots=3), small)
     steps, by_forward[:] = len(by_forward), []
     hybrid = HybridEngine(engine, enabled=True, slots=3)
-    packed = generated(hybrid, small)
+    compiled = generated(hybrid, small)
     assert steps > 5
     assert by_forward == []
-    assert hybrid._decoder.step is None, "the packed copy outlives its visit"
-    assert packed.input_ids.equal(plain.input_ids)
-    torch.testing.assert_close(packed.logprobs, plain.logprobs, rtol=0, atol=1e-5)
+    assert hybrid._decoder.step is None, "the step outlives its visit"
+    assert compiled.input_ids.equal(plain.input_ids)
+    torch.testing.assert_close(compiled.logprobs, plain.logprobs, rtol=0, atol=1e-5)
 
 
 def test_the_next_visit_decodes_with_the_weights_as_they_then_are(small):
@@ -165,7 +164,7 @@ def test_a_step_that_is_wrong_is_not_used_and_that_is_said_once(
     expected = generated(HybridEngine(engine, enabled=False), small)
     assert all(batch.input_ids.equal(expected.input_ids) for batch in made)
     assert capsys.readouterr().out.splitlines() == [
-        "warning: the packed decoding step does not give the model's own logits; decoding goes "
+        "warning: the compiled decoding step does not give the model's own logits; decoding goes "
         "through the model's forward pass"
     ]
 
@@ -173,7 +172,7 @@ def test_a_step_that_is_wrong_is_not_used_and_that_is_said_once(
 def test_a_model_without_a_step_of_its_own_is_decoded_by_its_forward_pass_and_that_is_said_once(
     small, engine, monkeypatch, capsys
 ):
-    monkeypatch.setattr(LlamaStep, "made_for", lambda model: "it is for whales")
+    monkeypatch.setattr(LlamaStep, "objection", lambda model: "it is for whales")
     hybrid = HybridEngine(engine, enabled=True)
     for _ in range(2):
         generated(hybrid, small)
@@ -189,9 +188,12 @@ def test_the_kv_cache_is_kept_between_rollouts_unless_it_is_to_be_released(
     hybrid = HybridEngine(engine, enabled=True, slots=3, release_cache=release)
     generated(hybrid, small)
     assert (hybrid._decoder.cache.layers == []) is release
+    assert (hybrid._step is None) is release
     kept = None if release else hybrid._decoder.cache.layers[0].keys
+    step = hybrid._step
     generated(hybrid, small)
     assert release or hybrid._decoder.cache.layers[0].keys is kept
+    assert release or hybrid._step is step
 
 
 def test_it_is_known_where_the_time_goes(small, engine):

@@ -1,4 +1,4 @@
-"""The packed decoding step: for which models there is one, and that it gives their logits."""
+"""The decoding step of our own: for which models there is one, and that it gives their logits."""
 
 import pytest
 import torch
@@ -15,20 +15,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from alpaca_rlhf.utils.model import llama_step
+from alpaca_rlhf.utils.model import kernels
 from alpaca_rlhf.utils.model.llama_step import LlamaStep, agrees
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
 }
-
-
-@pytest.fixture(autouse=True, params=["packed", "as they are"])
-def smallest_weight_that_is_packed(request, monkeypatch):
-    """The weights of the models here are far below what is packed otherwise."""
-    if request.param == "packed":
-        monkeypatch.setattr(llama_step, "PACKED_FROM", 0)
 
 
 def llama(small, **changes):
@@ -76,14 +69,22 @@ def made(make, small):
 @pytest.mark.parametrize("kind", FAMILY)
 def test_a_step_gives_the_logits_of_the_models_own_forward_pass(small, kind):
     model = made(FAMILY[kind], small)
-    assert LlamaStep.made_for(model) is None
-    assert agrees(model, LlamaStep(model, 4))
+    assert LlamaStep.objection(model) is None
+    assert agrees(model, LlamaStep(model).fill())
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_model_that_is_made_otherwise_has_no_step_and_it_is_said_why(small, kind):
     make, reason = OTHERS[kind]
-    assert reason in LlamaStep.made_for(made(make, small))
+    assert reason in LlamaStep.objection(made(make, small))
+
+
+def test_without_a_compiler_there_is_no_step_and_it_is_said_why(small, monkeypatch):
+    def missing():
+        raise kernels.KernelsMissing("nothing compiles")
+
+    monkeypatch.setattr("alpaca_rlhf.utils.model.llama_step.library", missing)
+    assert LlamaStep.objection(made(llama, small)) == "nothing compiles"
 
 
 def half_the_scale(layer):
@@ -101,21 +102,20 @@ def a_multiplier(layer):
 @pytest.mark.parametrize("mistake", [half_the_scale, another_activation, a_multiplier])
 def test_parts_of_the_same_names_that_mean_something_else_are_noticed(small, mistake):
     model = made(llama, small)
-    step = LlamaStep(model, 4)
+    step = LlamaStep(model).fill()
     for layer in model.model.layers:
         mistake(layer)
-    assert LlamaStep.made_for(model) is None
+    assert LlamaStep.objection(model) is None
     assert not agrees(model, step)
 
 
-def test_the_packed_weights_are_a_copy(small, monkeypatch):
+def test_the_weights_laid_out_are_a_copy(small):
     """What an update changes later shows in the next visit to generation mode, not in this one."""
-    monkeypatch.setattr(llama_step, "PACKED_FROM", 0)
     model = made(llama, small)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    step = LlamaStep(model, 4)
+    step = LlamaStep(model).fill()
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     assert not agrees(model, step)
-    assert agrees(model, LlamaStep(model, 4))
+    assert agrees(model, LlamaStep(model).fill())

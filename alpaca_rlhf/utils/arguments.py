@@ -340,14 +340,15 @@ class RolloutArguments:
         1.0, "makes tokens of prompt and reply less likely (above 1) to be sampled again; like "
         "top_p and top_k it is the sampler's alone, and no part of the log-probabilities")
     enable_hybrid_engine: bool = _option(
-        False, "generate with gathered weights, folded adapters and, on a CPU, packed weights: "
-        "faster")
+        False, "generate with gathered weights, folded adapters and, on a CPU, a compiled "
+        "decoding step: faster")
     hybrid_engine_backend: Literal["native", "deepspeed"] = _option(
         "native", "deepspeed: its own kernels, on CUDA, while they give the same greedy tokens")
     unpin_actor_parameters: bool = _option(
         False, "ZeRO-3: gather layer by layer in each forward pass, not all weights for the whole "
         "rollout; for what does not fit, and slow")
-    release_inference_cache: bool = _option(False, "free the KV cache between rollouts")
+    release_inference_cache: bool = _option(
+        False, "between rollouts free the KV cache and, on a CPU, the weights laid out for decoding")
     inference_tp_size: Count = _unavailable("inference_tp_size", 1)
     tp_gather_partition_size: Count = _no_effect("tp_gather_partition_size", 8)
 

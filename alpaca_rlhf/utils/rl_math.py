@@ -41,7 +41,7 @@ def response_mask(tokens: Tensor, eos_ids: Tensor) -> Tensor:
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [B, R] of tokens [B, R], in fp32, logits [B, R, V] over temperature."""
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
 

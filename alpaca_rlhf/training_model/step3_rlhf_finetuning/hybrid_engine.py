@@ -2,7 +2,7 @@
 
 Inside `generation_mode` dropout and gradient checkpointing are off. With the hybrid engine enabled
 ZeRO-3's shards are gathered once for the whole rollout instead of once a token, LoRA is folded into
-the weights and, on a CPU, the weights are packed for products of few rows. On leaving, also by an
+the weights and, on a CPU, the weights are laid out for products of few rows. On leaving, also by an
 exception, everything is as it was, bit for bit.
 
     batch = HybridEngine(engine, enabled=True).generate(request, sampling, eos_ids, pad_id)
@@ -14,11 +14,14 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import deepspeed_backend
 from alpaca_rlhf.utils import distributed
@@ -31,6 +34,7 @@ from alpaca_rlhf.utils.model.decoding import (
 from alpaca_rlhf.utils.model.llama_step import LlamaStep, agrees
 from alpaca_rlhf.utils.model.lora import folded, unwrapped
 
+TOGETHER = 2**17  # numbers of a parameter that costs a call of its own more than a copy
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -39,11 +43,11 @@ class HybridEngine:
 
     Args:
         engine: the actor's DeepSpeed engine.
-        enabled: gather, fold and pack; else decode in the training layout.
+        enabled: gather, fold and lay out; else decode in the training layout.
         slots: replies that are drawn at once; 0 is all of a request.
         unpin: under ZeRO-3, do not hold the whole weights through the rollout: they are gathered
             layer by layer in every forward pass, all ranks in step.
-        release_cache: give the KV cache's memory back after each rollout.
+        release_cache: give the memory of KV cache and laid out weights back after each rollout.
         theirs: generate with DeepSpeed's own hybrid engine, which `engine` then is, as
             long as it gives the same greedy tokens as ours.
     """
@@ -59,6 +63,7 @@ class HybridEngine:
         self._theirs = theirs
         self._slots = slots
         self._trusted: bool | None = None  # a step of our own, once it has been compared
+        self._step: LlamaStep | None = None
         self._decoder = Decoder(engine.module, slots, in_step=self.decodes_in_step)
 
     @property
@@ -99,7 +104,7 @@ class HybridEngine:
                     stack.enter_context(_gathered(model))
                 if not self.decodes_in_step and self.enabled:
                     stack.enter_context(folded(model))
-                    stack.enter_context(self._packed(model))
+                    stack.enter_context(self._own_step(model))
                 start = self._took("enter", start)
                 try:
                     yield model
@@ -109,32 +114,41 @@ class HybridEngine:
             model.train(training)
             if self._release_cache:
                 self._decoder.cache.release()
+                self._step = None
                 get_accelerator().empty_cache()
             self._took("leave", start)
 
     @contextlib.contextmanager
-    def _packed(self, model: nn.Module) -> Iterator[None]:
+    def _own_step(self, model: nn.Module) -> Iterator[None]:
         """A decoding step of our own where there is one for the model."""
         plain = unwrapped(model)
-        reason = LlamaStep.made_for(plain)
-        if reason is None and self._trusted is not False:
-            step = LlamaStep(plain, self._slots or 1)
-            if self._trusted is None:
-                self._trusted = agrees(plain, step)
-            if self._trusted:
-                self._decoder.step = step
-            else:
-                distributed.say(
-                    "warning: the packed decoding step does not give the model's own logits; "
-                    "decoding goes through the model's forward pass"
-                )
-        elif self._trusted is None:
-            self._trusted = False
-            distributed.say(f"decoding goes through the model's forward pass: {reason}")
+        if self._trusted is None:
+            self._trusted = self._has_step(plain)
+        if self._trusted:
+            if self._step is None:
+                self._step = LlamaStep(plain)
+            self._step.fill()
+            self._decoder.step = self._step
         try:
             yield
         finally:
             self._decoder.step = None
+
+    def _has_step(self, plain: PreTrainedModel) -> bool:
+        """Whether there is such a step, and it is right; if not, that is said."""
+        objection = LlamaStep.objection(plain)
+        if objection is not None:
+            distributed.say(f"decoding goes through the model's forward pass: {objection}")
+            return False
+        self._step = LlamaStep(plain).fill()
+        if agrees(plain, self._step):
+            return True
+        self._step = None
+        distributed.say(
+            "warning: the compiled decoding step does not give the model's own logits; decoding "
+            "goes through the model's forward pass"
+        )
+        return False
 
     def _theirs_is_right(self, request: RolloutRequest, eos_ids: Tensor, pad_id: int) -> bool:
         """Whether DeepSpeed's engine writes what ours does; if not, ours is used from here on.
@@ -162,16 +176,24 @@ class HybridEngine:
 @contextlib.contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
     """Whole weights on every rank, and none of the hooks that would partition them again."""
-    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    sharded: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_id")]
     if not sharded:
         yield
         return
+    # DeepSpeed gathers parameters one by one; small ones go together first, as they do in training.
+    small = [
+        p for p in sharded
+        if p.ds_numel <= TOGETHER and p.ds_status == ZeroParamStatus.NOT_AVAILABLE
+    ]
+    if small:
+        small[0].all_gather_coalesced(small).wait()
     with deepspeed.zero.GatheredParameters(sharded):
-        kept = [(m, name, getattr(m, name)) for m in model.modules() for name in _HOOKS]
+        # Past a module's own `setattr`, which is slow.
+        kept = [(vars(m), name, vars(m)[name]) for m in model.modules() for name in _HOOKS]
         try:
-            for module, name, _ in kept:
-                setattr(module, name, OrderedDict())
+            for attributes, name, _ in kept:
+                attributes[name] = OrderedDict()
             yield
         finally:
-            for module, name, hooks in kept:
-                setattr(module, name, hooks)
+            for attributes, name, hooks in kept:
+                attributes[name] = hooks

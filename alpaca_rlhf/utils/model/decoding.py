@@ -17,12 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from alpaca_rlhf.utils import distributed, rl_math
 from alpaca_rlhf.utils.model.slot_cache import SlotCache
 
+FEW, BLOCK = 4096, 256  # weights that one running sum is for; those of a block, where it is not
+BELOW_ONE = 1 - 2**-53  # the largest fp64 below 1
 WORTH_A_PASS = 256  # tokens of padding that cost more than another pass over the weights
 
 
@@ -89,23 +92,46 @@ def sample(
     if sampling.temperature == 0:
         return logits.argmax(-1)
     assert uniform is not None, "only greedy decoding needs no numbers to draw with"
-    logits, order = logits / sampling.temperature, None
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    order = None
     if 0 < sampling.top_k < logits.shape[-1]:
         logits, order = logits.topk(sampling.top_k)
     elif sampling.top_p < 1:
         logits, order = logits.sort(descending=True)
     probabilities = logits.softmax(-1)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
     if sampling.top_p < 1:
-        if order is None:
-            raise AssertionError("what is cut at a probability is ordered first")
         # A token is kept while those before it do not reach top_p: the likeliest always is.
-        outside = cumulative - probabilities >= sampling.top_p * total
-        total = cumulative.masked_fill(outside, 0.0).amax(-1, keepdim=True)
-    index = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True)
-    index = index.clamp(max=cumulative.shape[-1] - 1)
-    return (index if order is None else order.gather(-1, index)).squeeze(-1)
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+        outside = cumulative - probabilities >= sampling.top_p * cumulative[:, -1:]
+        probabilities = probabilities.masked_fill(outside, 0.0)
+    index = _drawn(probabilities, uniform)
+    return index if order is None else order.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def _drawn(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Where [B] the distribution functions of weights [B, N] reach numbers [B] in [0, 1).
+
+    Of many weights a block is found first, then a place in it: running sums of a whole vocabulary
+    in fp64 would be the dearest part of a step.
+    """
+    count = weights.shape[-1]
+    if count <= FEW:
+        return _found(weights, uniform)[0]
+    blocks = F.pad(weights, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block, inside = _found(blocks.sum(-1), uniform)
+    rows = torch.arange(len(weights), device=weights.device)
+    place = _found(blocks[rows, block], inside)[0]
+    return (block * BLOCK + place).clamp(max=count - 1)
+
+
+def _found(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the distribution functions reach the numbers, and how far in its weight, in [0, 1)."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    aim = uniform.unsqueeze(-1) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, aim, right=True).clamp(max=weights.shape[-1] - 1)
+    inside = 1 - (cumulative.gather(-1, index) - aim) / weights.gather(-1, index)
+    return index.squeeze(-1), inside.clamp(0, BELOW_ONE).squeeze(-1)
 
 
 def forward_step(model: nn.Module, tokens: Tensor, cache: SlotCache) -> Tensor:

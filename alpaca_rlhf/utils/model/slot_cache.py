@@ -106,6 +106,11 @@ class SlotCache(Cache):
         return (self.front - self._start[: self.rows]).unsqueeze(-1)
 
     @property
+    def starts(self) -> Tensor:
+        """The first column [rows] that each row attends to; the one at the front is its last."""
+        return self._start[: self.rows].clamp(min=self.first)
+
+    @property
     def visible(self) -> Tensor:
         """Which columns [rows, W] each row attends to, the one at the front included."""
         return self._visible[: self.rows, self.first : self.front + 1]

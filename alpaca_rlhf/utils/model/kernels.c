@@ -1,0 +1,241 @@
+/* The loops of a decoding step, in fp32: a few rows, each with its next token. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+/* ---- Products with a matrix of weights.
+
+   Such a product reads every weight once and does little with it, so it is as fast as the weights
+   come from memory. They lie in panels of COLUMNS outputs, a line of the cache for each input: what
+   a panel needs next always follows what it needs now. It is gone through in blocks of DEPTH
+   inputs. A block stays in the first cache while the rows pass, a few at a time with their sums in
+   registers; meanwhile the next one is fetched. */
+
+#define COLUMNS (2 * WIDTH)
+#define DEPTH 64
+#define TOGETHER 6 /* rows: with AVX2 twelve sums, two vectors of weights and an input */
+#define AT_ONCE 48 /* rows for which a panel is read once */
+
+int64_t columns(void) { return COLUMNS; }
+
+/* W[outputs][inputs] into panels[..][inputs][COLUMNS], as the outputs from number `offset` on. */
+void lay_out(
+    const float *weights, int64_t outputs, int64_t inputs, int64_t offset, float *panels,
+    int64_t threads)
+{
+    const int64_t end = offset + outputs;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t first = offset - offset % COLUMNS; first < end; first += COLUMNS) {
+        const int64_t from = first < offset ? offset : first;
+        const int64_t to = first + COLUMNS < end ? first + COLUMNS : end;
+        for (int64_t start = 0; start < inputs; start += 16) { /* a line of every row */
+            const int64_t stop = start + 16 < inputs ? start + 16 : inputs;
+            for (int64_t column = from; column < to; column++)
+                for (int64_t k = start; k < stop; k++)
+                    panels[first * inputs + k * COLUMNS + column - first] =
+                        weights[(column - offset) * inputs + k];
+        }
+    }
+}
+
+/* sums += x[rows][depth] panel[depth][COLUMNS]; every `stride`th line from `next` is fetched. */
+static inline __attribute__((always_inline)) void block(
+    int rows, const float *x, int64_t inputs, const float *panel, int depth, const float *next,
+    int stride, vector (*sums)[2])
+{
+    vector sum[TOGETHER][2];
+    int due = 0;
+    for (int r = 0; r < rows; r++) {
+        sum[r][0] = sums[r][0];
+        sum[r][1] = sums[r][1];
+    }
+    for (int k = 0; k < depth; k++, panel += COLUMNS) {
+        /* Before the branch: so the weights are loaded once, not again for every row. */
+        const vector left = *(const vector *)panel, right = *(const vector *)(panel + WIDTH);
+        if (k == due) {
+            __builtin_prefetch(next + k * COLUMNS);
+            due += stride;
+        }
+        for (int r = 0; r < rows; r++) {
+            const float input = x[r * inputs + k];
+            sum[r][0] += input * left;
+            sum[r][1] += input * right;
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        sums[r][0] = sum[r][0];
+        sums[r][1] = sum[r][1];
+    }
+}
+
+/* The same for at most AT_ONCE rows: as few groups as there can be, of like size. */
+static void block_of_all(
+    int rows, const float *x, int64_t inputs, const float *panel, int depth, const float *next,
+    vector (*sums)[2])
+{
+    const int groups = (rows + TOGETHER - 1) / TOGETHER;
+    for (int g = 0, r = 0; g < groups; g++) {
+        const int size = (rows - r) / (groups - g);
+        /* The compiler must know the size: it decides which registers hold what. */
+#define ROWS(n) \
+    case n: \
+        block(n, x + r * inputs, inputs, panel, depth, next + g * COLUMNS, groups, sums + r); \
+        break;
+        switch (size) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
+#undef ROWS
+        r += size;
+    }
+}
+
+/* y[rows][outputs] = x[rows][inputs] W^T + bias, if any; panels: W as `lay_out` leaves it. */
+void product(
+    const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias,
+    int64_t outputs, float *y, int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (int64_t column = 0; column < outputs; column += COLUMNS) {
+        const float *panel = panels + column * inputs;
+        const int64_t some = outputs - column < COLUMNS ? outputs - column : COLUMNS;
+        vector start[2] = {0}, sums[AT_ONCE][2];
+        if (bias)
+            memcpy(start, bias + column, some * sizeof(float));
+        for (int64_t first = 0; first < rows; first += AT_ONCE) {
+            const int here = rows - first < AT_ONCE ? rows - first : AT_ONCE;
+            for (int r = 0; r < here; r++)
+                memcpy(sums[r], start, sizeof start);
+            for (int64_t k = 0; k < inputs; k += DEPTH) {
+                const int depth = inputs - k < DEPTH ? inputs - k : DEPTH;
+                block_of_all(here, x + first * inputs + k, inputs, panel + k * COLUMNS, depth,
+                             panel + (k + depth) * COLUMNS, sums);
+            }
+            for (int r = 0; r < here; r++)
+                memcpy(y + (first + r) * outputs + column, sums[r], some * sizeof(float));
+        }
+    }
+}
+
+/* ---- Between the products. */
+
+/* y = x / sqrt(mean of x^2 + epsilon) * weight, for each row of x[rows][size]. */
+void normalize(
+    const float *x, int64_t rows, int64_t size, const float *weight, float epsilon,
+    float *restrict y)
+{
+    for (int64_t r = 0; r < rows; r++, x += size, y += size) {
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < size; i++)
+            squares += x[i] * x[i];
+        const float factor = 1 / sqrtf(squares / size + epsilon);
+        for (int64_t i = 0; i < size; i++)
+            y[i] = x[i] * factor * weight[i];
+    }
+}
+
+/* A head turned by its position's angles: the halves of `from` are the two sides of the planes. */
+static void turn(
+    const float *from, const float *cosines, const float *sines, int64_t size, float *restrict to)
+{
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i++) {
+        to[i] = from[i] * cosines[i] - from[half + i] * sines[i];
+        to[half + i] = from[half + i] * cosines[half + i] + from[i] * sines[half + i];
+    }
+}
+
+/* e^x for -87 <= x <= 0, to the last bits of fp32, in a form that is done for many x at once: 2^n e^r with
+   n whole and r within ln 2 / 2 of 0, e^r by its series. */
+static inline float exponential(float x)
+{
+    const int32_t n = x * 1.44269504f - 0.5f; /* cut off towards 0: the nearest */
+    const float r = x - n * 0.693145752f - n * 1.42860677e-6f; /* ln 2 in two parts */
+    float power = 1.f / 5040;
+    power = power * r + 1.f / 720;
+    power = power * r + 1.f / 120;
+    power = power * r + 1.f / 24;
+    power = power * r + 1.f / 6;
+    power = power * r + 1.f / 2;
+    power = power * r + 1;
+    power = power * r + 1;
+    const int32_t bits = (n + 127) << 23;
+    float whole;
+    memcpy(&whole, &bits, sizeof whole);
+    return power * whole;
+}
+
+/* e^score / sum, for scores[count]. */
+static void softmax(float *scores, int64_t count)
+{
+    float largest = scores[0], sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < count; i++)
+        largest = scores[i] > largest ? scores[i] : largest;
+    for (int64_t i = 0; i < count; i++) /* e^-87 is the least ordinary number */
+        scores[i] = scores[i] > largest - 87 ? scores[i] - largest : -87;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; i++) {
+        scores[i] = exponential(scores[i]);
+        sum += scores[i];
+    }
+    for (int64_t i = 0; i < count; i++)
+        scores[i] /= sum;
+}
+
+/* Attention of each row's new token to the row's columns of the cache, its own the last of them.
+
+   joined: [rows][heads + 2 key_heads][size], queries, keys and values before they are turned.
+   cosines, sines: [rows][size].
+   keys, values: [..][key_heads][columns][size]; the new token's are written at column `front`.
+   starts: [rows] the first column of each row.
+   scores: [rows][heads][columns], to work in.
+   y: [rows][heads][size]. */
+void attend(
+    const float *joined, int64_t rows, int64_t heads, int64_t key_heads, int64_t size,
+    const float *cosines, const float *sines, float *keys, float *values, int64_t columns,
+    int64_t front, const int64_t *starts, float scale, float *scores, float *y, int64_t threads)
+{
+    const int64_t group = heads / key_heads; /* queries that share a key */
+#pragma omp parallel for collapse(2) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < key_heads; head++) {
+            const float *given = joined + row * (heads + 2 * key_heads) * size;
+            const float *cosine = cosines + row * size, *sine = sines + row * size;
+            const int64_t place = row * key_heads + head, start = starts[row];
+            const int64_t count = front + 1 - start;
+            float *key = keys + (place * columns + start) * size;
+            float *value = values + (place * columns + start) * size;
+            float *score = scores + place * group * columns;
+            float *result = y + place * group * size; /* holds the queries first */
+            turn(given + (heads + head) * size, cosine, sine, size, key + (count - 1) * size);
+            memcpy(value + (count - 1) * size, given + (heads + key_heads + head) * size,
+                   size * sizeof(float));
+            for (int64_t g = 0; g < group; g++)
+                turn(given + (head * group + g) * size, cosine, sine, size, result + g * size);
+            for (int64_t c = 0; c < count; c++)
+                for (int64_t g = 0; g < group; g++) {
+                    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t i = 0; i < size; i++)
+                        sum += result[g * size + i] * key[c * size + i];
+                    score[g * columns + c] = sum * scale;
+                }
+            for (int64_t g = 0; g < group; g++)
+                softmax(score + g * columns, count);
+            memset(result, 0, group * size * sizeof(float));
+            for (int64_t c = 0; c < count; c++)
+                for (int64_t g = 0; g < group; g++)
+#pragma omp simd
+                    for (int64_t i = 0; i < size; i++)
+                        result[g * size + i] += score[g * columns + c] * value[c * size + i];
+        }
+}
