@@ -348,7 +348,7 @@ class RolloutArguments:
         False, "ZeRO-3: gather layer by layer in each forward pass, not all weights for the whole "
         "rollout; for what does not fit, and slow")
     release_inference_cache: bool = _option(
-        False, "between rollouts free the KV cache and, on a CPU, the weights laid out for decoding")
+        False, "between rollouts free the KV cache and, on a CPU, the weights laid out to decode")
     inference_tp_size: Count = _unavailable("inference_tp_size", 1)
     tp_gather_partition_size: Count = _no_effect("tp_gather_partition_size", 8)
 
