@@ -19,7 +19,7 @@ from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
 
 @torch.no_grad()
 def main() -> None:
-    """Eight sampled replies by the packed step, one thread."""
+    """Eight sampled replies by the compiled step, one thread."""
     torch.set_num_threads(1)
     distributed.initialize(0)
     engine, form = build(sys.argv[1], 0, 0)
