@@ -52,7 +52,7 @@ prepare_environment requirements.txt
 
 # .stepN.state says that OUTPUT is this script's work: "running HASH", then "done HASH". HASH covers
 # the code, the configuration, the flags and the HASH of the step before.
-previous_hash=$(find "$root/alpaca_rlhf" -name '*.py' -print0 | sort -z | xargs -0 cat | sha256sum)
+previous_hash=$(find "$root/alpaca_rlhf" '(' -name '*.py' -o -name '*.c' ')' -print0 | sort -z | xargs -0 cat | sha256sum)
 reuse=true
 
 # run_step NUMBER NAME FOLDER-OF-MAIN OUTPUT [flags]
