@@ -130,6 +130,7 @@ STEP_3 = """
 --offload_reference_model
 --offload_reward_model
 --enable_hybrid_engine
+--enable_cuda_graph
 --unpin_actor_parameters
 --release_inference_cache
 --inference_tp_size 2
@@ -603,6 +604,12 @@ def test_arguments_import_no_torch():
         (["--unpin_actor_parameters", "--actor_zero_stage", "3"],
          "--unpin_actor_parameters has no effect: without --enable_hybrid_engine layers are "
          "gathered one by one anyway"),
+        (["--enable_cuda_graph"],
+         "--enable_cuda_graph has no effect: without --enable_hybrid_engine the model's forward "
+         "pass decodes"),
+        (["--enable_cuda_graph", "--enable_hybrid_engine", "--unpin_actor_parameters",
+          "--actor_zero_stage", "3"],
+         "--enable_cuda_graph has no effect: with --unpin_actor_parameters weights come and go"),
         (["--hybrid_engine_backend", "deepspeed"],
          "--hybrid_engine_backend deepspeed has no effect: without --enable_hybrid_engine no such "
          "engine is used"),

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from alpaca_rlhf.utils.model import kernels
-from alpaca_rlhf.utils.model.llama_step import LlamaStep, agrees
+from alpaca_rlhf.utils.model.decoding import agrees
+from alpaca_rlhf.utils.model.llama_step import LlamaStep
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

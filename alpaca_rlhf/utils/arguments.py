@@ -344,6 +344,9 @@ class RolloutArguments:
         "decoding step: faster")
     hybrid_engine_backend: Literal["native", "deepspeed"] = _option(
         "native", "deepspeed: its own kernels, on CUDA, while they give the same greedy tokens")
+    enable_cuda_graph: bool = _option(
+        False, "on CUDA, launch a decoding step as one graph, if at the first rollout it gives the "
+        "logits of the forward pass")
     unpin_actor_parameters: bool = _option(
         False, "ZeRO-3: gather layer by layer in each forward pass, not all weights for the whole "
         "rollout; for what does not fit, and slow")
@@ -602,6 +605,11 @@ def _hybrid_notices(args: Step3Arguments) -> Iterator[str]:
         yield "--unpin_actor_parameters has no effect: below ZeRO-3 nothing is gathered"
     elif rollout.unpin_actor_parameters and not rollout.enable_hybrid_engine:
         yield f"--unpin_actor_parameters has no effect: {off}layers are gathered one by one anyway"
+    if rollout.enable_cuda_graph and not rollout.enable_hybrid_engine:
+        yield f"--enable_cuda_graph has no effect: {off}the model's forward pass decodes"
+    elif (rollout.enable_cuda_graph and rollout.unpin_actor_parameters
+          and args.actor.actor_zero_stage == 3):
+        yield "--enable_cuda_graph has no effect: with --unpin_actor_parameters weights come and go"
     if rollout.hybrid_engine_backend == "deepspeed" and not rollout.enable_hybrid_engine:
         yield f"--hybrid_engine_backend deepspeed has no effect: {off}no such engine is used"
 

@@ -30,8 +30,10 @@ from alpaca_rlhf.utils.model.decoding import (
     RolloutBatch,
     RolloutRequest,
     SamplingConfig,
+    agrees,
 )
-from alpaca_rlhf.utils.model.llama_step import LlamaStep, agrees
+from alpaca_rlhf.utils.model.graph_step import GraphStep
+from alpaca_rlhf.utils.model.llama_step import LlamaStep
 from alpaca_rlhf.utils.model.lora import folded, unwrapped
 
 TOGETHER = 2**17  # numbers of a parameter that costs a call of its own more than a copy
@@ -50,11 +52,13 @@ class HybridEngine:
         release_cache: give the memory of KV cache and laid out weights back after each rollout.
         theirs: generate with DeepSpeed's own hybrid engine, which `engine` then is, as
             long as it gives the same greedy tokens as ours.
+        graphs: decode by CUDA graphs, if they give the forward pass's logits.
     """
 
     def __init__(
         self, engine: deepspeed.DeepSpeedEngine, enabled: bool, slots: int = 0,
         unpin: bool = False, release_cache: bool = False, theirs: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.engine = engine
         self.enabled = enabled
@@ -62,8 +66,9 @@ class HybridEngine:
         self._release_cache = release_cache
         self._theirs = theirs
         self._slots = slots
-        self._trusted: bool | None = None  # a step of our own, once it has been compared
-        self._step: LlamaStep | None = None
+        self._kind: type[LlamaStep] | type[GraphStep] = GraphStep if graphs else LlamaStep
+        self._trusted: bool | None = None  # a step of that kind, once it has been compared
+        self._step: LlamaStep | GraphStep | None = None
         self._decoder = Decoder(engine.module, slots, in_step=self.decodes_in_step)
 
     @property
@@ -126,28 +131,32 @@ class HybridEngine:
             self._trusted = self._has_step(plain)
         if self._trusted:
             if self._step is None:
-                self._step = LlamaStep(plain)
+                self._step = self._kind(plain)
             self._step.fill()
             self._decoder.step = self._step
         try:
             yield
         finally:
             self._decoder.step = None
+            if self._kind is GraphStep:  # where the weights will be next time is not known
+                self._step = None
 
     def _has_step(self, plain: PreTrainedModel) -> bool:
         """Whether there is such a step, and it is right; if not, that is said."""
-        objection = LlamaStep.objection(plain)
+        forward = "decoding goes through the model's forward pass"
+        objection = self._kind.objection(plain)
         if objection is not None:
-            distributed.say(f"decoding goes through the model's forward pass: {objection}")
+            distributed.say(f"{forward}: {objection}")
             return False
-        self._step = LlamaStep(plain).fill()
-        if agrees(plain, self._step):
-            return True
+        self._step = self._kind(plain).fill()
+        try:
+            if agrees(plain, self._step):
+                return True
+            wrong = "does not give the model's own logits"
+        except RuntimeError as error:  # what a CUDA graph cannot hold
+            wrong = f"fails ({str(error).splitlines()[0]})"
         self._step = None
-        distributed.say(
-            "warning: the compiled decoding step does not give the model's own logits; decoding "
-            "goes through the model's forward pass"
-        )
+        distributed.say(f"warning: {self._kind.name} {wrong}; {forward}")
         return False
 
     def _theirs_is_right(self, request: RolloutRequest, eos_ids: Tensor, pad_id: int) -> bool:

@@ -464,8 +464,16 @@ def hybrid_engine(args: Step3Arguments, engine: RLHFEngine) -> HybridEngine:
     return HybridEngine(
         engine.actor, rollout.enable_hybrid_engine, rollout.per_device_generation_batch_size,
         rollout.unpin_actor_parameters, rollout.release_inference_cache,
-        theirs=deepspeed_backend.drives(engine.actor),
+        theirs=deepspeed_backend.drives(engine.actor), graphs=graphs(args),
     )
+
+
+def graphs(args: Step3Arguments) -> bool:
+    """Whether CUDA graphs are asked for, and can be had."""
+    asked = args.rollout.enable_hybrid_engine and args.rollout.enable_cuda_graph
+    if asked and distributed.on_cpu():
+        distributed.say("--enable_cuda_graph: needs CUDA; the compiled step of a CPU is used")
+    return asked and not distributed.on_cpu()
 
 
 def deepspeeds_own(args: Step3Arguments) -> dict[str, Any] | None:

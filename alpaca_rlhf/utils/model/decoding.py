@@ -15,6 +15,7 @@ The shapes are those of `deepspeed.runtime.rollout`, with log-probabilities and 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from alpaca_rlhf.utils.model.slot_cache import SlotCache
 
 FEW, BLOCK = 4096, 256  # weights that one running sum is for; those of a block, where it is not
 BELOW_ONE = 1 - 2**-53  # the largest fp64 below 1
+# Of logits, relative to the largest: the same sums in another order.
+AGREEMENT, ROUGHLY = {torch.float32: 1e-4}, 0.05
 WORTH_A_PASS = 256  # tokens of padding that cost more than another pass over the weights
 
 
@@ -143,6 +146,39 @@ def forward_step(model: nn.Module, tokens: Tensor, cache: SlotCache) -> Tensor:
 
 
 Step = Callable[[Tensor, SlotCache], Tensor]
+
+
+@torch.no_grad()
+def agrees(model: Any, step: Step) -> bool:
+    """Whether a step gives the logits of the model's own forward pass, to their rounding.
+
+    Two made-up prompts of unlike length are continued by a few tokens, the likeliest ones.
+    """
+    width, steps = 6, 3
+    ids = torch.arange(2 * width, device=model.device).view(2, width) * 7 % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    prompts = DynamicCache()
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=rl_math.position_ids(mask),
+        past_key_values=prompts, use_cache=True, logits_to_keep=1,
+    ).logits[:, -1]
+    caches = SlotCache(), SlotCache()
+    for cache in caches:
+        cache.begin(2, width, steps, ids.device)
+        cache.admit(prompts, [0, 1], [0, 1], [width, width - 2])
+    for _ in range(steps):
+        token = logits.argmax(-1)
+        for cache in caches:
+            cache.make_room()
+        logits = forward_step(model, token, caches[0])
+        given = step(token, caches[1])
+        for cache in caches:
+            cache.advance()
+        apart = (given - logits).abs().max() / logits.abs().max()
+        if not apart <= AGREEMENT.get(logits.dtype, ROUGHLY):
+            return False
+    return True
 
 
 @dataclass

@@ -7,17 +7,15 @@ compiled ones of `kernels`. The weights laid out are a copy, filled on entering 
 
 Any model made of the LLaMA family's parts has such a step (LLaMA, Mistral, Qwen2 and what is built
 like them); `LlamaStep.objection` says why another has not. That the parts mean the same is not
-taken on trust: `agrees` compares a step with the model's own forward pass.
+taken on trust: `decoding.agrees` compares a step with the model's own forward pass.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from alpaca_rlhf.utils import rl_math
-from alpaca_rlhf.utils.model.decoding import forward_step
 from alpaca_rlhf.utils.model.kernels import (
     KernelsMissing,
     Product,
@@ -30,7 +28,6 @@ from alpaca_rlhf.utils.model.slot_cache import SlotCache
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-AGREEMENT = 1e-4  # of logits, relative to the largest: fp32 in another order of summation
 
 
 class _Joined:
@@ -80,6 +77,8 @@ class LlamaStep:
     Args:
         model: one that there is no `objection` to, weights whole.
     """
+
+    name = "the compiled decoding step"
 
     def __init__(self, model: Any) -> None:
         decoder = model.model
@@ -139,36 +138,3 @@ def _consists_of(module: Any, names: set[str]) -> bool:
     return parts.keys() == names and all(
         hasattr(part, "variance_epsilon") for name, part in parts.items() if "norm" in name
     ) and all(hasattr(part, "weight") for name, part in parts.items() if "proj" in name)
-
-
-@torch.no_grad()
-def agrees(model: Any, step: LlamaStep) -> bool:
-    """Whether a step gives the logits of the model's own forward pass, to fp32's rounding.
-
-    Two made-up prompts of unlike length are continued by a few tokens, the likeliest ones.
-    """
-    width, steps = 6, 3
-    ids = torch.arange(2 * width).view(2, width) * 7 % model.config.vocab_size
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0
-    prompts = DynamicCache()
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=rl_math.position_ids(mask),
-        past_key_values=prompts, use_cache=True, logits_to_keep=1,
-    ).logits[:, -1]
-    caches = SlotCache(), SlotCache()
-    for cache in caches:
-        cache.begin(2, width, steps, ids.device)
-        cache.admit(prompts, [0, 1], [0, 1], [width, width - 2])
-    for _ in range(steps):
-        token = logits.argmax(-1)
-        for cache in caches:
-            cache.make_room()
-        logits = forward_step(model, token, caches[0])
-        given = step(token, caches[1])
-        for cache in caches:
-            cache.advance()
-        if (given - logits).abs().max() > AGREEMENT * logits.abs().max():
-            return False
-    return True
-

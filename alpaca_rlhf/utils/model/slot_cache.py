@@ -60,6 +60,38 @@ class _Layer(CacheLayerMixin):
         return self._cache.columns
 
 
+class _WholeLayer(CacheLayerMixin):
+    """One layer's buffers as a pass sees them whose shapes never change."""
+
+    def __init__(self, layer: _Layer, rows: int, front: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self._front = layer.keys[:rows], layer.values[:rows], front
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write one column at the front that is in memory when this is done; give all columns."""
+        self.keys.index_copy_(2, self._front, key_states)
+        self.values.index_copy_(2, self._front, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Columns beside the new token's."""
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys."""
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        """Columns of the buffers."""
+        return self.keys.shape[2]
+
+
 class SlotCache(Cache):
     """A cache for `rows` slots, written by decoding steps and by `admit`.
 
@@ -147,6 +179,10 @@ class SlotCache(Cache):
         self._start[torch.tensor(slots, device=self._start.device)] = self.front
         for slot in slots:
             self._starts[slot] = self.columns
+
+    def whole(self, front: Tensor) -> Cache:
+        """The buffers of the rows that take part, all columns of them, to write at `front` [1]."""
+        return Cache(layers=[_WholeLayer(layer, self.rows, front) for layer in self.layers])
 
     def advance(self) -> None:
         """The column at the front is written: go on to the next."""
