@@ -225,14 +225,14 @@ def ssh_server(folder: Path) -> Iterator[str]:
     try:
         for _ in range(100):
             if server.poll() is not None:
-                pytest.skip(f"sshd does not start: {server.communicate()[1].strip()}")
+                pytest.fail(f"sshd does not start: {server.communicate()[1].strip()}")
             answer = subprocess.run(["ssh", "node-a", "true"], env={**os.environ, "PATH": path},
                                     check=False, capture_output=True, text=True)
             if answer.returncode == 0:
                 break
             time.sleep(0.1)
         else:
-            pytest.skip(f"no login by ssh here: {answer.stderr.strip()}")
+            pytest.fail(f"no login by ssh here: {answer.stderr.strip()}")
         yield path
     finally:
         server.kill()

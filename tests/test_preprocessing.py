@@ -355,7 +355,6 @@ CHILD = """
 import sys
 from functools import partial
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 import test_preprocessing as t
 prepared = t.Preparation(Path(sys.argv[1]))
 prepared.run()
@@ -364,8 +363,10 @@ print(prepared.encoded)
 
 
 def test_of_processes_that_start_together_one_prepares_and_the_others_wait(tmp_path):
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    command, tests = [sys.executable, "-c", CHILD, str(tmp_path)], Path(__file__).parent
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tests) for _ in range(3)
+    ]
     encoded = sorted(process.communicate(timeout=240)[0].split()[-1] for process in running)
     assert encoded == ["0", "0", "4"]
 
