@@ -35,8 +35,8 @@ setup(
     description="RLHF for LLaMA-family models in three steps: SFT, reward model, PPO",
     packages=find_packages(include=["alpaca_rlhf", "alpaca_rlhf.*"]),
     package_data={
-        "alpaca_rlhf.report": ["*.j2", "*.css", "*.js"],
-        "alpaca_rlhf.utils.model": ["*.c"],
+        "alpaca_rlhf.evaluation.report": ["*.j2", "*.css", "*.js"],
+        "alpaca_rlhf.utils.generation.cpu": ["*.c"],
     },
     python_requires=">=3.11",
     install_requires=[

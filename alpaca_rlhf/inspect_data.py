@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import main as step3
 from alpaca_rlhf.utils import arguments, distributed
-from alpaca_rlhf.utils.data import audit, preprocessing, raw_datasets
-from alpaca_rlhf.utils.data.preprocessing import Prepared
-from alpaca_rlhf.utils.data.splitting import Split
+from alpaca_rlhf.utils.data import audit, prepare, sources
+from alpaca_rlhf.utils.data.prepare import Prepared
+from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
-from alpaca_rlhf.utils.model import tiny_llama
 
 PARSE = {1: arguments.parse_step1, 2: arguments.parse_step2, 3: arguments.parse_step3}
 MAINS = {1: step1, 2: step2, 3: step3}
@@ -86,18 +86,18 @@ def tokenizer_of(args: Any) -> Any:
     """The tokenizer that the step would use."""
     third = isinstance(args, arguments.Step3Arguments)
     path = args.actor.actor_model_name_or_path if third else args.model.model_name_or_path
-    path = path or tiny_llama.shared(preprocessing.cache_home(args.data.data_output_path))
+    path = path or tiny_llama.shared(prepare.cache_home(args.data.data_output_path))
     return load_tokenizer(
         args.loading.tokenizer_name_or_path or path, args.data.chat_template,
         args.loading.trust_remote_code, fixed=third,
     )
 
 
-def sources_of(args: Any) -> list[raw_datasets.Source]:
+def sources_of(args: Any) -> list[sources.Source]:
     """The data sets of the step."""
     if isinstance(args, arguments.Step1Arguments):
         return step1.data_sources(args)
-    return raw_datasets.open_sources(args.data.data_path)
+    return sources.open_sources(args.data.data_path)
 
 
 def split_of(args: Any) -> Split:

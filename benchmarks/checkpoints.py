@@ -18,15 +18,15 @@ from functools import partial
 
 import torch
 
+from alpaca_rlhf.demo.tiny_llama import ensure_tiny_llama
 from alpaca_rlhf.utils import arguments, distributed, losses, training_loop
-from alpaca_rlhf.utils.checkpoint import RunFolder
-from alpaca_rlhf.utils.data.collators import TokenBatch
-from alpaca_rlhf.utils.data.preprocessing import cache_home
+from alpaca_rlhf.utils.data.batches import TokenBatch
+from alpaca_rlhf.utils.data.prepare import cache_home
 from alpaca_rlhf.utils.data.tokenizer import load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
-from alpaca_rlhf.utils.model.tiny_llama import ensure_tiny_llama
-from alpaca_rlhf.utils.resume import Checkpoints
+from alpaca_rlhf.utils.run.checkpoints import Checkpoints
+from alpaca_rlhf.utils.run.export import RunFolder
 
 
 def main() -> None:

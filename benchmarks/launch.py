@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.training_model.my_deepspeed import usable_cores
-from alpaca_rlhf.utils.model import tiny_llama
 
 TRAINING = Path(__file__).resolve().parents[1] / "alpaca_rlhf" / "training_model"
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.causal_lm import response_logits
-from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from alpaca_rlhf.utils.data import preprocessing, raw_datasets, samplers, tokenizer
-from alpaca_rlhf.utils.data.splitting import Split
-from alpaca_rlhf.utils.model import tiny_llama
+from alpaca_rlhf.demo import tiny_llama
+from alpaca_rlhf.utils.data import prepare, samplers, sources, tokenizer
+from alpaca_rlhf.utils.data.split import Split
 
-ENCODERS = {1: preprocessing.encode_replies, 2: preprocessing.encode_pairs}
+ENCODERS = {1: prepare.encode_replies, 2: prepare.encode_pairs}
 
 
 def main() -> None:
@@ -52,13 +52,13 @@ def parse() -> argparse.Namespace:
 
 def sequences(args: argparse.Namespace, step: int) -> list[list[int]]:
     """For each row, the lengths of its sequences: one, or the two of a pair."""
-    path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(preprocessing.cache_home(None)))
+    path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(prepare.cache_home(None)))
     form = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))
-    lengths = preprocessing.Lengths.of_sequence(args.max_seq_len, "truncate")
+    lengths = prepare.Lengths.of_sequence(args.max_seq_len, "truncate")
     shares = (float(step == 1), float(step == 2), 0.0)
     with tempfile.TemporaryDirectory() as cache:
-        train = preprocessing.prepare(
-            raw_datasets.open_sources(args.data_path), Split(step, shares, args.seed),
+        train = prepare.prepare(
+            sources.open_sources(args.data_path), Split(step, shares, args.seed),
             partial(ENCODERS[step], form=form, lengths=lengths), form, lengths, Path(cache), {},
         ).train
         columns = ["input_ids"] if step == 1 else ["chosen_ids", "rejected_ids"]

@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
 
 def write_rows(path: Path, count: int, like: Path | None) -> None:
     """Prompts, chosen and rejected replies, one row a line."""
-    from alpaca_rlhf.utils.data.raw_datasets import Tally, open_sources
+    from alpaca_rlhf.utils.data.sources import Tally, open_sources
 
     def samples() -> Iterator:
         sources = open_sources([str(like)] if like else [])
@@ -100,9 +100,11 @@ def memory(pid: int) -> float:
 
 def prepare(args: argparse.Namespace) -> None:
     """In a process of its own: prepare all rows for step 2, and print what it took."""
-    from alpaca_rlhf.utils.data import preprocessing, raw_datasets, tokenizer
-    from alpaca_rlhf.utils.data.splitting import Split
-    from alpaca_rlhf.utils.model import tiny_llama
+    from alpaca_rlhf.demo import tiny_llama
+    from alpaca_rlhf.utils.data import prepare as preprocessing
+    from alpaca_rlhf.utils.data import sources as raw_datasets
+    from alpaca_rlhf.utils.data import tokenizer
+    from alpaca_rlhf.utils.data.split import Split
 
     path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(preprocessing.cache_home(None)))
     form = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alpaca_rlhf.utils.model.kernels import Product
+from alpaca_rlhf.utils.generation.cpu.kernels import Product
 
 
 def main() -> None:

@@ -32,17 +32,17 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from alpaca_rlhf.demo import assistant_world
+from alpaca_rlhf.demo.tiny_llama import ensure_tiny_llama
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.utils import distributed
-from alpaca_rlhf.utils.data import assistant_world
-from alpaca_rlhf.utils.data.collators import PromptBatch, collate_prompts
-from alpaca_rlhf.utils.data.preprocessing import cache_home
+from alpaca_rlhf.utils.data.batches import PromptBatch, collate_prompts
+from alpaca_rlhf.utils.data.prepare import cache_home
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
-from alpaca_rlhf.utils.model import decoding
+from alpaca_rlhf.utils.generation import decoder
+from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
-from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
-from alpaca_rlhf.utils.model.tiny_llama import ensure_tiny_llama
 
 CASES = ("full", "varied", "zero3")
 NEVER = torch.tensor([-1])
@@ -158,18 +158,18 @@ def theirs(
 @contextlib.contextmanager
 def ending_at(lengths: list[int]) -> Iterator[None]:
     """The native engine's replies end at these lengths; they are drawn as ever."""
-    right = decoding._Generation._draw
+    right = decoder._Generation._draw
     ends = torch.tensor([*lengths, 0])
 
     def draw(self, logits, reply, place, seen):  # type: ignore[no-untyped-def]
         token, _ = right(self, logits, reply, place, seen)
         return token, (place + 1 >= ends[reply]).tolist()
 
-    decoding._Generation._draw = draw  # type: ignore[method-assign]
+    decoder._Generation._draw = draw  # type: ignore[method-assign]
     try:
         yield
     finally:
-        decoding._Generation._draw = right  # type: ignore[method-assign]
+        decoder._Generation._draw = right  # type: ignore[method-assign]
 
 
 def ours(hybrid: HybridEngine, prompts: PromptBatch, lengths: list[int], limit: int) -> None:

@@ -105,4 +105,4 @@ run_step 1 "supervised fine-tuning" step1_supervised_finetuning actor
 run_step 2 "reward model" step2_reward_model_finetuning critic
 run_step 3 "PPO" step3_rlhf_finetuning final \
     --actor_model_name_or_path "$output_dir/actor" --critic_model_name_or_path "$output_dir/critic"
-python -m alpaca_rlhf.report "$output_dir"
+python -m alpaca_rlhf.evaluation.report "$output_dir"

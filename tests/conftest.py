@@ -39,7 +39,7 @@ def small_config(tokenizer: Any, **changes: Any) -> Any:
 
 def small_tokenizer() -> Any:
     """A sentencepiece tokenizer of some 400 pieces with the chat template set."""
-    from alpaca_rlhf.utils.model import tiny_llama
+    from alpaca_rlhf.demo import tiny_llama
 
     return tiny_llama._train_tokenizer(
         tiny_llama.Recipe(vocab_size=420, tokenizer_dialogues=150, max_positions=128)
@@ -172,7 +172,7 @@ class Small:
         """Draws and scores rollouts."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RolloutMaker
-        from alpaca_rlhf.utils.model.decoding import SamplingConfig
+        from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
         return RolloutMaker(
             engine, HybridEngine(engine.actor, hybrid, slots=3), self.form,
@@ -181,7 +181,7 @@ class Small:
 
     def prompts(self, count: int = 4) -> Any:
         """A padded batch of prompts."""
-        from alpaca_rlhf.utils.data.collators import collate_prompts
+        from alpaca_rlhf.utils.data.batches import collate_prompts
 
         ids = [self.form.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
         return collate_prompts([{"prompt_ids": row} for row in ids[:count]], self.form.pad_id)
@@ -218,7 +218,7 @@ class Small:
     def trainer(self, engine: Any, settings: Any, ema: Any = None, most: int = 10) -> Any:
         """Learns, keeps no batch that was skipped, and skips `most` in a row at most."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
-        from alpaca_rlhf.utils.faults import Faults
+        from alpaca_rlhf.utils.run.nonfinite import Faults
 
         return PPOTrainer(engine, settings, Faults(None, most, "lower the learning rate"), ema)
 

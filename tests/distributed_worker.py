@@ -23,6 +23,7 @@ import deepspeed
 import torch
 from conftest import Small, learn, moved, snapshot
 
+from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
@@ -31,19 +32,20 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     ScoreNormalizer,
     make_experience,
 )
-from alpaca_rlhf.utils import checkpoint, distributed, training_loop
-from alpaca_rlhf.utils.data import assistant_world, samplers
-from alpaca_rlhf.utils.data.collators import (
+from alpaca_rlhf.utils import distributed, training_loop
+from alpaca_rlhf.utils.data import samplers
+from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
     collate_pairs,
     collate_prompts,
     collate_tokens,
     pad,
 )
+from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
-from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.ema import Ema
+from alpaca_rlhf.utils.run import export
 
 STAGES = (0, 1, 2, 3)
 # Adam then follows the gradient's size, not its sign alone: what is compared is the gradient.
@@ -231,7 +233,7 @@ def exported(small: Small, folder: Path, stage: int, role: str) -> dict[str, Any
     engine = two_steps(small, role, stage, lora_rank=4)
     model = engine.module if role == "actor" else engine.module.model
     before = snapshot(engine.module)
-    checkpoint.export(model, small.tokenizer, folder / f"export_{role}_{stage}", "card")
+    export.export(model, small.tokenizer, folder / f"export_{role}_{stage}", "card")
     return {"unmoved": not moved(before, engine.module)}
 
 

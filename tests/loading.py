@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from alpaca_rlhf.utils.data.raw_datasets import Source, Tally, open_sources
 from alpaca_rlhf.utils.data.reading import HELD_OUT, TRAIN, Rows
 from alpaca_rlhf.utils.data.samples import Sample
+from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
 
 
 @dataclass

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from alpaca_rlhf.utils.alarms import Alarms, Limits
+from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
 
 # As the embedded pipeline's rounds are, at the beginning and at the end (docs/tracking.md).
 HEALTHY = {

@@ -5,7 +5,7 @@ from statistics import mean
 
 import pytest
 
-from alpaca_rlhf.utils.data import assistant_world as world
+from alpaca_rlhf.demo import assistant_world as world
 
 SPAIN = [{"role": "user", "content": "What is the capital of Spain?"}]
 TRAIN, EVAL = world.rows("train"), world.rows("eval")

@@ -8,7 +8,7 @@ from loading import given
 from alpaca_rlhf.utils.data import audit
 from alpaca_rlhf.utils.data.audit import Finding, verdict
 from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.splitting import Split
+from alpaca_rlhf.utils.data.split import Split
 
 GOOD = [Sample(({"role": "user", "content": f"question {i}"},), f"answer {i}" + "!" * (i % 2),
                f"other {i}" + "?" * 3 * ((i + 1) % 2)) for i in range(2000)]

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference.chat_model import ChatModel, End
-from alpaca_rlhf.utils import saved
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
-from alpaca_rlhf.utils.model.decoding import SamplingConfig
 
 GREEDY = SamplingConfig(8, temperature=0.0)
 

@@ -20,9 +20,9 @@ from conftest import Small
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import rl_math
-from alpaca_rlhf.utils.data import assistant_world
-from alpaca_rlhf.utils.data.collators import collate_prompts
+from alpaca_rlhf.utils.data.batches import collate_prompts
 
 pytestmark = pytest.mark.timeout(600)
 STAGES = worker.STAGES

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from alpaca_rlhf.demo import assistant_world
+from alpaca_rlhf.evaluation import saved
+from alpaca_rlhf.evaluation.statistics import wilson_interval
 from alpaca_rlhf.training_model.step1_supervised_finetuning import prompt_eval
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import rw_eval
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import win_rate
-from alpaca_rlhf.utils import saved
-from alpaca_rlhf.utils.data import assistant_world
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.measures import wilson_interval
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 
 PAIRS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}" + "!" * (i % 3),

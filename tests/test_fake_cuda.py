@@ -21,10 +21,11 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
     ScoredRollout,
 )
 from alpaca_rlhf.utils import losses, rl_math
-from alpaca_rlhf.utils.data.collators import collate_pairs, collate_prompts, collate_tokens
-from alpaca_rlhf.utils.model import decoding, lora
+from alpaca_rlhf.utils.data.batches import collate_pairs, collate_prompts, collate_tokens
+from alpaca_rlhf.utils.generation import decoder
+from alpaca_rlhf.utils.generation.decoder import SamplingConfig
+from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
-from alpaca_rlhf.utils.model.decoding import SamplingConfig
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
 
@@ -113,7 +114,7 @@ def test_rewards_advantages_and_whitening(fake):
 )
 def test_sampling(fake, sampling):
     uniform = torch.rand(B, dtype=torch.float64, device=GPU)
-    token = decoding.sample(floats(B, V), sampling, uniform, ids(B, V).bool())
+    token = decoder.sample(floats(B, V), sampling, uniform, ids(B, V).bool())
     assert on_gpu(token)
     assert token.shape == (B,)
 
@@ -214,8 +215,8 @@ def test_decoding_with_a_cache(make, fake, monkeypatch):
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [self.dtype == torch.long] * len(self))
     monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 3)
     sampling = SamplingConfig(3, repetition_penalty=1.2, n_samples_per_prompt=2)
-    batch = decoding.Decoder(make(LlamaForCausalLM).eval(), slots=2).generate(
-        decoding.RolloutRequest(ids(B, P), ids(B, P)), sampling, ids(2), pad_id=3
+    batch = decoder.Decoder(make(LlamaForCausalLM).eval(), slots=2).generate(
+        decoder.RolloutRequest(ids(B, P), ids(B, P)), sampling, ids(2), pad_id=3
     )
     assert batch.input_ids.shape == (2 * B, P + 3)
     assert on_gpu(*vars(batch).values())
@@ -279,5 +280,5 @@ def test_nothing_of_the_package_names_the_gpu():
     package = Path(alpaca_rlhf.__file__).parent
     for path in package.rglob("*.py"):
         if path.name != "distributed.py":
-            text = path.read_text().replace("enable_cuda_graph", "")  # a flag's name, no device
+            text = path.read_text().replace("cuda_graph", "")  # a flag and a module, no device
             assert "cuda" not in text, path

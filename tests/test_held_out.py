@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from alpaca_rlhf.utils.data import held_out, raw_datasets, splitting
-from alpaca_rlhf.utils.data.raw_datasets import Tally
-from alpaca_rlhf.utils.data.splitting import Split
+from alpaca_rlhf.evaluation import held_out
+from alpaca_rlhf.utils.data import sources as raw_datasets
+from alpaca_rlhf.utils.data import split as splitting
+from alpaca_rlhf.utils.data.sources import Tally
+from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.errors import UserError
 
 DEFAULT = Split(3, (2.0, 4.0, 4.0), 1234)

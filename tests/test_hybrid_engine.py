@@ -9,10 +9,11 @@ from conftest import moved, snapshot
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import deepspeed_backend
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import _built_actor
-from alpaca_rlhf.utils.model import decoding, lora
+from alpaca_rlhf.utils.generation import decoder
+from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
+from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
+from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
-from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
-from alpaca_rlhf.utils.model.llama_step import LlamaStep
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +127,9 @@ def test_the_compiled_step_decodes_only_where_the_hybrid_engine_is_enabled(
     small, engine, monkeypatch
 ):
     """And with the adapter folded in it writes what the forward pass with the adapter writes."""
-    by_forward, right = [], decoding.forward_step
+    by_forward, right = [], decoder.forward_step
     monkeypatch.setattr(
-        decoding, "forward_step", lambda *given: by_forward.append(1) or right(*given)
+        decoder, "forward_step", lambda *given: by_forward.append(1) or right(*given)
     )
     plain = generated(HybridEngine(engine, enabled=False, slots=3), small)
     steps = len(by_forward)

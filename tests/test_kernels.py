@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alpaca_rlhf.utils.model import kernels
-from alpaca_rlhf.utils.model.kernels import KernelsMissing, Product, attended, normalized
+from alpaca_rlhf.utils.generation.cpu import kernels
+from alpaca_rlhf.utils.generation.cpu.kernels import KernelsMissing, Product, attended, normalized
 
 
 @pytest.fixture(autouse=True, params=[1, 2])

@@ -15,9 +15,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from alpaca_rlhf.utils.model import kernels
-from alpaca_rlhf.utils.model.decoding import agrees
-from alpaca_rlhf.utils.model.llama_step import LlamaStep
+from alpaca_rlhf.utils.generation.cpu import kernels
+from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
+from alpaca_rlhf.utils.generation.decoder import agrees
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -84,7 +84,7 @@ def test_without_a_compiler_there_is_no_step_and_it_is_said_why(small, monkeypat
     def missing():
         raise kernels.KernelsMissing("nothing compiles")
 
-    monkeypatch.setattr("alpaca_rlhf.utils.model.llama_step.library", missing)
+    monkeypatch.setattr("alpaca_rlhf.utils.generation.cpu.llama_step.library", missing)
     assert LlamaStep.objection(made(llama, small)) == "nothing compiles"
 
 

@@ -476,13 +476,13 @@ def test_a_launcher_that_is_not_installed_is_one_line(
 ):
     from deepspeed.launcher import runner
 
-    from alpaca_rlhf.training_model import multi_node
+    from alpaca_rlhf.training_model import launching
 
     (tmp_path / "nodes").write_text("node-a slots=1\nnode-b slots=1\n")
-    monkeypatch.setattr(multi_node.shutil, "which", lambda name: None)
+    monkeypatch.setattr(launching.shutil, "which", lambda name: None)
     words = ["--hostfile", str(tmp_path / "nodes"), "--launcher", launcher, "train.py"]
     with pytest.raises(ValueError) as refused:
-        multi_node.describe(runner.parse_args(words))
+        launching.describe(runner.parse_args(words))
     assert str(refused.value) == (
         f"--launcher {launcher}: there is no {program} here; install it (Debian and Ubuntu: "
         f"apt-get install {package}), or start each node by itself with --no_ssh")

@@ -20,8 +20,8 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     make_experience,
 )
 from alpaca_rlhf.utils import losses
-from alpaca_rlhf.utils.alarms import Alarms, Limits
-from alpaca_rlhf.utils.data.collators import collate_tokens
+from alpaca_rlhf.utils.data.batches import collate_tokens
+from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.ema import Ema
 

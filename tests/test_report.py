@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from alpaca_rlhf.report import page, plots, summary
-from alpaca_rlhf.report.__main__ import main
-from alpaca_rlhf.report.runs import groups, read_run
+from alpaca_rlhf.evaluation.report import page, plots, summary
+from alpaca_rlhf.evaluation.report.__main__ import main
+from alpaca_rlhf.evaluation.report.runs import groups, read_run
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.errors import UserError
 

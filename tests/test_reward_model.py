@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from alpaca_rlhf.utils.data.collators import pad
+from alpaca_rlhf.utils.data.batches import pad
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.reward_model import (

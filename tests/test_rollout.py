@@ -19,7 +19,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     make_experience,
 )
 from alpaca_rlhf.utils import rl_math
-from alpaca_rlhf.utils.data.collators import pad
+from alpaca_rlhf.utils.data.batches import pad
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, response_logits
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores

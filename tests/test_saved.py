@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
-from alpaca_rlhf.utils import checkpoint, saved
+from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
-from alpaca_rlhf.utils.model.decoding import SamplingConfig
+from alpaca_rlhf.utils.run import export
 
 OPTIONS = LoadOptions()
 QUESTIONS = [[user_turn(text)] for text in ("What is ice?", "Hi.", "Who wrote Faust?")]
@@ -29,7 +30,7 @@ def exported(small, tmp_path_factory):
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name or "modules_to_save" in name:
                     parameter.normal_(std=0.3)
-        checkpoint.export(adapted, small.tokenizer, folder / role, "card")
+        export.export(adapted, small.tokenizer, folder / role, "card")
     return folder
 
 

@@ -67,7 +67,7 @@ class Tree:
             self.write(training / step / "main.py", f"NAME = {name!r}" + STEP)
         self.write(training / "my_deepspeed.py", LAUNCHER)
         self.write(package / "__init__.py", "")
-        self.write(package / "report.py", REPORT)
+        self.write(package / "evaluation/report.py", REPORT)
         for number in (1, 2, 3):
             self.write_config(number, f"seed: {number}\n")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import openai
 import pytest
 
+from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference.chat_model import ChatModel
-from alpaca_rlhf.utils import saved
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
-from alpaca_rlhf.utils.model.decoding import SamplingConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GREEDY = {"model": "actor", "temperature": 0, "max_tokens": 8}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca_rlhf.utils.model import tiny_llama
-from alpaca_rlhf.utils.model.tiny_llama import Recipe, ensure_tiny_llama
+from alpaca_rlhf.demo import tiny_llama
+from alpaca_rlhf.demo.tiny_llama import Recipe, ensure_tiny_llama
 
 SMALL = Recipe(
     vocab_size=700, hidden_size=32, intermediate_size=64, layers=1, heads=2,

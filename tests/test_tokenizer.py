@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from tiny_model import word_tokenizer
 from tokenizers import AddedToken
 
-from alpaca_rlhf.utils.data import chat_template, preprocessing
-from alpaca_rlhf.utils.data.preprocessing import Lengths
+from alpaca_rlhf.demo import tiny_llama
+from alpaca_rlhf.utils.data import chat_template, prepare
+from alpaca_rlhf.utils.data.prepare import Lengths
 from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model import tiny_llama
 
 SMOLLM2 = Path(__file__).resolve().parents[1] / "output" / "smollm2-135m"
 WIDE = Lengths(10**6, 10**6, "truncate", "--max_seq_len 2000000")
@@ -39,15 +39,15 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def encode_reply(sample: Sample, form: ChatFormat, lengths: Lengths = WIDE, **options) -> dict:
-    return preprocessing.encode_replies([sample], form, lengths, **options)[0]
+    return prepare.encode_replies([sample], form, lengths, **options)[0]
 
 
 def encode_pair(sample: Sample, form: ChatFormat) -> dict:
-    return preprocessing.encode_pairs([sample], form, WIDE)[0]
+    return prepare.encode_pairs([sample], form, WIDE)[0]
 
 
 def encode_prompt(sample: Sample, form: ChatFormat) -> dict:
-    return preprocessing.encode_prompts([sample], form, WIDE)[0]
+    return prepare.encode_prompts([sample], form, WIDE)[0]
 
 
 # --- literal ids ---------------------------------------------------------------------------------

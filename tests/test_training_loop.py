@@ -11,13 +11,13 @@ from torch.testing import assert_close
 
 from alpaca_rlhf.utils import losses, training_loop
 from alpaca_rlhf.utils.arguments import parse_step1, resuming
-from alpaca_rlhf.utils.checkpoint import RunFolder
 from alpaca_rlhf.utils.data import samplers
-from alpaca_rlhf.utils.data.collators import collate_pairs, collate_tokens
-from alpaca_rlhf.utils.faults import Faults
+from alpaca_rlhf.utils.data.batches import collate_pairs, collate_tokens
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
 from alpaca_rlhf.utils.model.reward_model import scores
-from alpaca_rlhf.utils.resume import Checkpoints
+from alpaca_rlhf.utils.run.checkpoints import Checkpoints
+from alpaca_rlhf.utils.run.export import RunFolder
+from alpaca_rlhf.utils.run.nonfinite import Faults
 from alpaca_rlhf.utils.training_loop import Plan, global_weight, optimizer_step
 
 STAGES = [0, 1, 2, 3]

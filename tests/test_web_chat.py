@@ -11,13 +11,13 @@ from dataclasses import replace
 import pytest
 from loading import load
 
+from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference import web_chat
 from alpaca_rlhf.inference.chat_model import ChatModel
 from alpaca_rlhf.inference.votes import VoteBook
 from alpaca_rlhf.inference.web_chat import Site, launch
-from alpaca_rlhf.utils import saved
+from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
-from alpaca_rlhf.utils.model.decoding import SamplingConfig
 
 CHROMIUM = shutil.which("chromium")
 SAMPLING = SamplingConfig(12, temperature=0.0)  # what is drawn could be empty, or alike

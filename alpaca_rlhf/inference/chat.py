@@ -20,7 +20,7 @@ from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
     from alpaca_rlhf.inference.chat_model import ChatModel
-    from alpaca_rlhf.utils.model.decoding import SamplingConfig
+    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
 HELP = """/reset              forget the dialogue
 /system TEXT        what stands before the dialogue, from the start; without TEXT: nothing
@@ -55,8 +55,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Load the model, then talk until the user leaves."""
+    from alpaca_rlhf.evaluation.saved import open_policy
     from alpaca_rlhf.inference.chat_model import ChatModel
-    from alpaca_rlhf.utils.saved import open_policy
 
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
+from alpaca_rlhf.evaluation.saved import Policy
 from alpaca_rlhf.inference.conversation import fitted, printable
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data.tokenizer import Message
-from alpaca_rlhf.utils.model.decoding import SamplingConfig, sample
-from alpaca_rlhf.utils.saved import Policy
+from alpaca_rlhf.utils.generation.decoder import SamplingConfig, sample
 
 _HALF_CHARACTER = "\ufffd"  # what a tokenizer gives while bytes of a character are still to come
 

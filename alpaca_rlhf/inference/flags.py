@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NoReturn
 from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from alpaca_rlhf.utils.data.held_out import Chosen
+    from alpaca_rlhf.evaluation.held_out import Chosen
+    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
     from alpaca_rlhf.utils.model.causal_lm import LoadOptions
-    from alpaca_rlhf.utils.model.decoding import SamplingConfig
 
 DATA_SPLIT = "2,4,4"
 SEED = 1234
@@ -134,9 +134,9 @@ def choose_samples(
     Raises:
         UserError: the data cannot be read, or nothing in it is of use.
     """
+    from alpaca_rlhf.evaluation import held_out
     from alpaca_rlhf.utils import arguments, distributed
-    from alpaca_rlhf.utils.data import held_out
-    from alpaca_rlhf.utils.data.splitting import Split
+    from alpaca_rlhf.utils.data.split import Split
 
     shares = arguments.split_shares(args.data_split or DATA_SPLIT)
     wanted = held_out.Wanted(
@@ -166,7 +166,7 @@ def sampling(args: argparse.Namespace, context: int, replies: int = 1) -> "Sampl
     Raises:
         UserError: the longest reply leaves no room for a prompt.
     """
-    from alpaca_rlhf.utils.model.decoding import SamplingConfig
+    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
     new_tokens = args.max_new_tokens or min(NEW_TOKENS, context // 2)
     if new_tokens >= context:

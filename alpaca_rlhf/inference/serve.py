@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from alpaca_rlhf.inference.chat_model import ChatModel, End, Job
     from alpaca_rlhf.utils.data.tokenizer import Message
-    from alpaca_rlhf.utils.model.decoding import SamplingConfig
+    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
 # Fields of a request that would change the answer and are not served, and what they may hold.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
     """Load the models and answer until stopped."""
     import uvicorn
 
+    from alpaca_rlhf.evaluation.saved import open_policy, short_names
     from alpaca_rlhf.inference.chat_model import ChatModel
-    from alpaca_rlhf.utils.saved import open_policy, short_names
 
     listener = listen(args.host, args.port)
     served = {}

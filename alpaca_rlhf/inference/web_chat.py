@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from alpaca_rlhf.inference.conversation import Conversation
     from alpaca_rlhf.inference.votes import VoteBook
     from alpaca_rlhf.utils.data.tokenizer import Message
-    from alpaca_rlhf.utils.model.decoding import SamplingConfig
+    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
 SIDES = ("Left", "Right")
 THREADS = 64  # chats that may wait at the same time; the others wait in Gradio's own queue
@@ -64,10 +64,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Load the models and serve the page until stopped."""
+    from alpaca_rlhf.evaluation.saved import open_policy, short_names
     from alpaca_rlhf.inference.chat_model import ChatModel
     from alpaca_rlhf.inference.serve import listen
     from alpaca_rlhf.inference.votes import VoteBook
-    from alpaca_rlhf.utils.saved import open_policy, short_names
 
     with listen(args.host, args.port) as found:  # taken for a moment: busy ports show at once
         port = found.getsockname()[1]

@@ -230,10 +230,10 @@ def choose(options: Namespace) -> tuple[list[str], str]:
 
 def choose_hosts(options: Namespace, on_cpu: bool) -> tuple[list[str], str]:
     """Many machines: what one of them decides for all, and with --no_ssh each by the same rule."""
-    from alpaca_rlhf.training_model import multi_node
+    from alpaca_rlhf.training_model import launching
 
-    multi_node.install()
-    flags, hosts = multi_node.describe(options)
+    launching.install()
+    flags, hosts = launching.describe(options)
     words = f"{len(hosts)} hosts of {options.hostfile}"
     if on_cpu:
         ranks = options.num_gpus if options.num_gpus > 0 else max(hosts.values())

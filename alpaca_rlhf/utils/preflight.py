@@ -6,8 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from alpaca_rlhf.utils import distributed, memory_plan, optimizer, tracking
+from alpaca_rlhf.utils import distributed, memory_plan, optimizer
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.memory_plan import Planned
 
 
@@ -26,7 +27,7 @@ def check(
             tracker's package is missing; the weights do not fit. A folder that is no model is left
             to its loader.
     """
-    tracking.require_packages(trackers)
+    tracker.require_packages(trackers)
     for path in [*(model.path for model in models), tokenizer]:
         if path is not None:
             require_cached(path)

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alpaca_rlhf.utils import distributed, losses, rl_math
+from alpaca_rlhf.utils.generation.decoder import Decoder, RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
-from alpaca_rlhf.utils.model.decoding import Decoder, RolloutRequest, SamplingConfig
 
 TOLERANCE = 1e-5
 PROMPTS = ([5, 9, 2, 7, 3, 11, 6], [8, 4], [12, 3, 3, 10, 5])

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data import samplers
-from alpaca_rlhf.utils.faults import Faults
-from alpaca_rlhf.utils.resume import Checkpoints
-from alpaca_rlhf.utils.tracking import Tracker
+from alpaca_rlhf.utils.logging.tracker import Tracker
+from alpaca_rlhf.utils.run.checkpoints import Checkpoints
+from alpaca_rlhf.utils.run.nonfinite import Faults
 
 Stats = dict[str, Tensor]
 

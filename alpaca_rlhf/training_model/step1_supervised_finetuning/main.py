@@ -9,29 +9,22 @@ from functools import partial
 
 import torch
 
-from alpaca_rlhf.report import page
-from alpaca_rlhf.utils import (
-    arguments,
-    checkpoint,
-    distributed,
-    faults,
-    losses,
-    preflight,
-    resume,
-    training_loop,
-)
+from alpaca_rlhf.demo import tiny_llama
+from alpaca_rlhf.evaluation.report import page
+from alpaca_rlhf.utils import arguments, distributed, losses, preflight, training_loop
 from alpaca_rlhf.utils.arguments import Step1Arguments
-from alpaca_rlhf.utils.data import preprocessing, raw_datasets
-from alpaca_rlhf.utils.data.collators import TokenBatch, collate_tokens
-from alpaca_rlhf.utils.data.preprocessing import Prepared
-from alpaca_rlhf.utils.data.raw_datasets import Source
-from alpaca_rlhf.utils.data.splitting import Split
+from alpaca_rlhf.utils.data import prepare, sources
+from alpaca_rlhf.utils.data.batches import TokenBatch, collate_tokens
+from alpaca_rlhf.utils.data.prepare import Prepared
+from alpaca_rlhf.utils.data.sources import Source
+from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.logging.tracker import Outside, Tracker
 from alpaca_rlhf.utils.memory_plan import Planned
-from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
-from alpaca_rlhf.utils.tracking import Outside, Tracker
+from alpaca_rlhf.utils.run import checkpoints as resume
+from alpaca_rlhf.utils.run import export, nonfinite
 
 SHOWN = {"loss": "loss", "lr": "lr", "weight_per_second": "tokens/s"}
 
@@ -44,7 +37,7 @@ def main() -> None:
         distributed.say(notice)
     how = arguments.resuming(args)
     folder, found = resume.open_run(how)
-    home = preprocessing.cache_home(args.data.data_output_path)
+    home = prepare.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
         [Planned(path, model_settings(args))], args.loading.tokenizer_name_or_path,
@@ -63,7 +56,7 @@ def main() -> None:
     engine = build(args, path, form, plan, total_steps)
 
     evaluate = partial(perplexity, engine, data, form.pad_id, args)
-    counter = faults.Faults(
+    counter = nonfinite.Faults(
         folder.path, args.optimization.max_skipped_steps, "lower --learning_rate"
     )
     checkpoints = resume.Checkpoints(
@@ -87,8 +80,8 @@ def main() -> None:
     distributed.say(f"after: {summary(after)}")
 
     facts = {"base model": path, "held-out perplexity": summary(after)}
-    card = checkpoint.model_card("Supervised fine-tuned model", facts)
-    checkpoint.export(engine.module, form.tokenizer, folder.path, card)
+    card = export.model_card("Supervised fine-tuned model", facts)
+    export.export(engine.module, form.tokenizer, folder.path, card)
     data.save_record(folder.path)
     results = {"step": 1, "before": before, "after": after, "data": data.report}
     folder.finish(arguments.to_config(args), results)
@@ -122,24 +115,26 @@ def build(
 def replay(path: str, engine: Engine) -> None:
     """Take an update again that was skipped."""
     loss = partial(objective, engine)
-    faults.replay(path, TokenBatch, {"model": loss}, lambda batches: training_loop.optimizer_step(
-        engine, batches, loss, training_loop.global_weight(batches)
-    ))
+    nonfinite.replay(
+        path, TokenBatch, {"model": loss}, lambda batches: training_loop.optimizer_step(
+            engine, batches, loss, training_loop.global_weight(batches)
+        ),
+    )
 
 
 def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:
     """This step's share of the data, and the data that is for this step only."""
-    lengths = preprocessing.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
+    lengths = prepare.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
     split = Split(
         1, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
     )
     encode = partial(
-        preprocessing.encode_replies, form=form, lengths=lengths, train_on=args.sft.train_on,
+        prepare.encode_replies, form=form, lengths=lengths, train_on=args.sft.train_on,
         train_on_prompt=args.sft.train_on_prompt,
     )
-    return preprocessing.prepare(
+    return prepare.prepare(
         data_sources(args), split, encode, form, lengths,
-        preprocessing.cache_home(args.data.data_output_path),
+        prepare.cache_home(args.data.data_output_path),
         {"train_on": args.sft.train_on, "train_on_prompt": args.sft.train_on_prompt},
         args.data.preprocessing_num_workers,
     )
@@ -147,7 +142,7 @@ def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:
 
 def data_sources(args: Step1Arguments) -> list[Source]:
     """What is shared with the other steps, and what is for this one only."""
-    return raw_datasets.open_sources(args.data.data_path) + raw_datasets.open_sources(
+    return sources.open_sources(args.data.data_path) + sources.open_sources(
         args.sft.sft_only_data_path, "--sft_only_data_path", whole=True
     )
 

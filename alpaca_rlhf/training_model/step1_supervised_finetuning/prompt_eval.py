@@ -20,8 +20,8 @@ from alpaca_rlhf.inference import flags
 from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from alpaca_rlhf.evaluation.saved import Policy, Reply, Scorer
     from alpaca_rlhf.utils.data.tokenizer import Message
-    from alpaca_rlhf.utils.saved import Policy, Reply, Scorer
 
 Answer = dict[str, Any]
 WIDTH = 100
@@ -54,8 +54,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Let each model answer, one after the other in memory; then show and write it all."""
+    from alpaca_rlhf.evaluation.saved import open_policy, open_scorer, short_names
     from alpaca_rlhf.utils import distributed
-    from alpaca_rlhf.utils.saved import open_policy, open_scorer, short_names
 
     options = flags.load_options(args)
     prompts = dialogues(args)
@@ -128,7 +128,7 @@ def messages_in(row: dict[str, Any]) -> "list[Message]":
     Raises:
         Unusable: it asks nothing.
     """
-    from alpaca_rlhf.utils.data.adaptors import instruction_turns
+    from alpaca_rlhf.utils.data.formats import instruction_turns
     from alpaca_rlhf.utils.data.samples import Unusable, in_order, messages_of, turns_of
 
     for column in ("messages", "conversations"):
@@ -204,7 +204,7 @@ def _turns(messages: "Sequence[Message]") -> list[str]:
 
 def totals(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> str:
     """Means over the prompts, a line for each model."""
-    from alpaca_rlhf.utils.tracking import table
+    from alpaca_rlhf.utils.logging.tracker import table
 
     rows = []
     for name in names:

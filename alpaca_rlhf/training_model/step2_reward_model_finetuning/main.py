@@ -8,28 +8,20 @@ from functools import partial
 
 import torch
 
-from alpaca_rlhf.report import page
-from alpaca_rlhf.utils import (
-    arguments,
-    checkpoint,
-    distributed,
-    faults,
-    losses,
-    preflight,
-    resume,
-    run_records,
-    training_loop,
-)
+from alpaca_rlhf.demo import tiny_llama
+from alpaca_rlhf.evaluation.report import page
+from alpaca_rlhf.evaluation.statistics import wilson_interval
+from alpaca_rlhf.utils import arguments, distributed, losses, preflight, training_loop
 from alpaca_rlhf.utils.arguments import Step2Arguments
-from alpaca_rlhf.utils.data import preprocessing, raw_datasets
-from alpaca_rlhf.utils.data.collators import PairBatch, collate_pairs
-from alpaca_rlhf.utils.data.preprocessing import Prepared
-from alpaca_rlhf.utils.data.splitting import Split
+from alpaca_rlhf.utils.data import prepare, sources
+from alpaca_rlhf.utils.data.batches import PairBatch, collate_pairs
+from alpaca_rlhf.utils.data.prepare import Prepared
+from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
-from alpaca_rlhf.utils.measures import wilson_interval
+from alpaca_rlhf.utils.logging import records
+from alpaca_rlhf.utils.logging.tracker import Outside, Tracker
 from alpaca_rlhf.utils.memory_plan import Planned
-from alpaca_rlhf.utils.model import tiny_llama
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.reward_model import (
     TokenScorer,
@@ -37,7 +29,15 @@ from alpaca_rlhf.utils.model.reward_model import (
     save_statistics,
     scores,
 )
-from alpaca_rlhf.utils.tracking import Outside, Tracker
+from alpaca_rlhf.utils.run import (
+    checkpoints as resume,
+)
+from alpaca_rlhf.utils.run import (
+    export as checkpoint,
+)
+from alpaca_rlhf.utils.run import (
+    nonfinite,
+)
 
 SHOWN = {
     "loss": "loss", "accuracy": "accuracy", "lr": "lr", "weight_per_second": "pairs/s",
@@ -52,7 +52,7 @@ def main() -> None:
         distributed.say(notice)
     how = arguments.resuming(args)
     folder, found = resume.open_run(how)
-    home = preprocessing.cache_home(args.data.data_output_path)
+    home = prepare.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
         [Planned(path, model_settings(args), scores=True)], args.loading.tokenizer_name_or_path,
@@ -73,7 +73,7 @@ def main() -> None:
     def evaluate() -> dict[str, float]:
         return accuracy(score_pairs(engine, data, form.pad_id, args))
 
-    counter = faults.Faults(
+    counter = nonfinite.Faults(
         folder.path, args.optimization.max_skipped_steps, "lower --learning_rate"
     )
     checkpoints = resume.Checkpoints(
@@ -117,7 +117,7 @@ def export(
         save_statistics(
             folder.path, measured["score_mean"], measured["score_std"], len(pairs)
         )
-        run_records.write_rows(folder.path / run_records.PAIRS_FILE, pairs)
+        records.write_rows(folder.path / records.PAIRS_FILE, pairs)
 
 
 def plan_of(args: Step2Arguments) -> training_loop.Plan:
@@ -148,9 +148,11 @@ def build(
 def replay(path: str, engine: Engine) -> None:
     """Take an update again that was skipped."""
     loss = partial(objective, engine)
-    faults.replay(path, PairBatch, {"model": loss}, lambda batches: training_loop.optimizer_step(
-        engine, batches, loss, training_loop.global_weight(batches)
-    ))
+    nonfinite.replay(
+        path, PairBatch, {"model": loss}, lambda batches: training_loop.optimizer_step(
+            engine, batches, loss, training_loop.global_weight(batches)
+        ),
+    )
 
 
 def load_data(args: Step2Arguments, form: ChatFormat) -> Prepared:
@@ -158,11 +160,11 @@ def load_data(args: Step2Arguments, form: ChatFormat) -> Prepared:
     split = Split(
         2, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
     )
-    lengths = preprocessing.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
-    return preprocessing.prepare(
-        raw_datasets.open_sources(args.data.data_path), split,
-        partial(preprocessing.encode_pairs, form=form, lengths=lengths), form, lengths,
-        preprocessing.cache_home(args.data.data_output_path), {},
+    lengths = prepare.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
+    return prepare.prepare(
+        sources.open_sources(args.data.data_path), split,
+        partial(prepare.encode_pairs, form=form, lengths=lengths), form, lengths,
+        prepare.cache_home(args.data.data_output_path), {},
         args.data.preprocessing_num_workers,
     )
 

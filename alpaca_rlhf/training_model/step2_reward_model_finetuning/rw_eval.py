@@ -19,9 +19,9 @@ from alpaca_rlhf.inference import flags
 from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from alpaca_rlhf.utils.data.held_out import Chosen
+    from alpaca_rlhf.evaluation.held_out import Chosen
+    from alpaca_rlhf.evaluation.saved import Scorer
     from alpaca_rlhf.utils.data.samples import Sample
-    from alpaca_rlhf.utils.saved import Scorer
 
 LENGTH_BUCKETS = 4
 Results = dict[str, Any]
@@ -53,8 +53,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Score the pairs, then the policy's replies; show and write what comes of it."""
+    from alpaca_rlhf.evaluation.saved import open_scorer
     from alpaca_rlhf.utils import distributed
-    from alpaca_rlhf.utils.saved import open_scorer
 
     chosen = flags.choose_samples(args, [args.path], args.limit, pairs=True)
     scorer = open_scorer(args.path, flags.load_options(args))
@@ -89,7 +89,7 @@ def score_pairs(scorer: "Scorer", samples: "Sequence[Sample]", max_seq_len: int)
         UserError: no pair is left once they are cut to length.
     """
     from alpaca_rlhf.utils import distributed
-    from alpaca_rlhf.utils.data.preprocessing import DISCARDED, Lengths, encode_pairs
+    from alpaca_rlhf.utils.data.prepare import DISCARDED, Lengths, encode_pairs
 
     rows = encode_pairs(samples, scorer.form, Lengths.of_sequence(max_seq_len, "truncate"))
     kept = [i for i, row in enumerate(rows) if not row[DISCARDED]]
@@ -110,7 +110,7 @@ def measure(pairs: Sequence[Scored], seed: int) -> Results:
     """All figures of a reward model on pairs; see docs/evaluation.md."""
     import numpy as np
 
-    from alpaca_rlhf.utils import measures
+    from alpaca_rlhf.evaluation import statistics
 
     chosen, rejected = (np.array([getattr(p, side) for p in pairs], dtype=np.float64)
                         for side in ("chosen", "rejected"))
@@ -118,7 +118,7 @@ def measure(pairs: Sequence[Scored], seed: int) -> Results:
                    for side in ("chosen", "rejected"))
     right = (chosen > rejected).astype(np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
-    error, bins = measures.calibration(confidence, right)
+    error, bins = statistics.calibration(confidence, right)
     both = np.stack([
         np.concatenate([chosen, rejected]), np.concatenate([long, short])
     ], axis=1)
@@ -139,18 +139,18 @@ def measure(pairs: Sequence[Scored], seed: int) -> Results:
             "std": float(both[:, 0].std()), "margin_mean": float((chosen - rejected).mean()),
         },
         "length_correlation": {
-            "pearson": measures.pearson(both),
-            "pearson_interval": measures.bootstrap_interval(
-                paired, lambda rows: measures.pearson(rows.reshape(-1, 2)), seed
+            "pearson": statistics.pearson(both),
+            "pearson_interval": statistics.bootstrap_interval(
+                paired, lambda rows: statistics.pearson(rows.reshape(-1, 2)), seed
             ),
-            "spearman": measures.spearman(both),
+            "spearman": statistics.spearman(both),
             "longer_is_chosen": _share((long > short).astype(float)[long != short]),
         },
     }
 
 
 def _share(right: Any) -> Results:
-    from alpaca_rlhf.utils.measures import wilson_interval
+    from alpaca_rlhf.evaluation.statistics import wilson_interval
 
     if not len(right):
         return {"share": None, "low": None, "high": None, "pairs": 0}
@@ -173,7 +173,7 @@ def _by_length(right: Any, length: Any) -> list[Results]:
 
 def describe(results: Results) -> str:
     """The figures for people."""
-    from alpaca_rlhf.utils.tracking import table
+    from alpaca_rlhf.utils.logging.tracker import table
 
     rows = [["all pairs", *_cells(results["accuracy"])]]
     rows += [[f"longer reply has {bucket['from']} to {bucket['to']} tokens", *_cells(bucket)]
@@ -211,10 +211,10 @@ def best_of_n(args: argparse.Namespace, scorer: "Scorer", chosen: "Chosen") -> l
     """What taking the best of n of a policy's replies is worth, by the reward model and by gold."""
     import numpy as np
 
+    from alpaca_rlhf.demo import assistant_world
+    from alpaca_rlhf.evaluation import statistics
+    from alpaca_rlhf.evaluation.saved import open_policy
     from alpaca_rlhf.inference.conversation import fitted
-    from alpaca_rlhf.utils import measures
-    from alpaca_rlhf.utils.data import assistant_world
-    from alpaca_rlhf.utils.saved import open_policy
 
     policy = open_policy(args.policy, flags.load_options(args))
     sampling = flags.sampling(args, policy.context, args.best_of)
@@ -236,16 +236,16 @@ def best_of_n(args: argparse.Namespace, scorer: "Scorer", chosen: "Chosen") -> l
     for n in (2**i for i in range(args.best_of.bit_length())):
         point: Results = {"n": n, "kl": float(np.log(n) - (n - 1) / n), "prompts": len(prompts)}
         for name, values in worth.items():
-            means = measures.best_of_n(scores, values, n)
+            means = statistics.best_of_n(scores, values, n)
             point[name] = float(means.mean())
-            point[f"{name}_interval"] = measures.bootstrap_interval(means, np.mean, chosen.seed)
+            point[f"{name}_interval"] = statistics.bootstrap_interval(means, np.mean, chosen.seed)
         curve.append(point)
     return curve
 
 
 def describe_best(curve: Sequence[Results]) -> str:
     """The curve for people."""
-    from alpaca_rlhf.utils.tracking import table
+    from alpaca_rlhf.utils.logging.tracker import table
 
     judges = [name for name in ("score", "gold") if name in curve[0]]
     rows = [

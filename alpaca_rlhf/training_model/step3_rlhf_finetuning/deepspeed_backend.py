@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alpaca_rlhf.utils import distributed, rl_math
-from alpaca_rlhf.utils.model.decoding import RolloutBatch, RolloutRequest, SamplingConfig
+from alpaca_rlhf.utils.generation.decoder import RolloutBatch, RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model.lora import lora_layers
 
 PROMPTS, TOKENS = 4, 16  # of the comparison

@@ -25,15 +25,15 @@ from transformers import PreTrainedModel
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import deepspeed_backend
 from alpaca_rlhf.utils import distributed
-from alpaca_rlhf.utils.model.decoding import (
+from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
+from alpaca_rlhf.utils.generation.cuda_graph import GraphStep
+from alpaca_rlhf.utils.generation.decoder import (
     Decoder,
     RolloutBatch,
     RolloutRequest,
     SamplingConfig,
     agrees,
 )
-from alpaca_rlhf.utils.model.graph_step import GraphStep
-from alpaca_rlhf.utils.model.llama_step import LlamaStep
 from alpaca_rlhf.utils.model.lora import folded, unwrapped
 
 TOGETHER = 2**17  # numbers of a parameter that costs a call of its own more than a copy

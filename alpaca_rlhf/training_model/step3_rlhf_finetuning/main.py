@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 
-from alpaca_rlhf.report import page
-from alpaca_rlhf.training_model.step3_rlhf_finetuning import (
-    deepspeed_backend,
-    policy_evaluation,
-)
+from alpaca_rlhf.demo import assistant_world
+from alpaca_rlhf.evaluation.report import page
+from alpaca_rlhf.training_model.step3_rlhf_finetuning import deepspeed_backend, evaluate_policy
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
     Experience,
     ScoredRollout,
@@ -45,29 +43,25 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     token_rewards,
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.samples import token_records
-from alpaca_rlhf.utils import arguments, checkpoint, distributed, preflight, resume
-from alpaca_rlhf.utils.alarms import CLOSE, EXACT, Alarms, Limits
+from alpaca_rlhf.utils import arguments, distributed, preflight
 from alpaca_rlhf.utils.arguments import Step3Arguments
-from alpaca_rlhf.utils.data import (
-    assistant_world,
-    plain_text,
-    preprocessing,
-    raw_datasets,
-    samplers,
-)
-from alpaca_rlhf.utils.data.collators import TokenBatch, collate_prompts, collate_tokens
-from alpaca_rlhf.utils.data.preprocessing import Prepared
-from alpaca_rlhf.utils.data.splitting import Split
+from alpaca_rlhf.utils.data import plain_text, prepare, samplers, sources
+from alpaca_rlhf.utils.data.batches import TokenBatch, collate_prompts, collate_tokens
+from alpaca_rlhf.utils.data.prepare import Prepared
+from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.engine import ModelSettings, Schedule
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.faults import Faults
+from alpaca_rlhf.utils.generation.decoder import SamplingConfig
+from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, Alarms, Limits
+from alpaca_rlhf.utils.logging.tracker import Outside, Tracker, table
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
-from alpaca_rlhf.utils.model.decoding import SamplingConfig
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.model.reward_model import is_reward_model, load_statistics
-from alpaca_rlhf.utils.tracking import Outside, Tracker, table
+from alpaca_rlhf.utils.run import checkpoints as resume
+from alpaca_rlhf.utils.run import export as checkpoint
+from alpaca_rlhf.utils.run.nonfinite import Faults
 
 SHOWN = {
     "reward/score_mean": "reward", "kl/k1": "KL", "throughput/tokens_per_second": "tokens/s",
@@ -372,13 +366,13 @@ def load_data(args: Step3Arguments, form: ChatFormat) -> Prepared:
         3, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
     )
     limit = args.rollout.max_prompt_seq_len
-    lengths = preprocessing.Lengths(
+    lengths = prepare.Lengths(
         limit, 0, args.data.overlong, f"--max_prompt_seq_len {limit}"
     )
-    return preprocessing.prepare(
-        raw_datasets.open_sources(args.data.data_path), split,
-        partial(preprocessing.encode_prompts, form=form, lengths=lengths), form, lengths,
-        preprocessing.cache_home(args.data.data_output_path), {},
+    return prepare.prepare(
+        sources.open_sources(args.data.data_path), split,
+        partial(prepare.encode_prompts, form=form, lengths=lengths), form, lengths,
+        prepare.cache_home(args.data.data_output_path), {},
         args.data.preprocessing_num_workers,
     )
 
@@ -541,7 +535,7 @@ def language_model_text(
         yield batches
 
 
-def gold_rule(args: Step3Arguments) -> policy_evaluation.Gold | None:
+def gold_rule(args: Step3Arguments) -> evaluate_policy.Gold | None:
     """The embedded data's own judgement of a reply: watched, never trained on."""
 
     def gold(row: dict[str, Any], reply: str) -> float:
@@ -552,26 +546,26 @@ def gold_rule(args: Step3Arguments) -> policy_evaluation.Gold | None:
 
 def measure(
     args: Step3Arguments, maker: RolloutMaker, data: Prepared
-) -> list[policy_evaluation.Record]:
+) -> list[evaluate_policy.Record]:
     """What the policy writes on held-out prompts."""
     rows = data.held_out.select(range(min(args.report.eval_prompts, len(data.held_out))))
-    records = policy_evaluation.evaluate(
+    records = evaluate_policy.evaluate(
         maker, rows, args.run.seed + 1, gold_rule(args)
     )
     if args.report.eval_prompts:
-        summary = policy_evaluation.summarize(records)
-        distributed.say(f"policy: {policy_evaluation.describe(summary)}")
+        summary = evaluate_policy.summarize(records)
+        distributed.say(f"policy: {evaluate_policy.describe(summary)}")
     return records
 
 
 def export(
     engine: RLHFEngine, form: ChatFormat, folder: checkpoint.RunFolder, ema: Ema | None,
-    records: list[policy_evaluation.Record],
+    records: list[evaluate_policy.Record],
 ) -> None:
     """Actor, critic and, if there is one, the actor's average."""
     if folder.path is None:
         return
-    facts = {"held-out prompts": policy_evaluation.describe(policy_evaluation.summarize(records))}
+    facts = {"held-out prompts": evaluate_policy.describe(evaluate_policy.summarize(records))}
     actor, critic = engine.actor.module, engine.critic.module.model
     card = checkpoint.model_card("Policy trained with PPO", facts)
     checkpoint.export(actor, form.tokenizer, folder.path / "actor", card)
@@ -584,13 +578,13 @@ def export(
 
 
 def results(
-    data: Prepared, before: list[policy_evaluation.Record], after: list[policy_evaluation.Record]
+    data: Prepared, before: list[evaluate_policy.Record], after: list[evaluate_policy.Record]
 ) -> dict[str, Any]:
     """What the run is remembered by."""
     return {
         "step": 3,
-        "before": policy_evaluation.summarize(before),
-        "after": policy_evaluation.summarize(after),
+        "before": evaluate_policy.summarize(before),
+        "after": evaluate_policy.summarize(after),
         "data": data.report,
         "dialogues": [
             {"prompt": old["prompt"], "before": old, "after": new}

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
-from alpaca_rlhf.utils import distributed, faults, losses, rl_math
+from alpaca_rlhf.utils import distributed, losses, rl_math
 from alpaca_rlhf.utils.data import samplers
-from alpaca_rlhf.utils.data.collators import TokenBatch
-from alpaca_rlhf.utils.faults import Faults
+from alpaca_rlhf.utils.data.batches import TokenBatch
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
 from alpaca_rlhf.utils.model.ema import Ema
+from alpaca_rlhf.utils.run import nonfinite
+from alpaca_rlhf.utils.run.nonfinite import Faults
 from alpaca_rlhf.utils.training_loop import (
     Stats,
     global_weight,
@@ -194,7 +195,7 @@ class PPOTrainer:
             text = [b.text for b in batches if b.text is not None]
             return self._step([b.experience for b in batches], text or None) or None
 
-        faults.replay(
+        nonfinite.replay(
             path, _with_text,
             {"policy": lambda batch: self._policy_objective(batch.experience),
              "value": lambda batch: self._value_objective(batch.experience)}, update,

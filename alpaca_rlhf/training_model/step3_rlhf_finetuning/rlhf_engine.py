@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alpaca_rlhf.utils import distributed, rl_math
-from alpaca_rlhf.utils.checkpoint import eos_ids
 from alpaca_rlhf.utils.engine import (
     Engine,
     Load,
@@ -27,6 +26,7 @@ from alpaca_rlhf.utils.engine import (
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm, response_logits
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model, scores
+from alpaca_rlhf.utils.run.export import eos_ids
 
 
 class RLHFEngine:

@@ -17,10 +17,10 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.utils import distributed, rl_math
-from alpaca_rlhf.utils.data.collators import PromptBatch
+from alpaca_rlhf.utils.data.batches import PromptBatch
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.decoding import RolloutRequest, SamplingConfig
+from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 

@@ -19,10 +19,10 @@ from alpaca_rlhf.inference import flags
 from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from alpaca_rlhf.evaluation.saved import Reply
     from alpaca_rlhf.utils.data.samples import Sample
     from alpaca_rlhf.utils.data.tokenizer import ChatFormat
     from alpaca_rlhf.utils.model.causal_lm import LoadOptions
-    from alpaca_rlhf.utils.saved import Reply
 
 Judged = dict[str, list[float]]  # for each judge, a number for each prompt
 Results = dict[str, Any]
@@ -94,8 +94,8 @@ def draw(
     args: argparse.Namespace,
 ) -> "tuple[list[Reply], ChatFormat]":
     """A reply of one policy to each prompt, and its tokenizer; the model is let go."""
-    from alpaca_rlhf.utils.data.preprocessing import Lengths, encode_prompts
-    from alpaca_rlhf.utils.saved import open_policy
+    from alpaca_rlhf.evaluation.saved import open_policy
+    from alpaca_rlhf.utils.data.prepare import Lengths, encode_prompts
 
     policy = open_policy(path, options)
     sampling = flags.sampling(args, policy.context)
@@ -113,9 +113,9 @@ def judge(
     replies: "Sequence[Reply]", function: Any, embedded: bool, form: "ChatFormat",
 ) -> Judged:
     """What each judge thinks of replies."""
+    from alpaca_rlhf.demo import assistant_world
+    from alpaca_rlhf.evaluation.saved import open_scorer
     from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import rate
-    from alpaca_rlhf.utils.data import assistant_world
-    from alpaca_rlhf.utils.saved import open_scorer
 
     found: Judged = {}
     if args.reward_model:
@@ -145,7 +145,7 @@ def compare(judged: Sequence[Judged], lengths: Sequence[Sequence[int]], seed: in
     """
     import numpy as np
 
-    from alpaca_rlhf.utils import measures
+    from alpaca_rlhf.evaluation import statistics
 
     longer_by = np.array(lengths[0], dtype=np.float64) - np.array(lengths[1], dtype=np.float64)
     judges = {}
@@ -156,13 +156,13 @@ def compare(judged: Sequence[Judged], lengths: Sequence[Sequence[int]], seed: in
         judges[name] = {
             "wins": int((outcomes == 1).sum()), "ties": int((outcomes == 0.5).sum()),
             "losses": int((outcomes == 0).sum()), "win_rate": float(outcomes.mean()),
-            "win_rate_interval": measures.bootstrap_interval(outcomes, np.mean, seed),
-            "length_controlled": measures.length_controlled_rate(outcomes, longer_by),
-            "length_controlled_interval": measures.bootstrap_interval(
-                rows, lambda drawn: measures.length_controlled_rate(*drawn.T), seed
+            "win_rate_interval": statistics.bootstrap_interval(outcomes, np.mean, seed),
+            "length_controlled": statistics.length_controlled_rate(outcomes, longer_by),
+            "length_controlled_interval": statistics.bootstrap_interval(
+                rows, lambda drawn: statistics.length_controlled_rate(*drawn.T), seed
             ),
             "mean": [float(mine.mean()), float(theirs.mean())],
-            "gain_interval": measures.bootstrap_interval(mine - theirs, np.mean, seed),
+            "gain_interval": statistics.bootstrap_interval(mine - theirs, np.mean, seed),
         }
     return {"prompts": len(longer_by), "judges": judges,
             "tokens": [float(np.mean(side)) for side in lengths]}
@@ -170,7 +170,7 @@ def compare(judged: Sequence[Judged], lengths: Sequence[Sequence[int]], seed: in
 
 def describe(results: Results) -> str:
     """The outcome for people."""
-    from alpaca_rlhf.utils.tracking import table
+    from alpaca_rlhf.utils.logging.tracker import table
 
     rows = []
     for name, one in results["judges"].items():

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alpaca_rlhf.utils.data import splitting
-from alpaca_rlhf.utils.data.raw_datasets import Source, Tally
-from alpaca_rlhf.utils.data.splitting import Placed, Split
+from alpaca_rlhf.utils.data import split as splitting
+from alpaca_rlhf.utils.data.sources import Source, Tally
+from alpaca_rlhf.utils.data.split import Placed, Split
 
 # The largest share of rows (of pairs, for the last) that passes without a remark.
 LIMITS = {
