@@ -38,6 +38,7 @@ FLOORS = {
     "utils/ds_config.py": 1,
     "utils/optimizer.py": 1,
     "utils/arguments.py": 0,
+    "utils/configs.py": 0,
     "utils/debugging.py": 0,
     "utils/errors.py": 0,
     "utils/resuming.py": 0,

@@ -1,0 +1,552 @@
+"""Every option of every program, declared once: name, type, default and help text.
+
+An option is a field of a frozen group, and a group belongs to the code that uses it: it is passed
+there whole. A program is a record of groups (`Step1Config`, …), which `arguments.parse` fills from
+the command line and the file of `--config`. Flags are the fields' names, with the prefix that the
+record gives to a group: actor and critic are two `RoleConfig`s. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+
+class Bound(NamedTuple):
+    """Range of a number, and the message when it is left; part of a field's `Annotated` type."""
+
+    holds: Callable[[float], bool]
+    text: str
+
+
+Count = Annotated[int, Bound(lambda n: n >= 1, "must be 1 or more")]
+Whole = Annotated[int, Bound(lambda n: n >= 0, "must be 0 or more")]
+Positive = Annotated[float, Bound(lambda x: x > 0, "must be above 0")]
+NonNegative = Annotated[float, Bound(lambda x: x >= 0, "must be 0 or more")]
+UnitInterval = Annotated[float, Bound(lambda x: 0 <= x <= 1, "must be from 0 to 1")]
+Share = Annotated[float, Bound(lambda x: 0 < x <= 1, "must be above 0 and at most 1")]
+Decay = Annotated[float, Bound(lambda x: 0 < x < 1, "must be above 0 and below 1")]
+Dropout = Annotated[float, Bound(lambda x: 0 <= x < 1, "must be 0 or more and below 1")]
+ZeroStage = Literal[0, 1, 2, 3]
+ChatTemplate = Literal[
+    "human_assistant", "alpaca", "alpaca_short", "vicuna", "llama2", "chatml", "tokenizer"]
+
+# Meaning of a change when a run is resumed: another result (refused), none ("free"), another
+# rounding ("place": where the weights are kept), or rows of one rank ("per_rank": n ranks with
+# batch size b equal one rank with batch size n * b).
+OnResume = Literal["result", "free", "place", "per_rank"]
+
+
+def option(
+    default: Any, text: str, *aliases: str, on_resume: OnResume = "result", flag: str = "",
+    required: bool = False, unavailable: str = "", no_effect: str = "",
+) -> Any:
+    """Declare an option; `Any`, so that a field may have the type that it has once resolved.
+
+    Args:
+        default: its value when it is not given.
+        text: for --help. One that ends in "(default: …)" says itself what None stands for.
+        *aliases: other names of the flag.
+        on_resume: what a change means for a resumed run.
+        flag: name of the flag where it is not the field's.
+        required: whether it must be given.
+        unavailable: reason why anything but the default is refused.
+        no_effect: reason why the flag is accepted for old scripts and ignored.
+    """
+    metadata = {
+        "help": text, "aliases": aliases, "on_resume": on_resume, "flag": flag,
+        "required": required, "unavailable": unavailable, "no_effect": no_effect,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _unavailable(default: Any, reason: str) -> Any:
+    return option(default, f"not available in this version: {reason}", unavailable=reason)
+
+
+def _no_effect(default: Any, reason: str) -> Any:
+    text = f"for old scripts; has no effect: {reason}"
+    return option(default, text, on_resume="free", no_effect=reason)
+
+
+def group(prefix: str = "", **defaults: Any) -> Any:
+    """Declare a group of a program's record, with a prefix for its flags and other defaults."""
+    return field(metadata={"prefix": prefix, "defaults": defaults})
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourcesConfig:
+    """Data sets, and the share of each step."""
+
+    title: ClassVar[str] = "data"
+
+    data_path: list[str] = option(
+        [], "data sets, each a hub name, a folder or a .json/.jsonl/.parquet file, also .gz; "
+        "NAME=PATH names its format, PATH:0.3 takes that share of it; local/jsonfile reads "
+        "data/train.json and data/eval.json (default: the embedded data set)")
+    data_split: str = option("2,4,4", "disjoint shares of the three steps, fixed by the seed")
+    lang: list[str] = option(
+        [], "languages to keep, such as en zh; samples stated to be in another are filtered out")
+
+
+@dataclass(frozen=True)
+class DataConfig(SourcesConfig):
+    """Data sets, chat template, and how samples are turned into token ids."""
+
+    data_output_path: str | None = option(
+        None, "folder for preprocessed data (default: a folder under the user's cache home)",
+        on_resume="free")
+    chat_template: ChatTemplate | None = option(
+        None, "format of a dialogue; tokenizer: the tokenizer's own template (default: the one an "
+        "earlier step saved with the model, else human_assistant)")
+    overlong: Literal["truncate", "drop", "error"] = option(
+        "truncate", "treatment of samples that are too long")
+    preprocessing_num_workers: Count | None = option(
+        None, "processes for preprocessing (default: one for each core, up to eight)",
+        on_resume="free")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Data and loss that only supervised fine-tuning has."""
+
+    title: ClassVar[str] = "supervised fine-tuning"
+
+    sft_only_data_path: list[str] = option([], "more data sets, added whole to this step")
+    train_on: Literal["all", "last"] = option(
+        "all", "assistant turns that are trained: all, or only the last of each dialogue")
+    train_on_prompt: bool = option(False, "compute the loss on the prompt too")
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+class LearningRates(NamedTuple):
+    """Default learning rates of a role."""
+
+    full: float
+    with_lora: float
+    adapters: float
+
+
+@dataclass(frozen=True)
+class RoleConfig:
+    """A trained model: the single one of steps 1 and 2, the actor or the critic.
+
+    Attributes:
+        prefix: of its flags: "", "actor_" or "critic_".
+        rates: learning rates where none is given.
+    """
+
+    title: ClassVar[str] = "model"
+
+    model_name_or_path: str = option(
+        "", "hub id or folder; in step 3 the folders that steps 1 and 2 wrote (default in steps "
+        "1 and 2: the embedded tiny LLaMA)")
+    learning_rate: NonNegative = option(
+        None, "learning rate, also of the adapters unless --{prefix}lora_learning_rate is given "
+        "(default: {rates})")
+    weight_decay: NonNegative = option(0.0, "AdamW's weight decay of matrices")
+    zero_stage: ZeroStage = option(0, "ZeRO stage", on_resume="place")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", on_resume="free")
+    dropout: Dropout = option(0.0, "dropout during training")
+    lora_dim: Whole = option(0, "rank of the LoRA adapters; 0: no LoRA")
+    lora_module_name: str | None = option(
+        None, "comma list of module names or parts of them (default: the family's attention and "
+        "MLP projections)")
+    lora_learning_rate: NonNegative | None = option(
+        None, "learning rate of the adapters (default: --{prefix}learning_rate if given, else "
+        "{adapter_rate:g})")
+    prefix: str = ""
+    rates: LearningRates = LearningRates(2e-5, 3e-4, 3e-4)
+
+    def flag(self, name: str) -> str:
+        """Return the flag of a field, as the user types it."""
+        return f"--{self.prefix}{name}"
+
+
+@dataclass(frozen=True)
+class LoadingConfig:
+    """Tokenizer, precision and attention of every model of a program."""
+
+    title: ClassVar[str] = "loading"
+
+    tokenizer_name_or_path: str | None = option(
+        None, "hub id or folder (default: the model's own; in step 3 the actor's)")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "precision of the weights; auto: bf16 where the device has it, fp32 on a CPU")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
+        "sdpa", "attention implementation")
+    trust_remote_code: bool = option(False, "run code that comes with a hub model")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Options that all adapters of a run share; rank and modules belong to the role."""
+
+    title: ClassVar[str] = "LoRA"
+
+    lora_alpha: Positive | None = option(None, "scale of the adapters (default: 2 x rank)")
+    lora_dropout: Dropout = option(0.0, "dropout before the adapters")
+    only_optimize_lora: bool = option(
+        None, "freeze all but adapters and heads (default: on with LoRA, else off)")
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of the training and learning-rate schedule, in optimizer steps."""
+
+    title: ClassVar[str] = "schedule"
+
+    num_train_epochs: Count = option(1, "epochs over the data")
+    max_steps: Count | None = option(None, "optimizer steps after which training stops")
+    gradient_accumulation_steps: Count = option(1, "micro-batches of one optimizer step")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+        "constant_with_warmup"] = option("cosine", "learning-rate schedule")
+    num_warmup_steps: Whole = option(0, "optimizer steps from 0 to the full learning rate")
+    max_tokens_per_micro_batch: Count | None = _unavailable(
+        None, "micro-batches are counted in rows, grouped by length")
+    max_skipped_steps: Count = option(
+        10, "abort after this many consecutive non-finite optimizer steps", on_resume="free")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What DeepSpeed is told beyond ZeRO stage, precision and batch sizes."""
+
+    title: ClassVar[str] = "DeepSpeed"
+
+    offload: bool = option(
+        False, "keep optimizer states (ZeRO-3: and parameters) in host memory; needs ZeRO >= 1")
+    deepspeed_config: str | None = option(
+        None, "JSON file merged over the generated DeepSpeed configuration")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Batches of steps 1 and 2, and evaluation during training."""
+
+    title: ClassVar[str] = "batches"
+
+    per_device_train_batch_size: Count = option(
+        16, "rows of a micro-batch on each rank", on_resume="per_rank")
+    per_device_eval_batch_size: Count = option(
+        16, "rows of an evaluation batch on each rank", on_resume="free")
+    max_seq_len: Count = option(512, "maximum length of a sequence in tokens")
+    eval_interval: Whole = option(
+        0, "optimizer steps between evaluations; 0: only before and after training",
+        on_resume="free")
+    eval_iters: Count | None = option(
+        None, "batches of one evaluation (default: all)", on_resume="free")
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SeedConfig:
+    """The seed."""
+
+    title: ClassVar[str] = "run"
+
+    seed: int = option(1234, "seed of data order, initial weights and sampling")
+
+
+@dataclass(frozen=True)
+class RunConfig(SeedConfig):
+    """Output folder and processes of a run."""
+
+    config: str | None = option(
+        None, "YAML or JSON file of these flags; the command line wins over it")
+    output_dir: str | None = option(
+        None, "folder of the trained model (default: none, nothing is saved)", on_resume="free")
+    overwrite_output_dir: bool = option(
+        False, "allow an --output_dir that holds another run", on_resume="free")
+    local_rank: int = option(-1, "set by the launcher; -1: a single process")
+    collective_timeout: Count = option(
+        1800, "seconds after which a rank that waits for the others ends the run",
+        on_resume="free")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints to resume from."""
+
+    title: ClassVar[str] = "checkpoints"
+
+    save_steps: Whole = option(
+        0, "optimizer steps between checkpoints in --output_dir; 0: only at the end of an epoch "
+        "and on SIGTERM and SIGINT, which always save one", on_resume="free")
+    save_total_limit: Count = option(
+        2, "number of checkpoints to keep, the latest ones", on_resume="free")
+    resume_from_checkpoint: str | None = option(
+        None, "latest: resume from the last complete checkpoint of --output_dir, or start if "
+        "there is none; or the folder of a checkpoint", on_resume="free")
+    allow_changed_args: bool = option(
+        False, "resume even if arguments that change the result have changed", on_resume="free")
+
+
+# Accelerate's trackers, each the name of its package too, and those that write files.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive",
+            "swanlab")
+FILE_TRACKERS = ("tensorboard", "aim")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides the files of the run."""
+
+    title: ClassVar[str] = "tracking"
+
+    tracker: list[str] = option(
+        [], f"trackers that receive the metrics: {', '.join(TRACKERS)}", on_resume="free")
+    enable_tensorboard: bool = option(False, "the same as --tracker tensorboard", on_resume="free")
+    logging_dir: str | None = option(
+        None, f"folder for the files of {' and '.join(FILE_TRACKERS)} (default: logs, in "
+        "--output_dir if there is one)", "tensorboard_path", on_resume="free")
+
+    @property
+    def trackers(self) -> list[str]:
+        """Trackers asked for by either flag, each once."""
+        also = ["tensorboard"] if self.enable_tensorboard else []
+        return list(dict.fromkeys([*self.tracker, *also]))
+
+
+_EOT = "every response ends with the tokenizer's eos id"
+
+
+@dataclass(frozen=True)
+class LegacyConfig:
+    """Flags of old scripts, in all steps."""
+
+    title: ClassVar[str] = "flags of old scripts"
+
+    deepspeed: bool = _no_effect(False, "the trainers are always DeepSpeed's")
+    num_padding_at_beginning: int = _no_effect(0, "the score is read at the last real token")
+    compute_fp32_loss: bool = _no_effect(True, "losses are always computed in fp32")
+    print_loss: bool = _no_effect(False, "the console always shows the loss")
+    add_eot_token: bool = _no_effect(False, _EOT)
+    eot_token: str | None = _no_effect(None, _EOT)
+
+
+# --- generation and PPO --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Sampling parameters of generation."""
+
+    title: ClassVar[str] = "sampling"
+
+    max_new_tokens: Count = option(
+        256, "maximum length of a response in tokens, eos included", "max_new_tokens",
+        flag="max_answer_seq_len")
+    temperature: NonNegative = option(
+        1.0, "divides the logits, also those of the log-probabilities; 0: greedy")
+    top_p: Share = option(1.0, "sample from the most likely tokens of this total probability")
+    top_k: Whole = option(0, "sample from this many most likely tokens; 0: from all")
+    repetition_penalty: Positive = option(
+        1.0, "above 1: tokens of prompt and response become less likely to be sampled again; like "
+        "top_p and top_k it applies to sampling only, not to the log-probabilities")
+    num_generations: Count = option(1, "responses to each prompt")
+
+
+@dataclass(frozen=True)
+class HybridEngineConfig:
+    """How the actor generates."""
+
+    title: ClassVar[str] = "hybrid engine"
+
+    enable_hybrid_engine: bool = option(
+        False, "generate faster: with gathered weights, merged adapters and, on a CPU, a compiled "
+        "decoding step")
+    hybrid_engine_backend: Literal["native", "deepspeed"] = option(
+        "native", "native: the only one; DeepSpeed's own kernels are no longer offered")
+    enable_cuda_graph: bool = option(
+        False, "on CUDA, launch each decoding step as one graph, if at the first rollout it gives "
+        "the logits of the forward pass")
+    unpin_actor_parameters: bool = option(
+        False, "ZeRO-3: gather layer by layer in each forward pass instead of all weights for the "
+        "whole rollout; slow, for models that do not fit", on_resume="free")
+    release_inference_cache: bool = option(
+        False, "free the KV cache and, on a CPU, the weights laid out for decoding between "
+        "rollouts", on_resume="free")
+    inference_tp_size: Count = _unavailable(1, "every rank generates with the whole model")
+    tp_gather_partition_size: Count = _no_effect(8, "every rank generates with the whole model")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Batches and lengths of the rollout phase."""
+
+    title: ClassVar[str] = "rollout"
+
+    per_device_generation_batch_size: Count = option(
+        16, "rollouts generated at once on each rank", "per_device_train_batch_size",
+        on_resume="per_rank")
+    generation_batches: Count = option(
+        1, "generation batches of one PPO iteration", "generation_batch_numbers")
+    max_prompt_seq_len: Count = option(256, "maximum length of a prompt in tokens")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Reward of a response."""
+
+    title: ClassVar[str] = "reward"
+
+    reward_function: str | None = option(
+        None, "module:name of a Python function, texts in, floats out, that scores the responses "
+        "(default: the reward model)")
+    reward_normalization: Literal["checkpoint", "reference", "none"] = option(
+        "checkpoint", "source of the scores' mean and standard deviation: saved with the reward "
+        "model, or measured on the first rollouts")
+    clip_reward_value: Positive = option(5.0, "clip the normalized score to plus or minus this")
+    missing_eos_penalty: NonNegative = option(
+        1.0, "subtracted from the score of a response without eos")
+    kl_coef: NonNegative = option(0.05, "weight of the KL penalty against the reference model")
+    kl_controller: Literal["fixed", "adaptive"] = option(
+        "fixed", "adaptive: move --kl_coef toward --kl_target")
+    kl_target: Positive = option(
+        6.0, "target KL per sequence in nats for --kl_controller adaptive")
+    kl_horizon: Count = option(10000, "horizon in episodes of --kl_controller adaptive")
+    offload_reference_model: bool = _unavailable(False, "the reference model stays on the device")
+    offload_reward_model: bool = _unavailable(False, "the reward model stays on the device")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Hyperparameters of the PPO update."""
+
+    title: ClassVar[str] = "PPO"
+
+    per_device_training_batch_size: Count = option(
+        16, "rows of a micro-batch on each rank; divides the rollouts of a PPO iteration",
+        "per_device_mini_train_batch_size", on_resume="per_rank")
+    ppo_epochs: Count = option(1, "epochs over the rollouts of a PPO iteration")
+    gamma: UnitInterval = option(1.0, "discount factor of the rewards")
+    lam: UnitInterval = option(0.95, "lambda of GAE")
+    whiten_advantages: bool = option(
+        True, "normalize advantages to mean 0 and standard deviation 1 over all ranks")
+    cliprange: Positive = option(0.2, "clip range of the policy ratio around 1")
+    cliprange_value: Positive = option(0.2, "clip range of the values around the old values")
+    entropy_coef: NonNegative = option(0.0, "weight of the entropy bonus")
+    critic_warmup_steps: Whole = option(
+        0, "optimizer steps at the start that train the critic alone")
+    enable_ema: bool = option(False, "keep and export an average of the actor's weights")
+    ema_decay: Decay = option(0.992, "decay of that average per optimizer step")
+    unsupervised_dataset_name: str | None = option(
+        None, "hub name or local text file for the language-model (ptx) loss")
+    unsupervised_dataset_config_name: str | None = option(
+        None, "configuration of that data set")
+    unsup_coef: NonNegative = option(1.0, "weight of the language-model (ptx) loss")
+    enable_mixed_precision_lora: bool = _unavailable(False, "frozen weights are not quantized")
+    align_overflow: bool = _unavailable(
+        False, "an fp16 overflow skips the step of its own model only")
+    disable_actor_dropout: bool = _no_effect(
+        False, "dropout is 0 unless --actor_dropout is given")
+    disable_critic_dropout: bool = _no_effect(
+        False, "dropout is 0 unless --critic_dropout is given")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Evaluation of the policy, sample tables, alarms, and the short test run."""
+
+    title: ClassVar[str] = "report"
+
+    eval_prompts: Whole = option(
+        128, "held-out prompts on which the policy is evaluated before and after; 0: none",
+        on_resume="free")
+    print_answers: bool = option(
+        False, "print responses and their scores on the console", on_resume="free")
+    print_answers_interval: Count = option(
+        1, "PPO iterations between `--print_answers` tables", on_resume="free")
+    log_samples_steps: Whole = option(
+        10, "PPO iterations between samples kept in samples.jsonl, for the report and for trackers "
+        "that have tables; 0: none", on_resume="free")
+    stop_on_alarm: bool = option(
+        False, "end the run when an alarm goes off: KL running away, reward hacking, entropy "
+        "collapsing, a critic that explains nothing, ratios other than 1 at the first update",
+        on_resume="free")
+    enable_test_mode: bool = option(False, "stop early, after iteration --test_stop_step")
+    test_stop_step: Whole = option(
+        0, "last PPO iteration of --enable_test_mode, counted from 0")
+
+
+# --- the steps -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Groups that all steps share; `given` names the flags that were set."""
+
+    step: ClassVar[int]
+    purpose: ClassVar[str]
+
+    data: DataConfig = group()
+    loading: LoadingConfig = group()
+    lora: LoraConfig = group()
+    schedule: ScheduleConfig = group()
+    engine: EngineConfig = group()
+    run: RunConfig = group()
+    checkpoint: CheckpointConfig = group()
+    tracking: TrackingConfig = group()
+    legacy: LegacyConfig = group()
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(StepConfig):
+    """Groups that steps 1 and 2 share."""
+
+    model: RoleConfig = group()
+    batches: BatchConfig = group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step1Config(SupervisedConfig):
+    """Supervised fine-tuning."""
+
+    step = 1
+    purpose = "Step 1: supervised fine-tuning of a causal language model."
+
+    sft: SFTConfig = group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step2Config(SupervisedConfig):
+    """The reward model."""
+
+    step = 2
+    purpose = "Step 2: a reward model from pairs of responses."
+
+    model: RoleConfig = group(rates=LearningRates(1e-5, 1e-4, 1e-4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step3Config(StepConfig):
+    """PPO."""
+
+    step = 3
+    purpose = "Step 3: PPO of the model of step 1 against the reward model of step 2."
+
+    actor: RoleConfig = group("actor_", rates=LearningRates(9.65e-6, 9.65e-6, 1e-4))
+    critic: RoleConfig = group("critic_", rates=LearningRates(5e-6, 5e-6, 5e-5))
+    rollout: RolloutConfig = group()
+    sampling: SamplingConfig = group()
+    hybrid: HybridEngineConfig = group()
+    reward: RewardConfig = group()
+    ppo: PPOConfig = group()
+    report: ReportConfig = group()
