@@ -20,7 +20,7 @@ from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import main as step3
-from alpaca_rlhf.utils import arguments, distributed
+from alpaca_rlhf.utils import arguments, console
 from alpaca_rlhf.utils.data import audit, prepare, sources
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.split import Split
@@ -38,22 +38,22 @@ def main() -> None:
     own, rest = parse(sys.argv[1:])
     args = PARSE[own.step](rest)
     form = ChatFormat(tokenizer_of(args))
-    distributed.say(describe(form.tokenizer))
+    console.say(describe(form.tokenizer))
     data = MAINS[own.step].load_data(args, form)
-    distributed.say(data.describe())
+    console.say(data.describe())
     paint = Paint(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     for number, row in enumerate(data.train.select(range(min(own.rows, len(data.train))))):
-        distributed.say(f"\n--- row {number + 1}: {row['length']} tokens")
-        distributed.say(shown(row, form, paint))
+        console.say(f"\n--- row {number + 1}: {row['length']} tokens")
+        console.say(shown(row, form, paint))
     path = Path(own.histogram or f"lengths_step{own.step}.png")
     draw_lengths(data, own.step, path)
-    distributed.say(f"\nlengths: {quantiles(data.lengths())}; drawn in {path}")
+    console.say(f"\nlengths: {quantiles(data.lengths())}; drawn in {path}")
     findings = audit.audit(sources_of(args), split_of(args), data.report)
     for finding in findings:
         mark = "ok  " if finding.passed else "LOOK"
-        distributed.say(f"{mark} {finding.name}: {finding.text}")
+        console.say(f"{mark} {finding.name}: {finding.text}")
     line, passed = audit.verdict(findings)
-    distributed.say(line)
+    console.say(line)
     if not passed:
         raise SystemExit(1)
 
@@ -191,4 +191,4 @@ def draw_lengths(data: Prepared, step: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    console.run_main(main)

@@ -32,7 +32,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     ScoreNormalizer,
     make_experience,
 )
-from alpaca_rlhf.utils import distributed, training_loop
+from alpaca_rlhf.utils import console, distributed, training_loop
 from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
@@ -404,4 +404,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    console.run_main(main)

@@ -20,7 +20,7 @@ from typing import Any
 import soak
 from soak import Case
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.run import checkpoints
 
 TIMEOUT = 5
@@ -63,7 +63,7 @@ def ranks(work: Callable[[], None], folder: Path) -> dict:
             os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             soak.write_to(log)
-            distributed.run_main(lambda: (distributed.initialize(0, TIMEOUT), work()))
+            console.run_main(lambda: (distributed.initialize(0, TIMEOUT), work()))
             os._exit(0)
         processes.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in processes]

@@ -225,10 +225,10 @@ class Run:
         )
         sys.argv = ["main.py", *words]
         write_to(log)
-        from alpaca_rlhf.utils import distributed
+        from alpaca_rlhf.utils import console
 
         step = sys.modules[f"alpaca_rlhf.training_model.{STEPS[case.step]}.main"]
-        distributed.run_main(step.main)
+        console.run_main(step.main)
         os._exit(0)
 
     def await_moment(

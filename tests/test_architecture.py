@@ -39,6 +39,7 @@ FLOORS = {
     "utils/optimizer.py": 1,
     "utils/arguments.py": 0,
     "utils/configs.py": 0,
+    "utils/console.py": 0,
     "utils/debugging.py": 0,
     "utils/errors.py": 0,
     "utils/resuming.py": 0,
@@ -51,7 +52,7 @@ FILES = sorted(
     str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")
     if path.name != "__init__.py" or path.read_text()
 )
-# Programs of a console, which run before or beside the ranks that `distributed.say` speaks for.
+# Programs of a console, which run before or beside the ranks that `console.say` speaks for.
 CONSOLE = (
     "training_model/my_deepspeed.py", "doctor.py", "inspect_data.py"
 )

@@ -15,7 +15,7 @@ import pytest
 from conftest import save_models
 from tiny_model import word_tokenizer
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -367,7 +367,7 @@ def test_a_bug_keeps_its_traceback_and_exit_code_1(capsys, monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setenv("RANK", "0")
-    distributed.run_main(broken)
+    console.run_main(broken)
     assert codes == [1]
     assert "Traceback" in capsys.readouterr().err
 
@@ -379,7 +379,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(capsys, monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setenv("RANK", "0")
-    distributed.run_main(full)
+    console.run_main(full)
     assert codes == [1]
     assert capsys.readouterr().err == (
         "error: no space left on the disk of out/model.safetensors; free some and start again, "

@@ -123,13 +123,13 @@ def test_under_debug_an_exception_keeps_its_way_to_the_debugger(script):
 MEETING = """
 import sys
 import torch
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 def meet():
     distributed.initialize(0)
     mine = torch.tensor(float(distributed.rank() + 1))
     total = distributed.sum_over_ranks(mine)  # the breakpoint
-    distributed.say(f"total {total.item()}")
-distributed.run_main(meet)
+    console.say(f"total {total.item()}")
+console.run_main(meet)
 """
 
 

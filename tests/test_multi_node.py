@@ -347,7 +347,7 @@ def test_over_ssh_step_1_comes_to_the_losses_of_two_ranks_on_one_host(models, on
 MEETING = """
 import json, os, sys
 import torch
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 def meet():
     distributed.initialize(0)
     total = distributed.sum_over_ranks(torch.tensor(distributed.rank() + 1)).item()
@@ -355,7 +355,7 @@ def meet():
     seen = {"total": total, "argv": sys.argv[1:], **{name: os.environ[name] for name in names}}
     with open(sys.argv[-1] + os.environ["RANK"] + ".json", "w") as file:
         json.dump(seen, file)
-distributed.run_main(meet)
+console.run_main(meet)
 """
 
 # Stands in for slurm's: starts the tasks here, numbered as srun numbers them.

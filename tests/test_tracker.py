@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.console import table
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.logging import tracker as tracking
 from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
-from alpaca_rlhf.utils.logging.tracker import Outside, Tracker, require_packages, table
+from alpaca_rlhf.utils.logging.tracker import Outside, Tracker, require_packages
 
 LOSS = {"loss": "loss"}
 
@@ -72,6 +73,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, clock):
 
 def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
     with Tracker(tmp_path, 1, LOSS) as tracker:
         tracker.log({"loss": 2.0}, 1)
         tracker.note("hello")

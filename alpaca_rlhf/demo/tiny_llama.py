@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerBase
 
 from alpaca_rlhf.demo import assistant_world
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 
@@ -275,6 +275,6 @@ def _all_cores() -> Iterator[None]:
 
 def shared(cache_home: Path) -> str:
     """The folder of the tiny LLaMA, announced on the console; one process builds, others wait."""
-    distributed.say("no model is given: using the embedded tiny LLaMA (built at first use)")
+    console.say("no model is given: using the embedded tiny LLaMA (built at first use)")
     with distributed.main_first():
         return str(ensure_tiny_llama(cache_home, progress=distributed.is_main()))

@@ -135,7 +135,7 @@ def choose_samples(
         UserError: the data cannot be read, or nothing in it is of use.
     """
     from alpaca_rlhf.evaluation import held_out
-    from alpaca_rlhf.utils import arguments, distributed
+    from alpaca_rlhf.utils import arguments, console
     from alpaca_rlhf.utils.data.split import Split
 
     shares = arguments.split_shares(args.data_split or DATA_SPLIT)
@@ -145,7 +145,7 @@ def choose_samples(
     )
     chosen = held_out.choose(wanted, models, Split(3, shares, SEED))
     for note in chosen.notes:
-        distributed.say(note)
+        console.say(note)
     return chosen
 
 
@@ -201,12 +201,12 @@ def write_output(path: str | None, text: str) -> None:
     """Write the results, whole or not at all, if a file was given."""
     if path is None:
         return
-    from alpaca_rlhf.utils import distributed
+    from alpaca_rlhf.utils import console
 
     partial_file = Path(f"{path}.partial")
     partial_file.write_text(text, encoding="utf-8")
     os.replace(partial_file, path)
-    distributed.say(f"written to {path}")
+    console.say(f"written to {path}")
 
 
 def require(*modules: str) -> None:
@@ -229,7 +229,7 @@ def run(
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    from alpaca_rlhf.utils import distributed
+    from alpaca_rlhf.utils import console
 
-    distributed.quiet_libraries()
-    distributed.run_main(partial(main, args))
+    console.quiet_libraries()
+    console.run_main(partial(main, args))

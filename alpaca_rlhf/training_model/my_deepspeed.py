@@ -181,11 +181,11 @@ def prepare_debugging(own: Namespace) -> str:
 
 def run_here(options: Namespace, launcher_flags: list[str]) -> None:
     """Run the script in this process as the only rank, as Python itself would."""
-    from alpaca_rlhf.utils import debugging
+    from alpaca_rlhf.utils import console
 
     if options.no_python:
         raise ValueError("--debug --no_python: only Python runs in this process; leave one out")
-    os.environ[debugging.IN_THIS_PROCESS] = "1"
+    os.environ[console.DEBUGGED] = "1"
     # With a place of its own it joins no group that an environment left over may speak of.
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(choose_port(options.master_port)))
@@ -294,7 +294,7 @@ def main(argv: list[str]) -> int:
     """Run the launcher; return this process's exit code."""
     # What PYTHONPATH does for the workers.
     site.addsitedir(str(REPOSITORY))
-    from alpaca_rlhf.utils.debugging import under_debugger
+    from alpaca_rlhf.utils.console import under_debugger
 
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)

@@ -13,13 +13,7 @@ import sys
 from alpaca_rlhf.utils.errors import UserError
 
 RANKS, PORT = "ALPACA_RLHF_DEBUG_RANKS", "ALPACA_RLHF_DEBUG_PORT"
-IN_THIS_PROCESS = "ALPACA_RLHF_DEBUG"
 INSTALL = "--debug_ranks needs debugpy: pip install debugpy"
-
-
-def under_debugger() -> bool:
-    """Whether this is the one process of `my_deepspeed.py --debug`."""
-    return os.environ.get(IN_THIS_PROCESS) == "1"
 
 
 def wait_for_client() -> None:

@@ -5,17 +5,11 @@ Everything works the same in a single plain process: it becomes rank 0 of a worl
 
 import contextlib
 import datetime
-import errno
 import functools
 import os
 import random
-import re
 import socket
-import sys
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +18,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from alpaca_rlhf.utils import debugging
-from alpaca_rlhf.utils.errors import TrainingStopped, UserError
+from alpaca_rlhf.utils import console, debugging
+from alpaca_rlhf.utils.errors import UserError
 
 
 def initialize(seed: int, timeout: int = 1800) -> None:
@@ -45,7 +39,7 @@ def initialize(seed: int, timeout: int = 1800) -> None:
     debugging.wait_for_client()
     import deepspeed
 
-    quiet_libraries()
+    console.quiet_libraries()
     if not on_cpu():
         # srun may show each rank its own device only.
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -57,18 +51,6 @@ def initialize(seed: int, timeout: int = 1800) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def quiet_libraries() -> None:
-    """Keep the notes, bars and warnings of libraries from what is written for people."""
-    import deepspeed
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    deepspeed.utils.logger.setLevel("WARNING")
-    # Between these libraries: what one will rename, another still calls by its old name.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
 
 
 # Which rank this is, of how many, and which on this node, as mpirun and srun say it.
@@ -129,8 +111,8 @@ def has_bf16() -> bool:
 
 @functools.cache  # step 3 asks for each of its roles
 def _note_missing_bf16() -> None:
-    say("--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is faster and "
-        "takes less memory")
+    console.say("--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is faster "
+                "and takes less memory")
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -209,13 +191,6 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
-def say(message: str) -> None:
-    """A line on the console, from rank 0."""
-    if is_main():
-        sys.stdout.write(message + "\n")
-        sys.stdout.flush()
-
-
 def describe_devices() -> str:
     """This machine's accelerators, or the cores that this process may run on."""
     if on_cpu():
@@ -259,73 +234,3 @@ def memory_gb() -> float:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return get_accelerator().max_memory_allocated() / 1e9
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a user's mistake ends in one line and exit code 2, a full disk in one.
-
-    Rank 0 speaks first; the launcher ends the others as soon as rank 0 is gone, so what all ranks
-    would say is said once.
-    """
-    code = 0
-    try:
-        main()
-    except UserError as error:
-        _last_words(f"error: {error}")
-        code = 2
-    except TrainingStopped as stop:
-        _last_words(str(stop))
-        code = stop.code
-    except FloatingPointError as error:
-        _last_words(f"error: {error}")
-        code = 1
-    except Exception as error:
-        if debugging.under_debugger():
-            raise  # to where the debugger stops at it
-        _last_words(_full_disk(error) or _of_other_ranks(error) or traceback.format_exc())
-        code = 1
-    several = world_size() > 1
-    if dist.is_initialized() and code == 0:
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: threads of a broken collective must not keep a failed process alive, and those
-    # of one that went well now and then abort the interpreter while it is taken down.
-    if code or several:
-        os._exit(code)
-
-
-def _full_disk(error: Exception) -> str | None:
-    """What to say of a disk that is full; None if that is not what happened."""
-    known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors has errors of its own.
-    if not known and "No space left on device" not in str(error):
-        return None
-    where = getattr(error, "filename", None) or "the output or cache folder"
-    return (f"error: no space left on the disk of {where}; free some and start again, with "
-            "--resume_from_checkpoint latest if there are checkpoints")
-
-
-def _of_other_ranks(error: Exception) -> str | None:
-    """What to say of an error that another rank is to blame for; None if it is this one's own."""
-    text = str(error)
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__)
-            if "alpaca_rlhf" in frame.filename]
-    where = f" (in {ours[-1].name}, {ours[-1].filename}:{ours[-1].lineno})" if ours else ""
-    if not isinstance(error, RuntimeError):
-        return None
-    if re.search("timed ?out", text, re.IGNORECASE):
-        return (f"error: rank {rank()} waited for another rank until --collective_timeout was "
-                f"over{where}; one is stuck or gone: see what it said last")
-    if re.search("connection (was )?(closed|reset|refused)|broken pipe", text, re.IGNORECASE):
-        # The launcher ends this rank, too; the one that failed first speaks for itself.
-        time.sleep(5)
-        return f"error: another rank has ended{where}"
-    return None
-
-
-def _last_words(message: str) -> None:
-    if int(os.environ.get("RANK", "0")) != 0:
-        time.sleep(3)
-        message = f"[rank {os.environ['RANK']}] {message}"
-    sys.stderr.write(message.rstrip() + "\n")

@@ -1,7 +1,7 @@
 """The exceptions that end a run in one line: a mistake of the user's, and an end on purpose.
 
 `UserError` is raised where input enters, with a message of one line: what is wrong (flag or file,
-and value) and the remedy. `distributed.run_main` prints that line and exits with code 2; any other
+and value) and the remedy. `console.run_main` prints that line and exits with code 2; any other
 exception is a bug of ours and keeps its traceback.
 """
 

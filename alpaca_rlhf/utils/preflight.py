@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from alpaca_rlhf.utils import distributed, memory_plan, optimizer
+from alpaca_rlhf.utils import console, memory_plan, optimizer
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.memory_plan import Planned
@@ -36,7 +36,7 @@ def check(
     if all(_is_hub_id(m.path) or (Path(m.path) / "config.json").exists() for m in models):
         warning = memory_plan.check(models)
         if warning:
-            distributed.say(warning)
+            console.say(warning)
 
 
 def require_cached(path: str) -> None:

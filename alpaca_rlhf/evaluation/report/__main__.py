@@ -14,7 +14,7 @@ from pathlib import Path
 
 from alpaca_rlhf.evaluation.report import page, plots, summary
 from alpaca_rlhf.evaluation.report.runs import read_run
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console
 
 
 def main() -> None:
@@ -30,13 +30,13 @@ def main() -> None:
     args = parser.parse_args()
     runs = [read_run(Path(folder)) for folder in args.runs]
     for run in runs:
-        distributed.say(summary.as_text(run))
+        console.say(summary.as_text(run))
     target = Path(args.output) if args.output else _default_target([r.folder for r in runs])
     page.write(runs, target)
-    distributed.say(f"\nreport: {target}")
+    console.say(f"\nreport: {target}")
     if args.plot:
         plots.curves_png(runs, Path(args.plot))
-        distributed.say(f"curves of {len(runs)} runs: {args.plot}")
+        console.say(f"curves of {len(runs)} runs: {args.plot}")
 
 
 def _default_target(folders: list[Path]) -> Path:
@@ -46,4 +46,4 @@ def _default_target(folders: list[Path]) -> Path:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    console.run_main(main)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from alpaca_rlhf.evaluation.report import plots, summary
 from alpaca_rlhf.evaluation.report.runs import TITLES, Run, Step, groups, read_run
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 
 REPORT_FILE = "report.html"
 DIALOGUES = 24
@@ -34,9 +34,9 @@ def write_beside(folder: Path | None) -> None:
     try:
         target = write([read_run(folder)], folder / REPORT_FILE)
     except Exception as error:  # the training is done and saved: nothing may spoil that
-        distributed.say(f"warning: no report.html was written ({type(error).__name__}: {error})")
+        console.say(f"warning: no report.html was written ({type(error).__name__}: {error})")
     else:
-        distributed.say(f"report: {target}")
+        console.say(f"report: {target}")
 
 
 def write(runs: list[Run], target: Path) -> Path:

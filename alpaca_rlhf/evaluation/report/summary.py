@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 from alpaca_rlhf.evaluation.report.runs import Run, Step
-from alpaca_rlhf.utils.logging.tracker import table
+from alpaca_rlhf.utils.console import table
 
 DIALOGUES = 3
 # Success as design and README define it: score up by this many of the SFT policy's deviations,

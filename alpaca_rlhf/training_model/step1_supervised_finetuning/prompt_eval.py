@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Let each model answer, one after the other in memory; then show and write it all."""
     from alpaca_rlhf.evaluation.saved import open_policy, open_scorer, short_names
-    from alpaca_rlhf.utils import distributed
+    from alpaca_rlhf.utils import console
 
     options = flags.load_options(args)
     prompts = dialogues(args)
@@ -68,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
             told += [{"model": name, "path": path, **answer} for answer in new]
         del policy
     for number, (messages, told) in enumerate(zip(prompts, answers, strict=True), 1):
-        distributed.say(shown(number, messages, told))
-    distributed.say(totals(names, answers))
+        console.say(shown(number, messages, told))
+    console.say(totals(names, answers))
     write = markdown if (args.output or "").endswith(".md") else jsonl
     flags.write_output(args.output, "".join(write(prompts, answers)))
 
@@ -204,7 +204,7 @@ def _turns(messages: "Sequence[Message]") -> list[str]:
 
 def totals(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> str:
     """Means over the prompts, a line for each model."""
-    from alpaca_rlhf.utils.logging.tracker import table
+    from alpaca_rlhf.utils.console import table
 
     rows = []
     for name in names:

@@ -11,7 +11,7 @@ import torch
 from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.evaluation.report import page
 from alpaca_rlhf.evaluation.statistics import wilson_interval
-from alpaca_rlhf.utils import arguments, distributed, losses, preflight, training_loop
+from alpaca_rlhf.utils import arguments, console, distributed, losses, preflight, training_loop
 from alpaca_rlhf.utils.arguments import Step2Arguments
 from alpaca_rlhf.utils.data import prepare, sources
 from alpaca_rlhf.utils.data.batches import PairBatch, collate_pairs
@@ -49,7 +49,7 @@ def main() -> None:
     args = arguments.parse_step2()
     distributed.initialize(args.run.seed, args.run.collective_timeout)
     for notice in arguments.notices(args):
-        distributed.say(notice)
+        console.say(notice)
     how = arguments.resuming(args)
     folder, found = resume.open_run(how)
     home = prepare.cache_home(args.data.data_output_path)
@@ -62,9 +62,9 @@ def main() -> None:
         args.loading.tokenizer_name_or_path or path, args.data.chat_template,
         args.loading.trust_remote_code,
     ))
-    distributed.say(describe(form.tokenizer))
+    console.say(describe(form.tokenizer))
     data = load_data(args, form)
-    distributed.say(data.describe())
+    console.say(data.describe())
     data.check_against(path, "the model to start from")
     plan = plan_of(args)
     total_steps = plan.total_steps(len(data.train))
@@ -84,7 +84,7 @@ def main() -> None:
         replay(args.run.replay, engine)
         return
     progress.before = before = progress.before or evaluate()
-    distributed.say(f"before: {summary(before)}")
+    console.say(f"before: {summary(before)}")
     outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
     tracker = Tracker(folder.path, total_steps, SHOWN, outside, resume_step=progress.step)
     with tracker, checkpoints.heeding_signals():
@@ -95,7 +95,7 @@ def main() -> None:
         )
     pairs = score_pairs(engine, data, form.pad_id, args)
     after = accuracy(pairs)
-    distributed.say(f"after: {summary(after)}")
+    console.say(f"after: {summary(after)}")
 
     export(engine, form, folder, path, pairs)
     data.save_record(folder.path)
@@ -141,7 +141,7 @@ def build(
         model_settings(args), schedule, partial(load_reward_model, path, form.tokenizer),
         wrap=TokenScorer,
     )
-    distributed.say(f"model: {trains}")
+    console.say(f"model: {trains}")
     return engine
 
 
@@ -241,4 +241,4 @@ def summary(result: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    console.run_main(main)

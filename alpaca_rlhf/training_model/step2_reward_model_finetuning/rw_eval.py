@@ -54,16 +54,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Score the pairs, then the policy's replies; show and write what comes of it."""
     from alpaca_rlhf.evaluation.saved import open_scorer
-    from alpaca_rlhf.utils import distributed
+    from alpaca_rlhf.utils import console
 
     chosen = flags.choose_samples(args, [args.path], args.limit, pairs=True)
     scorer = open_scorer(args.path, flags.load_options(args))
     pairs = score_pairs(scorer, chosen.samples, args.max_seq_len)
     results = measure(pairs, chosen.seed)
-    distributed.say(describe(results))
+    console.say(describe(results))
     if args.policy:
         results["best_of_n"] = best_of_n(args, scorer, chosen)
-        distributed.say(describe_best(results["best_of_n"]))
+        console.say(describe_best(results["best_of_n"]))
     results |= {"reward_model": args.path, "policy": args.policy, "data": chosen.notes[0],
                 "seed": chosen.seed, "max_seq_len": args.max_seq_len}
     flags.write_output(args.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -88,7 +88,7 @@ def score_pairs(scorer: "Scorer", samples: "Sequence[Sample]", max_seq_len: int)
     Raises:
         UserError: no pair is left once they are cut to length.
     """
-    from alpaca_rlhf.utils import distributed
+    from alpaca_rlhf.utils import console
     from alpaca_rlhf.utils.data.prepare import DISCARDED, Lengths, encode_pairs
 
     rows = encode_pairs(samples, scorer.form, Lengths.of_sequence(max_seq_len, "truncate"))
@@ -96,7 +96,7 @@ def score_pairs(scorer: "Scorer", samples: "Sequence[Sample]", max_seq_len: int)
     if not kept:
         raise UserError(f"--max_seq_len {max_seq_len}: no pair is left ({rows[0][DISCARDED]})")
     if len(kept) < len(rows):
-        distributed.say(f"data: {len(rows) - len(kept)} pairs are alike once cut, and left out")
+        console.say(f"data: {len(rows) - len(kept)} pairs are alike once cut, and left out")
     sides = [rows[i][side] for side in ("chosen_ids", "rejected_ids") for i in kept]
     scores, n = scorer.score(sides), len(kept)
     lengths = [
@@ -173,7 +173,7 @@ def _by_length(right: Any, length: Any) -> list[Results]:
 
 def describe(results: Results) -> str:
     """The figures for people."""
-    from alpaca_rlhf.utils.logging.tracker import table
+    from alpaca_rlhf.utils.console import table
 
     rows = [["all pairs", *_cells(results["accuracy"])]]
     rows += [[f"longer reply has {bucket['from']} to {bucket['to']} tokens", *_cells(bucket)]
@@ -245,7 +245,7 @@ def best_of_n(args: argparse.Namespace, scorer: "Scorer", chosen: "Chosen") -> l
 
 def describe_best(curve: Sequence[Results]) -> str:
     """The curve for people."""
-    from alpaca_rlhf.utils.logging.tracker import table
+    from alpaca_rlhf.utils.console import table
 
     judges = [name for name in ("score", "gold") if name in curve[0]]
     rows = [

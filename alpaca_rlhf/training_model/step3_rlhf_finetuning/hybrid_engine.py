@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import deepspeed_backend
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
 from alpaca_rlhf.utils.generation.cuda_graph import GraphStep
 from alpaca_rlhf.utils.generation.decoder import (
@@ -146,7 +146,7 @@ class HybridEngine:
         forward = "decoding goes through the model's forward pass"
         objection = self._kind.objection(plain)
         if objection is not None:
-            distributed.say(f"{forward}: {objection}")
+            console.say(f"{forward}: {objection}")
             return False
         self._step = self._kind(plain).fill()
         try:
@@ -156,7 +156,7 @@ class HybridEngine:
         except RuntimeError as error:  # what a CUDA graph cannot hold
             wrong = f"fails ({str(error).splitlines()[0]})"
         self._step = None
-        distributed.say(f"warning: {self._kind.name} {wrong}; {forward}")
+        console.say(f"warning: {self._kind.name} {wrong}; {forward}")
         return False
 
     def _theirs_is_right(self, request: RolloutRequest, eos_ids: Tensor, pad_id: int) -> bool:
@@ -170,7 +170,7 @@ class HybridEngine:
         objection = deepspeed_backend.objection(self.engine, ours, few, greedy, eos_ids, pad_id)
         if objection is not None:
             self._theirs = False
-            distributed.say(
+            console.say(
                 f"warning: --hybrid_engine_backend deepspeed: {objection}; the native backend is "
                 "used"
             )

@@ -43,8 +43,9 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     token_rewards,
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.samples import token_records
-from alpaca_rlhf.utils import arguments, distributed, preflight
+from alpaca_rlhf.utils import arguments, console, distributed, preflight
 from alpaca_rlhf.utils.arguments import Step3Arguments
+from alpaca_rlhf.utils.console import table
 from alpaca_rlhf.utils.data import plain_text, prepare, samplers, sources
 from alpaca_rlhf.utils.data.batches import TokenBatch, collate_prompts, collate_tokens
 from alpaca_rlhf.utils.data.prepare import Prepared
@@ -54,7 +55,7 @@ from alpaca_rlhf.utils.engine import ModelSettings, Schedule
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, Alarms, Limits
-from alpaca_rlhf.utils.logging.tracker import Outside, Tracker, table
+from alpaca_rlhf.utils.logging.tracker import Outside, Tracker
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.ema import Ema
@@ -76,7 +77,7 @@ def main() -> None:
     args = arguments.parse_step3()
     distributed.initialize(args.run.seed, args.run.collective_timeout)
     for notice in arguments.notices(args):
-        distributed.say(notice)
+        console.say(notice)
     reward_function = (
         load_reward_function(args.reward.reward_function) if args.reward.reward_function else None
     )
@@ -87,9 +88,9 @@ def main() -> None:
         planned(args), args.loading.tokenizer_name_or_path, arguments.trackers(args)
     )
     form = ChatFormat(load_tokenizers(args))
-    distributed.say(describe(form.tokenizer))
+    console.say(describe(form.tokenizer))
     data = load_data(args, form)
-    distributed.say(data.describe())
+    console.say(data.describe())
     data.check_against(args.actor.actor_model_name_or_path, "the actor")
     data.check_against(args.critic.critic_model_name_or_path, "the reward model")
     rounds = Rounds(args, len(data.train))
@@ -354,7 +355,7 @@ def score_normalizer(args: Step3Arguments) -> ScoreNormalizer:
     mode = args.reward.reward_normalization
     if args.reward.reward_function and mode == "checkpoint":
         mode = "reference"
-        distributed.say("--reward_function: its scores are normalised by the first rollouts'")
+        console.say("--reward_function: its scores are normalised by the first rollouts'")
     if mode == "checkpoint":
         return ScoreNormalizer(mode, *load_statistics(args.critic.critic_model_name_or_path))
     return ScoreNormalizer(mode)
@@ -391,7 +392,7 @@ def build(
         schedule, form.tokenizer, needs_reward_model,
     )
     for line in engine.summary:
-        distributed.say(line)
+        console.say(line)
     return engine
 
 
@@ -466,7 +467,7 @@ def graphs(args: Step3Arguments) -> bool:
     """Whether CUDA graphs are asked for, and can be had."""
     asked = args.rollout.enable_hybrid_engine and args.rollout.enable_cuda_graph
     if asked and distributed.on_cpu():
-        distributed.say("--enable_cuda_graph: needs CUDA; the compiled step of a CPU is used")
+        console.say("--enable_cuda_graph: needs CUDA; the compiled step of a CPU is used")
     return asked and not distributed.on_cpu()
 
 
@@ -476,7 +477,7 @@ def deepspeeds_own(args: Step3Arguments) -> dict[str, Any] | None:
     if not rollout.enable_hybrid_engine or rollout.hybrid_engine_backend == "native":
         return None
     if distributed.on_cpu():
-        distributed.say(
+        console.say(
             "--hybrid_engine_backend deepspeed: needs CUDA; the native backend is used"
         )
         return None
@@ -554,7 +555,7 @@ def measure(
     )
     if args.report.eval_prompts:
         summary = evaluate_policy.summarize(records)
-        distributed.say(f"policy: {evaluate_policy.describe(summary)}")
+        console.say(f"policy: {evaluate_policy.describe(summary)}")
     return records
 
 
@@ -594,4 +595,4 @@ def results(
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    console.run_main(main)

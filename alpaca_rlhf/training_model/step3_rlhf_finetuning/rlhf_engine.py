@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils import console, distributed, rl_math
 from alpaca_rlhf.utils.engine import (
     Engine,
     Load,
@@ -109,7 +109,7 @@ def _built_actor(settings: ModelSettings, schedule: Schedule, load: Load) -> tup
         try:
             return build_trained(settings, schedule, load)
         except Exception as error:  # it follows transformers late, and fails in many ways
-            distributed.say(
+            console.say(
                 "warning: --hybrid_engine_backend deepspeed: its engine cannot be made "
                 f"({type(error).__name__}: {error}); the native backend is used"
             )

@@ -59,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Draw both policies' replies, let the judges compare them, show and write the outcome."""
     from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import load_reward_function
-    from alpaca_rlhf.utils import distributed
+    from alpaca_rlhf.utils import console
 
     function = load_reward_function(args.reward_function) if args.reward_function else None
     options = flags.load_options(args)
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
         "data": chosen.notes[0], "seed": chosen.seed,
         "ended": [sum(r.ended for r in replies) / len(replies) for replies in sides],
     }
-    distributed.say(describe(results))
+    console.say(describe(results))
     records = list(record(chosen.samples, sides, judged))
     report = json.dumps({**results, "replies": records}, indent=2, ensure_ascii=False)
     flags.write_output(args.output, report + "\n")
@@ -170,7 +170,7 @@ def compare(judged: Sequence[Judged], lengths: Sequence[Sequence[int]], seed: in
 
 def describe(results: Results) -> str:
     """The outcome for people."""
-    from alpaca_rlhf.utils.logging.tracker import table
+    from alpaca_rlhf.utils.console import table
 
     rows = []
     for name, one in results["judges"].items():

@@ -26,7 +26,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.data import split as splitting
 from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.sources import Source, Tally
@@ -83,7 +83,7 @@ class Prepared:
         """Say on the console what of this data an earlier model was trained on already."""
         prompts = [rows[PROMPT][:] if len(rows) else [] for rows in (self.train, self.held_out)]
         for line in splitting.check_record(folder, what, self.report, *prompts):
-            distributed.say(line)
+            console.say(line)
 
     def save_record(self, folder: Path | None) -> None:
         """Leave what was trained on in a model's folder, for the next step to check."""
@@ -305,7 +305,7 @@ def _write(
     workers: int | None,
 ) -> None:
     if folder.exists():
-        distributed.say(f"data: the cache {folder} is torn; it is made again")
+        console.say(f"data: the cache {folder} is torn; it is made again")
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     tallies = [Tally() for _ in sources]
     datasets.disable_progress_bars()

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from alpaca_rlhf.demo import assistant_world
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console
 from alpaca_rlhf.utils.data import formats, reading
 from alpaca_rlhf.utils.data.formats import EMBEDDED, LOCAL_JSON, Adaptor
 from alpaca_rlhf.utils.data.reading import HELD_OUT, TRAIN, Row, Rows
@@ -117,7 +117,7 @@ def open_sources(
         UserError: a place where nothing is, or a name that no form has.
     """
     if not data_paths and not whole:
-        distributed.say("--data_path is not given: using the embedded data set")
+        console.say("--data_path is not given: using the embedded data set")
         data_paths = [EMBEDDED]
     return [_open(entry, f"{flag} {entry}", whole) for entry in data_paths]
 

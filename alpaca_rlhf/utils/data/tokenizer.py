@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.errors import UserError
 
@@ -236,7 +236,7 @@ def _set_template(
             raise UserError(
                 f"--chat_template {name}: {path} was trained with {saved}; remove the flag"
             )
-        distributed.say(
+        console.say(
             f"--chat_template {name}: {path} was trained with {saved}; from here on it is {name}"
         )
     if name in (saved, chat_template.OWN_TEMPLATE):
@@ -262,7 +262,7 @@ def _take_chatml_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     end = chat_template.CHATML_TOKENS[1]
     if tokenizer.eos_token != end:
         tokenizer.eos_token = end
-        distributed.say(f"--chat_template chatml: {end} is eos from here on")
+        console.say(f"--chat_template chatml: {end} is eos from here on")
 
 
 def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,7 +20,8 @@ from typing import Any, Self, TextIO
 import torch
 from tqdm import tqdm
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
+from alpaca_rlhf.utils.console import shortened
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.logging import records
 from alpaca_rlhf.utils.logging.alarms import Alarms
@@ -172,7 +173,7 @@ class Tracker:
         if self._bar is not None:
             self._bar.write(message, file=sys.stdout)
         else:
-            distributed.say(message)
+            console.say(message)
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if self._folder is None or not distributed.is_main():
@@ -199,7 +200,7 @@ class Tracker:
             return
         self._last_line = now
         left = (now - self._start) / (step - self._first) * (self._total - step)
-        distributed.say(f"step {step}/{self._total}  {values}  ({left:.0f} s left)")
+        console.say(f"step {step}/{self._total}  {values}  ({left:.0f} s left)")
 
 
 class _Sink:
@@ -222,8 +223,8 @@ class _Sink:
             getattr(self._tracker, method)(*values, **options)
         except Exception as error:  # whatever a tracker's network or disk comes up with
             self._tracker = None
-            distributed.say(f"warning: --tracker {self._name} failed, and is left out from here: "
-                            f"{_short(repr(error), 200)}")
+            console.say(f"warning: --tracker {self._name} failed, and is left out from here: "
+                            f"{shortened(repr(error), 200)}")
 
     def table(
         self, title: str, columns: Sequence[str], rows: list[list[str]], step: int
@@ -266,7 +267,7 @@ def _start(outside: Outside, folder: Path | None) -> list[_Sink]:
         except Exception as error:
             for sink in sinks:
                 sink.call("finish")
-            raise UserError(f"--tracker {name}: can not be started: {_short(repr(error), 300)}; "
+            raise UserError(f"--tracker {name}: can not be started: {shortened(repr(error), 300)}; "
                             "see to it, or leave the flag out") from error
         sinks.append(_Sink(name, tracker))
     return sinks
@@ -280,19 +281,5 @@ def _run_name(folder: Path | None) -> str:
     return f"{folder.parent.name}-{name}" if folder.parent.name else name
 
 
-def table(headers: list[str], rows: list[list[str]], width: int = 48) -> str:
-    """Rows as aligned text; longer cells are cut to `width` characters and marked with …"""
-    cells = [[_short(str(cell), width) for cell in row] for row in [headers, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-             for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _short(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -37,7 +37,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.engine import Engine
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.logging.tracker import Tracker
@@ -120,7 +120,7 @@ def find(folder: export.RunFolder, how: Resuming) -> Found | None:
     if asked is None and how.replay:
         kept = nonfinite.checkpoint_of(how.replay)
         if kept is None:
-            distributed.say("--replay: the checkpoint of that step is not there; it is taken on "
+            console.say("--replay: the checkpoint of that step is not there; it is taken on "
                             "the weights that a run starts from")
         asked = None if kept is None else str(kept)
     if asked is None:
@@ -136,14 +136,14 @@ def find(folder: export.RunFolder, how: Resuming) -> Found | None:
             raise UserError(f"--resume_from_checkpoint {asked}: {problem}; give an earlier one, "
                             "or latest, which looks for one that is whole")
     elif (latest := _latest(folder.path)) is None:
-        distributed.say("--resume_from_checkpoint latest: there is no checkpoint yet; "
+        console.say("--resume_from_checkpoint latest: there is no checkpoint yet; "
                         "this run starts at its first step")
         return None
     else:
         path = latest
     found = _read(path, how)
     _refuse_changes(found, how)
-    distributed.say(f"going on from {path}")
+    console.say(f"going on from {path}")
     return found
 
 
@@ -158,7 +158,7 @@ def _latest(run: Path | None) -> Path | None:
         problem = broken(path)
         if problem is None:
             return path
-        distributed.say(f"warning: the checkpoint {path} is broken and is left out: {problem}")
+        console.say(f"warning: the checkpoint {path} is broken and is left out: {problem}")
     if there:
         raise UserError(
             f"--resume_from_checkpoint latest: none of the {len(there)} checkpoints in "
@@ -224,9 +224,9 @@ def _refuse_changes(found: Found, how: Resuming) -> None:
             "--allow_changed_args"
         )
     for line in changed:
-        distributed.say(f"changed since the checkpoint: {line}")
+        console.say(f"changed since the checkpoint: {line}")
     if found.elsewhere:
-        distributed.say("the checkpoint is of other ranks or ZeRO stages: it is converted, and "
+        console.say("the checkpoint is of other ranks or ZeRO stages: it is converted, and "
                         "the run goes on to fp32's rounding, not bit for bit")
 
 
@@ -412,7 +412,7 @@ class Checkpoints:
             if distributed.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             kept = [path.name for path in complete_ones(self._root)]
-            distributed.say(
+            console.say(
                 f"warning: the checkpoint of step {self.progress.step} could not be saved "
                 f"({problems[0]}); {f'the last one is {kept[-1]}' if kept else 'there is none'}"
             )

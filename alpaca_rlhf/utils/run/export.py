@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.model.lora import gathered_state_dict, merged_state_dict, unwrapped
 
@@ -109,9 +109,9 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
             self._lock.release()
             Path(self._lock.lock_file).unlink(missing_ok=True)
-            distributed.say(f"saved to {self.final}")
+            console.say(f"saved to {self.final}")
         elif self.final is None:
-            distributed.say("nothing is saved: no --output_dir was given")
+            console.say("nothing is saved: no --output_dir was given")
         distributed.barrier()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.errors import UserError
 
 FOLDER = "nonfinite"
@@ -68,7 +68,7 @@ class Faults:
         self._in_a_row += 1
         self._first = self.skipped == 1
         kept = self._keep(step, micro_batches, random_state)
-        distributed.say(
+        console.say(
             f"warning: the loss or the gradient of step {step} is not finite; the step is skipped"
             + (f"; --replay {kept} takes it again" if kept else "")
         )
@@ -95,7 +95,7 @@ class Faults:
                 with path.open("wb") as file:
                     torch.save({"step": step, "ranks": ranks}, file)
             except (OSError, RuntimeError) as error:
-                distributed.say(f"warning: {path} can not be written: {error}")
+                console.say(f"warning: {path} can not be written: {error}")
                 return None
         return path
 
@@ -153,17 +153,17 @@ def replay(
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--replay {path}: is no update of this step ({reason})") from error
-    distributed.say(f"replay: step {record['step']}, {len(batches)} micro-batch(es) of "
+    console.say(f"replay: step {record['step']}, {len(batches)} micro-batch(es) of "
                     f"{len(ranks)} rank(s)")
     torch.set_rng_state(mine[0]["random_state"])
     for number, batch in enumerate(batches):
         for name, loss in losses.items():
             with torch.no_grad():
                 value = loss(batch)[0].item()
-            distributed.say(f"replay: micro-batch {number}: {name}: sum of losses {value:.6g}")
+            console.say(f"replay: micro-batch {number}: {name}: sum of losses {value:.6g}")
     torch.set_rng_state(mine[0]["random_state"])
     result = update(batches)
     said = "not finite again, skipped" if result is None else ", ".join(
         f"{name} {value:.6g}" for name, value in result.items()
     )
-    distributed.say(f"replay: the update: {said}")
+    console.say(f"replay: the update: {said}")
