@@ -104,15 +104,16 @@ def test_what_could_not_end_well_does_not_begin(module, words, line):
 
 
 def test_the_figures_of_a_reward_model_by_hand():
-    scored = [rw_eval.Scored(*row) for row in (
-        (2.0, 0.0, 10, 5), (0.5, 1.0, 4, 8), (3.0, 1.0, 6, 6), (1.0, -1.0, 20, 3))]
+    names = ("chosen", "rejected", "chosen_length", "rejected_length", "length")
+    scored = [rw_eval.Scored(**dict(zip(names, row, strict=True))) for row in (
+        (2.0, 0.0, 10, 5, 30), (0.5, 1.0, 4, 8, 9), (3.0, 1.0, 6, 6, 8), (1.0, -1.0, 20, 3, 40))]
     results = rw_eval.measure(scored, seed=0)
     low, high = wilson_interval(3, 4)
     assert results["accuracy"] == {"share": 0.75, "low": low, "high": high, "pairs": 4}
     which = {k: (v["share"], v["pairs"]) for k, v in results["by_which_is_longer"].items()}
     assert which == {"chosen": (1.0, 2), "rejected": (0.0, 1), "neither": (1.0, 1)}
     assert [(b["from"], b["to"], b["pairs"]) for b in results["by_length"]] == [
-        (6, 8, 2), (10, 10, 1), (20, 20, 1)]
+        (8, 8, 1), (9, 9, 1), (30, 30, 1), (40, 40, 1)]
     sure, unsure = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-0.5))
     expected = (3 * (1 - sure) + unsure) / 4
     assert results["calibration_error"] == pytest.approx(expected)
@@ -124,7 +125,8 @@ def test_the_figures_of_a_reward_model_by_hand():
 
 
 def test_a_tie_is_wrong_and_is_told():
-    results = rw_eval.measure([rw_eval.Scored(1.0, 1.0, 2, 3)], seed=0)
+    tied = rw_eval.Scored(chosen=1, rejected=1, chosen_length=2, rejected_length=3, length=9)
+    results = rw_eval.measure([tied], seed=0)
     assert (results["accuracy"]["share"], results["ties"]) == (0.0, 1)
     assert "1 ties, counted as wrong" in rw_eval.describe(results)
 

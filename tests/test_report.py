@@ -116,7 +116,7 @@ def captions(html: str) -> list[str]:
 def test_every_curve_and_distribution_is_drawn(html):
     curves = [curve.title for number in (1, 2, 3) for curve in plots.CURVES[number]]
     more = ["held-out scores", "calibration", "accuracy by length",
-            "accuracy by which reply is longer", "reward against KL", "score, before and after",
+            "accuracy by which response is longer", "reward against KL", "score, before and after",
             "reply length in tokens, before and after"]
     assert sorted(captions(html)) == sorted(curves + more)
     assert html.count("<svg") == len(curves + more)

@@ -48,8 +48,69 @@ def bootstrap_interval(
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """Share of pairs whose chosen response has the higher score, with its Wilson interval.
+
+    Attributes:
+        share, low, high: None where there are no pairs.
+        pairs: number of pairs.
+    """
+
+    share: float | None
+    low: float | None
+    high: float | None
+    pairs: int
+
+
+def accuracy(correct: Array) -> Accuracy:
+    """Return the accuracy over pairs; `correct` [N] is 1 where a pair is in order, else 0."""
+    if not len(correct):
+        return Accuracy(share=None, low=None, high=None, pairs=0)
+    low, high = wilson_interval(float(correct.sum()), len(correct))
+    return Accuracy(share=float(correct.mean()), low=low, high=high, pairs=len(correct))
+
+
+def accuracy_by_length(
+    correct: Array, tokens: Array, buckets: int = 4
+) -> dict[tuple[int, int], Accuracy]:
+    """Return the accuracy over pairs of similar length, shortest first.
+
+    The length of a pair is the token count of its longer sequence as the reward model reads it:
+    prompt and response, after truncation. Bucket edges are quantiles, so that buckets hold similar
+    numbers of pairs; pairs of one length always share a bucket.
+
+    Args:
+        correct: [N], 1 where a pair is in order, else 0.
+        tokens: [N], length of each pair.
+        buckets: at most this many.
+
+    Returns:
+        (shortest, longest) length in a bucket -> its accuracy; no bucket is empty.
+    """
+    if not len(tokens):
+        return {}
+    edges = np.quantile(tokens, np.arange(1, buckets) / buckets)
+    place = np.searchsorted(edges, tokens, side="left")
+    members = [place == i for i in np.unique(place)]
+    return {(int(tokens[rows].min()), int(tokens[rows].max())): accuracy(correct[rows])
+            for rows in members}
+
+
+def accuracy_by_longer_response(correct: Array, longer_by: Array) -> dict[str, Accuracy]:
+    """Return the accuracy over pairs by which response is longer: chosen, rejected or neither.
+
+    Args:
+        correct: [N], 1 where a pair is in order, else 0.
+        longer_by: [N], tokens of the chosen response minus tokens of the rejected one.
+    """
+    sign = np.sign(longer_by)
+    return {name: accuracy(correct[sign == one])
+            for name, one in (("chosen", 1), ("rejected", -1), ("neither", 0))}
+
+
+@dataclass(frozen=True)
 class Bin:
-    """Cases of like confidence: from `low` to `high`, how many, how sure and how often right."""
+    """Pairs of similar confidence: its range, their number, mean confidence and accuracy."""
 
     low: float
     high: float
@@ -58,25 +119,29 @@ class Bin:
     accuracy: float
 
 
-def calibration(confidence: Array, right: Array, bins: int = 10) -> tuple[float, list[Bin]]:
-    """Expected calibration error (Guo et al. 2017, eq. 3), and the bins it is made of.
+def calibration(margins: Array, bins: int = 10) -> tuple[float, list[Bin]]:
+    """Return the expected calibration error (Guo et al. 2017, eq. 3) and its non-empty bins.
+
+    The confidence in a pair is sigmoid(|margin|), the probability that a Bradley-Terry model gives
+    to the response it scores higher; a pair is in order where the margin is positive.
 
     Args:
-        confidence: [N], the probability given to the answer that was chosen, from 0.5 to 1.
-        right: [N], 1 where it was the right one.
-        bins: of equal width.
+        margins: [N], score of the chosen response minus score of the rejected one.
+        bins: number of bins of equal width, from confidence 0.5 to 1.
 
     Returns:
         sum over bins of count / N * |accuracy - confidence|, and the bins that are not empty.
     """
+    confidence, correct = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
     edges = np.linspace(0.5, 1.0, bins + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
     filled = [
-        Bin(float(edges[i]), float(edges[i + 1]), int((place == i).sum()),
-            float(confidence[place == i].mean()), float(right[place == i].mean()))
-        for i in range(bins) if (place == i).any()
+        Bin(low=float(edges[i]), high=float(edges[i + 1]), count=int((place == i).sum()),
+            confidence=float(confidence[place == i].mean()),
+            accuracy=float(correct[place == i].mean()))
+        for i in np.unique(place)
     ]
-    error = sum(b.count * abs(b.accuracy - b.confidence) for b in filled) / len(confidence)
+    error = sum(b.count * abs(b.accuracy - b.confidence) for b in filled) / len(margins)
     return error, filled
 
 

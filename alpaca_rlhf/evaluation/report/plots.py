@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from alpaca_rlhf.evaluation import statistics
 from alpaca_rlhf.evaluation.report.runs import Rows, Run, Step, groups
-from alpaca_rlhf.evaluation.statistics import Array, calibration, wilson_interval
+from alpaca_rlhf.evaluation.statistics import Accuracy, Array
 from alpaca_rlhf.utils.errors import UserError
 
 SFT_COLOUR, RLHF_COLOUR, ALARM_COLOUR = "#64748b", "#0f766e", "#b91c1c"
@@ -221,63 +222,50 @@ def _reward_plots(step: Step, prefix: str) -> Iterator[Plot]:
     columns = {name: np.array([pair[name] for pair in step.pairs], dtype=float)
                for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
     margin = columns["chosen"] - columns["rejected"]
-    right = (margin > 0).astype(float)
+    correct = (margin > 0).astype(float)
     yield _plot(
         f"{prefix}-scores", "held-out scores",
         partial(_histograms, values={name: columns[name] for name in ("rejected", "chosen")}))
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    error, bins = calibration(confidence, right)
+    error, bins = statistics.calibration(margin)
 
     def reliability(axis: Any) -> None:
         axis.plot([0.5, 1], [0.5, 1], color="#94a3b8", linestyle="--", linewidth=1)
         axis.plot([b.confidence for b in bins], [b.accuracy for b in bins], color=RLHF_COLOUR)
         axis.scatter([b.confidence for b in bins], [b.accuracy for b in bins], color=RLHF_COLOUR,
-                     s=[10 + 120 * b.count / len(right) for b in bins])
+                     s=[10 + 120 * b.count / len(margin) for b in bins])
         for b in bins:
-            axis.plot([b.confidence] * 2, wilson_interval(b.accuracy * b.count, b.count),
-                      color=RLHF_COLOUR, alpha=0.4, linewidth=1.2)
+            interval = statistics.wilson_interval(b.accuracy * b.count, b.count)
+            axis.plot([b.confidence] * 2, interval, color=RLHF_COLOUR, alpha=0.4, linewidth=1.2)
         axis.set_xlabel("how sure the model is")
         axis.set_ylabel("how often it is right")
 
     yield _plot(f"{prefix}-calibration", "calibration", reliability,
                 f"Expected calibration error {error:.3f}; on the dashed line it would be 0. "
                 "A larger dot is more pairs; the lines are 95 % intervals.")
+    longest = np.maximum(columns["chosen_tokens"], columns["rejected_tokens"])
+    by_length = {f"{a}–{b}" if a < b else f"{a}": accuracy for (a, b), accuracy
+                 in statistics.accuracy_by_length(correct, longest).items()}
     yield _plot(
-        f"{prefix}-length", "accuracy by length",
-        partial(_shares, parts=_by_length(columns, right)),
-        "Tokens of the pair's longer text, in quarters; the lines are 95 % intervals.")
+        f"{prefix}-length", "accuracy by length", partial(_accuracies, parts=by_length),
+        "Tokens of the pair's longer sequence, prompt and response, in quarters of the pairs; the "
+        "lines are 95 % intervals.")
+    by_longer = statistics.accuracy_by_longer_response(
+        correct, columns["chosen_tokens"] - columns["rejected_tokens"])
     yield _plot(
-        f"{prefix}-longer", "accuracy by which reply is longer",
-        partial(_shares, parts=_by_longer(columns, right)),
-        "The chosen reply against the rejected. A model that only counts words is right in the "
-        "first and wrong in the last.")
+        f"{prefix}-longer", "accuracy by which response is longer",
+        partial(_accuracies, parts=by_longer),
+        "A reward model that only counts tokens is right where the chosen response is longer and "
+        "wrong where the rejected one is.")
 
 
-def _by_length(columns: dict[str, Array], right: Array) -> dict[str, Array]:
-    longer = np.maximum(columns["chosen_tokens"], columns["rejected_tokens"])
-    edges = np.unique(np.quantile(longer, [0, 0.25, 0.5, 0.75, 1]))
-    if len(edges) == 1:
-        return {f"{edges[0]:.0f}": right}
-    place = np.clip(np.searchsorted(edges, longer, side="left") - 1, 0, len(edges) - 2)
-    found = {i: longer[place == i] for i in range(len(edges) - 1) if (place == i).any()}
-    return {f"{values.min():.0f}–{values.max():.0f}": right[place == i]
-            for i, values in found.items()}
-
-
-def _by_longer(columns: dict[str, Array], right: Array) -> dict[str, Array]:
-    sign = np.sign(columns["chosen_tokens"] - columns["rejected_tokens"])
-    named = {"longer": 1, "as long": 0, "shorter": -1}
-    return {name: right[sign == s] for name, s in named.items() if (sign == s).any()}
-
-
-def _shares(axis: Any, parts: dict[str, Array]) -> None:
-    """Shares of what is right in each part, with Wilson's intervals."""
-    for i, right in enumerate(parts.values()):
-        low, high = wilson_interval(right.sum(), len(right))
-        axis.bar(i, right.mean(), color=RLHF_COLOUR, alpha=0.75, width=0.7)
-        axis.plot([i, i], [low, high], color="#0f172a", linewidth=1.2)
-    axis.set_xticks(range(len(parts)), [f"{name}\nn={len(r)}" for name, r in parts.items()],
-                    fontsize=8)
+def _accuracies(axis: Any, parts: dict[str, Accuracy]) -> None:
+    """A bar for each part that has pairs, with its interval."""
+    parts = {name: accuracy for name, accuracy in parts.items() if accuracy.pairs}
+    for i, accuracy in enumerate(parts.values()):
+        axis.bar(i, accuracy.share, color=RLHF_COLOUR, alpha=0.75, width=0.7)
+        axis.plot([i, i], [accuracy.low, accuracy.high], color="#0f172a", linewidth=1.2)
+    axis.set_xticks(range(len(parts)),
+                    [f"{name}\nn={accuracy.pairs}" for name, accuracy in parts.items()], fontsize=8)
     axis.axhline(0.5, color="#94a3b8", linestyle="--", linewidth=1)
     axis.set_ylim(0, 1)
 

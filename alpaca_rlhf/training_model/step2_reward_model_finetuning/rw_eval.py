@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from alpaca_rlhf.evaluation.saved import Scorer
     from alpaca_rlhf.utils.data.samples import Sample
 
-LENGTH_BUCKETS = 4
 Results = dict[str, Any]
 
 
@@ -74,12 +73,19 @@ def main(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Scored:
-    """A pair: both scores, and both replies' lengths in tokens."""
+    """A pair with its scores and lengths in tokens.
+
+    Attributes:
+        chosen, rejected: scores.
+        chosen_length, rejected_length: length of each response, before truncation.
+        length: of the longer sequence that was scored, prompt and response.
+    """
 
     chosen: float
     rejected: float
     chosen_length: int
     rejected_length: int
+    length: int
 
 
 def score_pairs(scorer: "Scorer", samples: "Sequence[Sample]", max_seq_len: int) -> list[Scored]:
@@ -89,7 +95,7 @@ def score_pairs(scorer: "Scorer", samples: "Sequence[Sample]", max_seq_len: int)
         UserError: no pair is left once they are cut to length.
     """
     from alpaca_rlhf.utils import console
-    from alpaca_rlhf.utils.data.prepare import DISCARDED, Lengths, encode_pairs
+    from alpaca_rlhf.utils.data.prepare import DISCARDED, LENGTH, Lengths, encode_pairs
 
     rows = encode_pairs(samples, scorer.form, Lengths.of_sequence(max_seq_len, "truncate"))
     kept = [i for i, row in enumerate(rows) if not row[DISCARDED]]
@@ -103,7 +109,11 @@ def score_pairs(scorer: "Scorer", samples: "Sequence[Sample]", max_seq_len: int)
         [len(reply) for reply in scorer.form.responses(getattr(samples[i], side) for i in kept)]
         for side in ("chosen", "rejected")
     ]
-    return [Scored(scores[i], scores[n + i], lengths[0][i], lengths[1][i]) for i in range(n)]
+    return [
+        Scored(chosen=scores[i], rejected=scores[n + i], chosen_length=lengths[0][i],
+               rejected_length=lengths[1][i], length=rows[place][LENGTH])
+        for i, place in enumerate(kept)
+    ]
 
 
 def measure(pairs: Sequence[Scored], seed: int) -> Results:
@@ -116,21 +126,22 @@ def measure(pairs: Sequence[Scored], seed: int) -> Results:
                         for side in ("chosen", "rejected"))
     long, short = (np.array([getattr(p, f"{side}_length") for p in pairs], dtype=np.float64)
                    for side in ("chosen", "rejected"))
-    right = (chosen > rejected).astype(np.float64)
-    confidence = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
-    error, bins = statistics.calibration(confidence, right)
+    correct = (chosen > rejected).astype(np.float64)
+    error, bins = statistics.calibration(chosen - rejected)
+    by_length = statistics.accuracy_by_length(correct, np.array([pair.length for pair in pairs]))
     both = np.stack([
         np.concatenate([chosen, rejected]), np.concatenate([long, short])
     ], axis=1)
     # Both replies of a pair are drawn together.
     paired = np.stack([chosen, long, rejected, short], axis=1)
     return {
-        "accuracy": _share(right),
+        "accuracy": asdict(statistics.accuracy(correct)),
         "ties": int((chosen == rejected).sum()),
-        "by_length": _by_length(right, np.maximum(long, short)),
+        "by_length": [{"from": shortest, "to": longest, **asdict(one)}
+                      for (shortest, longest), one in by_length.items()],
         "by_which_is_longer": {
-            name: _share(right[where]) for name, where in (
-                ("chosen", long > short), ("rejected", long < short), ("neither", long == short))
+            name: asdict(one)
+            for name, one in statistics.accuracy_by_longer_response(correct, long - short).items()
         },
         "calibration_error": error,
         "calibration": [asdict(one) for one in bins],
@@ -144,31 +155,11 @@ def measure(pairs: Sequence[Scored], seed: int) -> Results:
                 paired, lambda rows: statistics.pearson(rows.reshape(-1, 2)), seed
             ),
             "spearman": statistics.spearman(both),
-            "longer_is_chosen": _share((long > short).astype(float)[long != short]),
+            "longer_is_chosen": asdict(
+                statistics.accuracy((long > short).astype(np.float64)[long != short])
+            ),
         },
     }
-
-
-def _share(right: Any) -> Results:
-    from alpaca_rlhf.evaluation.statistics import wilson_interval
-
-    if not len(right):
-        return {"share": None, "low": None, "high": None, "pairs": 0}
-    low, high = wilson_interval(float(right.sum()), len(right))
-    return {"share": float(right.mean()), "low": low, "high": high, "pairs": len(right)}
-
-
-def _by_length(right: Any, length: Any) -> list[Results]:
-    """Accuracy in buckets of about as many pairs each, by the longer reply's tokens."""
-    import numpy as np
-
-    edges = np.unique(np.quantile(length, np.linspace(0, 1, LENGTH_BUCKETS + 1)[1:-1]).round())
-    place = np.searchsorted(edges, length, side="left")
-    return [
-        {"from": int(length[place == i].min()), "to": int(length[place == i].max()),
-         **_share(right[place == i])}
-        for i in range(len(edges) + 1) if (place == i).any()
-    ]
 
 
 def describe(results: Results) -> str:
@@ -176,7 +167,7 @@ def describe(results: Results) -> str:
     from alpaca_rlhf.utils.console import table
 
     rows = [["all pairs", *_cells(results["accuracy"])]]
-    rows += [[f"longer reply has {bucket['from']} to {bucket['to']} tokens", *_cells(bucket)]
+    rows += [[f"{bucket['from']} to {bucket['to']} tokens", *_cells(bucket)]
              for bucket in results["by_length"]]
     rows += [[f"{name} is longer", *_cells(share)]
              for name, share in results["by_which_is_longer"].items()]
