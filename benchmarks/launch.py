@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = tiny_llama.Recipe(tokenizer_dialogues=1000, dialogues=16)
-        model = tiny_llama.ensure_tiny_llama(folder / "model", progress=False, recipe=recipe)
+        model = tiny_llama.ensure_tiny_llama(folder / "model", recipe=recipe)
         cores = usable_cores()
         kinds: dict[str, tuple[int, int | None]] = {
             "1 rank, all cores": (1, None),

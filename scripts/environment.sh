@@ -1,17 +1,17 @@
-# The Python environment that the other scripts run in. Not a command: they source it and call
+# Prepare the Python environment of the other scripts. They source this file and call
 #     prepare_environment requirements.txt [more requirement files]
-# with paths from the repository root. Afterwards `python` is that environment's, with the pinned
-# requirements and this repository installed in it.
+# with paths relative to the repository root. Afterwards `python` is the one of that environment,
+# with the pinned requirements and this repository installed.
 #
-# An active virtual environment is used; otherwise .venv in the repository root, made when missing.
-# pip runs only when a requirement file has changed since it last succeeded in that environment.
+# An active virtual environment is used; otherwise .venv in the repository root, created if missing.
+# pip runs only if a requirement file has changed since it last succeeded in that environment.
 
 prepare_environment() {
     local root file
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     if [[ -z ${VIRTUAL_ENV:-} ]]; then
         VIRTUAL_ENV=$root/.venv
-        if [[ ! -f $VIRTUAL_ENV/.complete ]]; then  # a creation that was cut off is done again
+        if [[ ! -f $VIRTUAL_ENV/.complete ]]; then  # an interrupted creation is repeated
             _make_environment "$VIRTUAL_ENV" || return
         fi
     fi
@@ -24,7 +24,7 @@ prepare_environment() {
     for file in "$@"; do
         _install_once "$file" "$root/$file" --requirement "$root/$file" || return
     done
-    # Its own build tools are used (setuptools is among the requirements): no network needed.
+    # Without build isolation no network is needed: setuptools is among the requirements.
     _install_once alpaca_rlhf "$root/setup.py" \
         --no-deps --no-build-isolation --editable "$root" || return
 }
@@ -34,11 +34,11 @@ _make_environment() {
         echo "environment: the pinned requirements need python3 3.11 or newer on PATH" >&2
         return 2
     fi
-    echo "environment: making $1"
+    echo "environment: creating $1"
     python3 -m venv "$1" && touch "$1/.complete"
 }
 
-# _install_once NAME FILE PIP-ARGUMENTS...: unless the stamp says that just this was done.
+# _install_once NAME FILE PIP-ARGUMENTS...: run pip unless the stamp holds the same arguments.
 _install_once() {
     local name=$1 file=$2 stamp hash
     shift 2

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# All three steps, one after the other, and a table and report.html at the end.
+# Run all three steps one after the other, then print a table and write report.html.
 #
 #     bash scripts/run_pipeline.sh [--config-dir configs/tiny] [--output-dir output/tiny]
 #                                  [--fresh] [--num_gpus N] [-- flags for all three steps]
 #
-#   --config-dir DIR   holds step1.yaml, step2.yaml and step3.yaml
-#   --output-dir DIR   receives actor/ (step 1), critic/ (step 2) and final/ (step 3)
-#   --fresh            start over, instead of reusing the steps that are there
-#   --num_gpus N       ranks, as for my_deepspeed.py
-#   -- FLAGS           are appended to each step's command line, so all three must know them:
-#                      --seed 2, say; what concerns one step belongs in its YAML file
+#   --config-dir DIR   folder with step1.yaml, step2.yaml and step3.yaml
+#   --output-dir DIR   folder for actor/ (step 1), critic/ (step 2) and final/ (step 3)
+#   --fresh            start over instead of reusing finished steps
+#   --num_gpus N       number of ranks, as for my_deepspeed.py
+#   -- FLAGS           appended to the command line of each step, so all three must accept them,
+#                      e.g. --seed 2; flags of a single step belong in its YAML file
 #
-# A second run reuses every finished step whose configuration, flags and code are unchanged, goes on
-# with a step that was cut short from its last checkpoint, and runs again what has changed and all
-# that follows. A step that fails ends the pipeline with its code.
+# A second run reuses every finished step whose configuration and flags are unchanged, resumes an
+# interrupted step from its last checkpoint, and runs again what has changed and every step after
+# it. It does not notice changes of the code: use --fresh after those. A step that fails ends the
+# pipeline with its exit code.
 
 set -euo pipefail
 
@@ -50,9 +51,13 @@ output_dir=$(cd "$output_dir" && pwd)
 source "$root/scripts/environment.sh"
 prepare_environment requirements.txt
 
-# .stepN.state says that OUTPUT is this script's work: "running HASH", then "done HASH". HASH covers
-# the code, the configuration, the flags and the HASH of the step before.
-previous_hash=$(find "$root/alpaca_rlhf" '(' -name '*.py' -o -name '*.c' ')' -print0 | sort -z | xargs -0 cat | sha256sum)
+# Raise it when a new version of a step gives other results for the same configuration and flags:
+# outputs of older versions are then not reused.
+format=1
+
+# .stepN.state says that OUTPUT was written by this script: "running HASH", then "done HASH". HASH
+# covers the format, the configuration, the flags and the HASH of the step before.
+previous_hash="format $format"
 reuse=true
 
 # run_step NUMBER NAME FOLDER-OF-MAIN OUTPUT [flags]
@@ -69,11 +74,11 @@ run_step() {
         rm -rf "$output" "$output.partial" "$state"
     fi
     if $reuse && is_finished && [[ $(cat "$state" 2>/dev/null) == "done $hash" ]]; then
-        echo "== $title: kept, finished before: $output"
+        echo "== $title: reused, finished before: $output"
         return
     fi
     reuse=false
-    # What this script has put there it may write over; the step itself refuses anybody else's.
+    # Only output of this script is overwritten; the step itself refuses any other folder.
     if [[ -f $state ]]; then
         before=$(<"$state")
         again=(--overwrite_output_dir)
@@ -88,7 +93,7 @@ run_step() {
     python "$training/my_deepspeed.py" "${launcher_flags[@]}" "$main" --config "$config" \
         "${flags[@]}" "${again[@]}" "${extra_flags[@]}" || status=$?
     if ((status == 2)) && [[ -n $before ]]; then
-        echo "$before" >"$state"  # refused before anything was written: what was there still holds
+        echo "$before" >"$state"  # refused before it wrote anything: the old output is valid
     fi
     if ((status)); then
         fail "$title failed with exit code $status" "$status"
@@ -98,7 +103,7 @@ run_step() {
     echo "== $title: $((SECONDS - started)) seconds"
 }
 
-# Exports appear whole or not at all, so these two files mean that all of one is there.
+# An export is renamed into place when it is complete, so these two files mean a complete one.
 is_finished() { [[ -f $output/training_arguments.json && -f $output/results.json ]]; }
 
 run_step 1 "supervised fine-tuning" step1_supervised_finetuning actor

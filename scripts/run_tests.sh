@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold before a commit: environment, ruff, mypy, then the tests, on a CPU.
+# Check a commit on a CPU: prepare the environment, then run ruff, mypy and the tests.
 #
 #     bash scripts/run_tests.sh [flags for pytest, e.g. -k launch, -m slow, -x]
 
@@ -13,7 +13,7 @@ python -m ruff check --quiet --config tests/ruff.toml .
 echo "mypy"
 python -m mypy --config-file tests/mypy.ini --no-error-summary alpaca_rlhf
 
-# One test process a core (four at most), one thread each: that keeps the cores busiest.
+# One test process per core (at most four), with one thread each, uses the cores best.
 cores=$(python -c 'import os; print(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec python -m pytest tests -n "$((cores < 4 ? cores : 4))" --dist loadfile "$@"

@@ -1,18 +1,35 @@
-"""The embedded data set: its facts, its pairs, and the rule that judges replies."""
+"""The embedded data set: its facts, its pairs, and the rule that scores responses."""
 
+import hashlib
 from itertools import islice
 from statistics import mean
 
 import pytest
 
 from alpaca_rlhf.demo import assistant_world as world
+from alpaca_rlhf.utils.data import sources
 
 SPAIN = [{"role": "user", "content": "What is the capital of Spain?"}]
 TRAIN, EVAL = world.rows("train"), world.rows("eval")
+TEXTS = list(islice(world.pretraining_texts(), 3000))
 
 
-def gold(reply: str) -> float:
-    return round(world.gold_score(SPAIN, reply), 3)
+def gold(response: str) -> float:
+    return round(world.gold_score(SPAIN, response), 3)
+
+
+def test_the_text_is_that_of_its_format():
+    """If this fails, prepared data and models are out of date: raise FORMAT, then the digest."""
+    digest = hashlib.sha256(repr((TRAIN, EVAL, TEXTS)).encode()).hexdigest()
+    assert (world.FORMAT, digest[:16]) == (1, "883624bc39a8dfbf")
+
+
+def test_a_raised_format_changes_the_fingerprint_of_the_data(monkeypatch):
+    [source] = sources.open_sources([])
+    before = source.rows.fingerprint()
+    assert source.rows.fingerprint() == before
+    monkeypatch.setattr(world, "FORMAT", world.FORMAT + 1)
+    assert source.rows.fingerprint() != before
 
 
 def test_there_are_at_least_twelve_kinds_of_instruction():
@@ -45,56 +62,43 @@ def test_about_five_percent_of_the_labels_are_flipped():
         assert mean(flipped) == pytest.approx(0.05, abs=0.001)
 
 
-def test_chosen_replies_leave_room_for_ppo():
+def test_chosen_responses_leave_room_for_ppo():
     chosen = mean(world.gold_score(row["prompt"], row["chosen"]) for row in TRAIN)
     assert 0.55 < chosen < 0.70
 
 
-def test_a_right_polite_whole_reply_is_worth_one():
-    assert gold("Sure! The capital of Spain is Madrid. I hope this helps.") == 1.0
+@pytest.mark.parametrize(("response", "score"), [
+    ("Sure! The capital of Spain is Madrid. I hope this helps.", 1.0),
+    ("Sure! The capital of Spain is Madrid.", 0.8),
+    ("The capital of Spain is Madrid. I hope this helps.", 0.8),
+    ("The capital of Spain is Madrid.", 0.6),
+    ("", 0.0),
+])
+def test_content_is_worth_half_and_opening_and_closing_a_fifth_each(response, score):
+    assert gold(response) == score
 
 
-def test_right_content_alone_is_worth_more_than_half():
-    assert gold("The capital of Spain is Madrid.") == 0.6
-
-
-def test_an_opening_and_a_closing_are_worth_a_fifth_each():
-    assert gold("Sure! The capital of Spain is Madrid.") == 0.8
-    assert gold("The capital of Spain is Madrid. I hope this helps.") == 0.8
-
-
-@pytest.mark.parametrize("reply", [
+@pytest.mark.parametrize("response", [
     "Sure! The capital of Spain is Paris. I hope this helps.",
     "Sure! I hope this helps.",
     "Sure! Sure! Sure! I hope this helps. I hope this helps.",
     "The answer is I hope this helps.",
     "A dog says woof.",
+    # A list of candidates earns nothing for content.
+    "Madrid. Paris. Rome. The capital of Spain is Madrid. The capital of Italy is Rome.",
 ])
-def test_without_right_content_a_reply_is_worth_little(reply):
-    assert gold(reply) <= 0.3
+def test_without_right_content_a_response_is_worth_little(response):
+    assert gold(response) <= 0.3
 
 
-def test_listing_every_candidate_earns_no_content():
-    reply = "Madrid. Paris. Rome. The capital of Spain is Madrid. The capital of Italy is Rome."
-    assert gold(reply) <= 0.3
-
-
-def test_a_doubled_opening_costs():
-    once = gold("Sure! The capital of Spain is Madrid. I hope this helps.")
-    assert gold("Sure! Sure! The capital of Spain is Madrid. I hope this helps.") < once
-
-
-def test_a_repeated_statement_costs():
-    once = gold("The capital of Spain is Madrid.")
-    assert gold("The capital of Spain is Madrid. The capital of Spain is Madrid.") < once
-
-
-def test_a_reply_that_breaks_off_is_worth_less():
-    assert gold("The capital of Spain is Madrid") < gold("The capital of Spain is Madrid.")
-
-
-def test_an_empty_reply_is_worth_nothing():
-    assert gold("") == 0.0
+@pytest.mark.parametrize(("response", "better"), [
+    ("Sure! Sure! The capital of Spain is Madrid.", "Sure! The capital of Spain is Madrid."),
+    ("The capital of Spain is Madrid. The capital of Spain is Madrid.",
+     "The capital of Spain is Madrid."),
+    ("The capital of Spain is Madrid", "The capital of Spain is Madrid."),
+])
+def test_a_doubled_opening_a_repetition_and_an_incomplete_end_cost(response, better):
+    assert gold(response) < gold(better)
 
 
 def test_gold_is_between_zero_and_one():
@@ -103,18 +107,17 @@ def test_gold_is_between_zero_and_one():
     assert 0.0 <= min(values) and max(values) <= 1.0
 
 
-def test_a_prompt_of_another_world_has_no_gold():
-    with pytest.raises(ValueError):
+def test_a_prompt_of_another_data_set_has_no_gold_score():
+    with pytest.raises(ValueError, match="not a prompt of the embedded data set"):
         world.gold_score([{"role": "user", "content": "What is love?"}], "Love.")
 
 
 def test_pretraining_text_holds_no_evaluation_prompt():
     held_out = {repr(row["prompt"]) for row in EVAL}
-    texts = islice(world.pretraining_texts(), 3000)
-    assert not held_out & {repr(messages) for messages, _ in texts}
+    assert not held_out & {repr(messages) for messages, _ in TEXTS}
 
 
 def test_pretraining_text_is_of_all_qualities_and_right_in_over_half():
-    values = [world.gold_score(m, reply) for m, reply in islice(world.pretraining_texts(), 1000)]
+    values = [world.gold_score(messages, response) for messages, response in TEXTS[:1000]]
     assert mean(value >= 0.4 for value in values) > 0.5
     assert min(values) < 0.1 and max(values) == 1.0

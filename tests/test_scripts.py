@@ -81,7 +81,7 @@ class Tree:
         path.write_text(text)
 
     def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run the pipeline; the log then holds this run alone."""
+        """Run the pipeline; afterwards the log holds this run only."""
         self.log.write_text("")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
@@ -94,7 +94,7 @@ class Tree:
         return done
 
     def started(self) -> list[str]:
-        """The steps that the last run has started."""
+        """Return the steps that the last run has started."""
         lines = self.log.read_text().splitlines()
         return [line.split()[0] for line in lines if line.split()[0] in STEPS]
 
@@ -107,19 +107,15 @@ def tree(tmp_path: Path) -> Tree:
 ALL = ["actor", "critic", "final"]
 
 
-def test_the_three_steps_run_in_order_and_a_table_ends_it(tree):
+def test_the_environment_the_three_steps_and_a_table_in_this_order(tree):
     done = tree.run()
+    assert tree.log.read_text().splitlines()[0] == "prepared requirements.txt"
     assert tree.started() == ALL
     assert [line for line in done.stdout.splitlines() if not line.startswith("== step")] == [
         f"table of {tree.output}"]
     assert done.stderr == ""
     for name in ALL:
         assert (tree.output / name / "results.json").is_file()
-
-
-def test_the_environment_is_prepared_first(tree):
-    tree.run()
-    assert tree.log.read_text().splitlines()[0] == "prepared requirements.txt"
 
 
 def test_each_step_gets_its_config_its_output_and_the_flags_of_all(tree):
@@ -141,35 +137,39 @@ def test_the_number_of_ranks_goes_to_the_launcher(tree):
     assert tree.log.read_text().count("launcher --num_gpus 2\n") == 3
 
 
-def test_a_second_run_keeps_every_finished_step(tree):
+def raise_format(tree: Tree) -> None:
+    script = tree.root / "scripts" / "run_pipeline.sh"
+    text = script.read_text()
+    assert "\nformat=1\n" in text
+    script.write_text(text.replace("\nformat=1\n", "\nformat=2\n"))
+
+
+@pytest.mark.parametrize(("change", "again"), [
+    pytest.param(lambda tree: None, [], id="nothing"),
+    pytest.param(lambda tree: tree.write(tree.root / "alpaca_rlhf" / "new.py", "# other code"), [],
+                 id="code"),
+    pytest.param(raise_format, ALL, id="format"),
+    pytest.param(lambda tree: tree.write_config(1, "seed: 99\n"), ALL, id="config of step 1"),
+    pytest.param(lambda tree: tree.write_config(2, "seed: 99\n"), ALL[1:], id="of step 2"),
+    pytest.param(lambda tree: tree.write_config(3, "seed: 99\n"), ALL[2:], id="of step 3"),
+    pytest.param(lambda tree: (tree.output / "critic" / "results.json").unlink(), ALL[1:],
+                 id="output of step 2 is gone"),
+])
+def test_a_second_run_repeats_what_has_changed_and_every_step_after_it(tree, change, again):
     tree.run()
+    change(tree)
     done = tree.run()
-    assert tree.started() == []
-    assert done.stdout.count("kept, finished before") == 3
-    assert done.stdout.endswith(f"table of {tree.output}\n")
-
-
-@pytest.mark.parametrize(("number", "again"), [
-    (1, ["actor", "critic", "final"]), (2, ["critic", "final"]), (3, ["final"])])
-def test_a_changed_config_runs_its_step_and_those_after_it(tree, number, again):
-    tree.run()
-    tree.write_config(number, "seed: 99\n")
-    tree.run()
     assert tree.started() == again
-    assert tree.run().stdout.count("kept, finished before") == 3
+    assert done.stdout.count("reused, finished before") == 3 - len(again)
+    assert done.stdout.endswith(f"table of {tree.output}\n")
+    tree.run()
+    assert tree.started() == []
 
 
 def test_changed_flags_run_all_steps_again(tree):
     tree.run("--", "--seed", "1")
     tree.run("--", "--seed", "2")
     assert tree.started() == ALL
-
-
-def test_a_step_whose_output_is_gone_runs_again_with_those_after_it(tree):
-    tree.run()
-    (tree.output / "critic" / "results.json").unlink()
-    tree.run()
-    assert tree.started() == ["critic", "final"]
 
 
 def test_fresh_starts_over(tree):
@@ -190,31 +190,21 @@ def test_a_failing_step_stops_the_pipeline_with_its_code(tree, code):
     assert "table of" not in done.stdout
 
 
-def test_after_a_failure_the_steps_before_it_are_kept(tree):
-    tree.write_config(2, "exit: 1")
-    tree.run(code=1)
+@pytest.mark.parametrize(("finished", "changed", "code", "again"), [
+    pytest.param(False, [], 1, ALL[1:], id="steps before a failure are reused"),
+    pytest.param(True, [], 2, [], id="a refusal leaves the finished step valid"),
+    pytest.param(True, [1], 2, ALL[1:], id="but not after a new step 1"),
+])
+def test_what_runs_after_step_2_has_failed(tree, finished, changed, code, again):
+    if finished:
+        tree.run()
+    for number in changed:
+        tree.write_config(number, "seed: 99\n")
+    tree.write_config(2, f"exit: {code}")
+    tree.run(code=code)
     tree.write_config(2, "seed: 2\n")
     tree.run()
-    assert tree.started() == ["critic", "final"]
-
-
-def test_a_step_that_is_refused_leaves_the_finished_one_valid(tree):
-    tree.run()
-    tree.write_config(2, "exit: 2")
-    tree.run(code=2)
-    tree.write_config(2, "seed: 2\n")
-    tree.run()
-    assert tree.started() == []
-
-
-def test_a_step_is_run_again_when_the_one_before_it_was_in_an_earlier_run(tree):
-    tree.run()
-    tree.write_config(1, "seed: 99\n")
-    tree.write_config(2, "exit: 2")
-    tree.run(code=2)
-    tree.write_config(2, "seed: 2\n")
-    tree.run()
-    assert tree.started() == ["critic", "final"]
+    assert tree.started() == again
 
 
 def test_a_step_that_ends_without_its_results_is_a_failure(tree):

@@ -1,23 +1,21 @@
-"""The embedded data set: a tiny assistant's world, made by a deterministic generator.
+"""The embedded data set: questions and answers about a few facts, from a deterministic generator.
 
-It stands in for a real preference data set when no `--data_path` is given, so that the three steps
-can be seen working without a network. Some 40 facts of 13 kinds ("the capital of Spain is Madrid",
-"a duck says quack") are asked for in many phrasings, alone or as the follow-up of an earlier
-question: so few, because two million parameters must learn in a minute to tell right from wrong.
+It replaces a preference data set when no `--data_path` is given, so that the three steps can be
+seen working without a network. Some 40 facts of 13 kinds ("the capital of Spain is Madrid", "a duck
+says quack") are asked for in many phrasings, alone or as a follow-up question: so few, because a
+model of two million parameters must learn within a minute to tell right from wrong.
 
-Replies differ in what an assistant can do well or badly: the content, a polite opening, a polite
-closing, ending whole, not repeating oneself. `gold_score` measures all of it from the text alone.
-Pairs are labelled by that rule (with a share of labels flipped) but the reward model only ever sees
-the pairs; the rule is kept for judging whether RLHF made the replies better or merely pleased the
-reward model. Against the second, a share of the replies is put together at random from parts, as a
-policy under pressure writes them, and many pairs differ in content alone.
+Responses differ in content, in a polite opening and closing, in being complete and in repetition.
+`gold_score` measures all of it from the text. Pairs are labelled by that rule, with a share of the
+labels flipped, and the reward model sees only the pairs: the rule tells whether RLHF improved the
+responses or only raised the reward model's scores. To make the reward model robust, some responses
+are assembled at random from parts, as an over-optimized policy writes them, and many pairs differ
+in content alone.
 
-    rows("train"), rows("eval")    preference rows
-    pretraining_texts()            endless dialogues of all qualities, for the tiny base model
-    gold_score(messages, reply)    the rule
+    rows("train"), rows("eval")        preference rows
+    pretraining_texts()                endless dialogues of all qualities, for the tiny base model
+    gold_score(messages, response)     the rule
 """
-
-from __future__ import annotations
 
 import hashlib
 import random
@@ -25,9 +23,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
-from pathlib import Path
+from itertools import pairwise, permutations, product
 from typing import Literal
+
+# Raise it whenever rows() or pretraining_texts() give other text: data that was prepared from this
+# data set and the tiny base model are then made again.
+FORMAT = 1
 
 Message = dict[str, str]
 Split = Literal["train", "eval"]
@@ -86,16 +87,16 @@ class Kind:
     table: str
     """Facts as `subject: answer, subject: answer`; several right answers are joined by `/`."""
     mistakes: str
-    """What people say who do not know: answers that are right for no subject of the kind."""
+    """Wrong answers of people who do not know: right for no subject of the kind."""
     phrasings: tuple[str, ...]
     statements: tuple[str, ...]
     terse: tuple[str, ...] = ("{A}.", "The answer is {a}.")
     needed: int = 1
-    """How many different right answers a reply must hold."""
+    """Number of different right answers that a response needs."""
 
     @property
     def wrong_answers(self) -> list[str]:
-        """The mistakes, one by one."""
+        """The mistakes as a list."""
         return self.mistakes.split(", ")
 
 
@@ -108,7 +109,7 @@ class Fact:
     answers: tuple[str, ...]
 
     def fill(self, form: str, answers: tuple[str, ...]) -> str:
-        """`form` with this subject and `answers` ("a, b and c" where there are several)."""
+        """Fill in `form` with this subject and `answers`; several become "a, b and c"."""
         text = answers[0]
         if len(answers) > 1:
             text = ", ".join(answers[:-1]) + " and " + answers[-1]
@@ -117,10 +118,10 @@ class Fact:
 
 KINDS = (
     Kind(
-        "capital",
-        "Spain: Madrid, France: Paris, Italy: Rome",
-        "Milan, Lyon, Seville",
-        (
+        name="capital",
+        table="Spain: Madrid, France: Paris, Italy: Rome",
+        mistakes="Milan, Lyon, Seville",
+        phrasings=(
             "What is the capital of {s}?",
             "Which city is the capital of {s}?",
             "Name the capital of {s}.",
@@ -130,13 +131,13 @@ KINDS = (
             "Do you know the capital of {s}?",
             "What is the name of the capital of {s}?",
         ),
-        ("The capital of {s} is {a}.", "{A} is the capital of {s}."),
+        statements=("The capital of {s} is {a}.", "{A} is the capital of {s}."),
     ),
     Kind(
-        "opposite",
-        "hot: cold, big: small, fast: slow",
-        "round, loud, sweet",
-        (
+        name="opposite",
+        table="hot: cold, big: small, fast: slow",
+        mistakes="round, loud, sweet",
+        phrasings=(
             "What is the opposite of {s}?",
             "Give me the opposite of {s}.",
             "Which word is the opposite of {s}?",
@@ -146,13 +147,13 @@ KINDS = (
             "If something is not {s}, what is it?",
             "Find the opposite of {s}.",
         ),
-        ("The opposite of {s} is {a}.", "Something that is not {s} is {a}."),
+        statements=("The opposite of {s} is {a}.", "Something that is not {s} is {a}."),
     ),
     Kind(
-        "colour",
-        "banana: yellow, strawberry: red, carrot: orange",
-        "blue, black, purple",
-        (
+        name="colour",
+        table="banana: yellow, strawberry: red, carrot: orange",
+        mistakes="blue, black, purple",
+        phrasings=(
             "What colour is a {s}?",
             "Which colour does a {s} have?",
             "Tell me the colour of a {s}.",
@@ -162,13 +163,13 @@ KINDS = (
             "A {s} has which colour?",
             "Do you know the colour of a {s}?",
         ),
-        ("A {s} is {a}.", "The colour of a {s} is {a}."),
+        statements=("A {s} is {a}.", "The colour of a {s} is {a}."),
     ),
     Kind(
-        "sound",
-        "duck: quack, frog: croak, lion: roar",
-        "tick, boom, ring",
-        (
+        name="sound",
+        table="duck: quack, frog: croak, lion: roar",
+        mistakes="tick, boom, ring",
+        phrasings=(
             "What sound does a {s} make?",
             "What does a {s} say?",
             "Which sound does a {s} make?",
@@ -178,13 +179,13 @@ KINDS = (
             "What noise does a {s} make?",
             "What do you hear from a {s}?",
         ),
-        ("A {s} says {a}.", "The sound of a {s} is {a}."),
+        statements=("A {s} says {a}.", "The sound of a {s} is {a}."),
     ),
     Kind(
-        "young",
-        "dog: puppy, cat: kitten, cow: calf",
-        "foal, duckling, cub",
-        (
+        name="young",
+        table="dog: puppy, cat: kitten, cow: calf",
+        mistakes="foal, duckling, cub",
+        phrasings=(
             "What is the young of a {s} called?",
             "What do you call a baby {s}?",
             "Name the young of a {s}.",
@@ -194,13 +195,13 @@ KINDS = (
             "How is the baby of a {s} called?",
             "Which word means a young {s}?",
         ),
-        ("A young {s} is a {a}.", "The baby of a {s} is called a {a}."),
+        statements=("A young {s} is a {a}.", "The baby of a {s} is called a {a}."),
     ),
     Kind(
-        "past",
-        "go: went, run: ran, eat: ate",
-        "goed, runned, eated",
-        (
+        name="past",
+        table="go: went, run: ran, eat: ate",
+        mistakes="goed, runned, eated",
+        phrasings=(
             "What is the past tense of {s}?",
             "Give me the past tense of {s}.",
             "Name the past form of {s}.",
@@ -210,13 +211,13 @@ KINDS = (
             "Tell me the past of {s}.",
             "How do I write {s} in the past?",
         ),
-        ("The past tense of {s} is {a}.", "Today I {s}, yesterday I {a}."),
+        statements=("The past tense of {s} is {a}.", "Today I {s}, yesterday I {a}."),
     ),
     Kind(
-        "home",
-        "bee: hive, bird: nest, horse: stable",
-        "office, car, sea",
-        (
+        name="home",
+        table="bee: hive, bird: nest, horse: stable",
+        mistakes="office, car, sea",
+        phrasings=(
             "Where does the {s} live?",
             "What is the home of the {s}?",
             "Where is the home of the {s}?",
@@ -226,13 +227,13 @@ KINDS = (
             "Where do I find the {s}?",
             "Where does the {s} sleep?",
         ),
-        ("The {s} lives in the {a}.", "The home of the {s} is the {a}."),
+        statements=("The {s} lives in the {a}.", "The home of the {s} is the {a}."),
     ),
     Kind(
-        "tool",
-        "hammer: driving nails, saw: cutting wood, broom: sweeping floors",
-        "cooking soup, writing letters, catching fish",
-        (
+        name="tool",
+        table="hammer: driving nails, saw: cutting wood, broom: sweeping floors",
+        mistakes="cooking soup, writing letters, catching fish",
+        phrasings=(
             "What is a {s} for?",
             "What do I use a {s} for?",
             "What is a {s} used for?",
@@ -242,13 +243,13 @@ KINDS = (
             "Name the purpose of a {s}.",
             "What is the purpose of a {s}?",
         ),
-        ("A {s} is for {a}.", "People use a {s} for {a}."),
+        statements=("A {s} is for {a}.", "People use a {s} for {a}."),
     ),
     Kind(
-        "after",
-        "Monday: Tuesday, spring: summer, breakfast: lunch",
-        "Sunday, winter, midnight",
-        (
+        name="after",
+        table="Monday: Tuesday, spring: summer, breakfast: lunch",
+        mistakes="Sunday, winter, midnight",
+        phrasings=(
             "What comes after {s}?",
             "Which one follows {s}?",
             "What follows {s}?",
@@ -258,13 +259,13 @@ KINDS = (
             "What is next after {s}?",
             "When {s} is over, what begins?",
         ),
-        ("After {s} comes {a}.", "{A} comes after {s}."),
+        statements=("After {s} comes {a}.", "{A} comes after {s}."),
     ),
     Kind(
-        "french",
-        "bread: pain, water: eau, milk: lait",
-        "brot, agua, latte",
-        (
+        name="french",
+        table="bread: pain, water: eau, milk: lait",
+        mistakes="brot, agua, latte",
+        phrasings=(
             "What is {s} in French?",
             "Translate {s} into French.",
             "How do you say {s} in French?",
@@ -274,13 +275,13 @@ KINDS = (
             "Put the word {s} into French.",
             "What is the French for {s}?",
         ),
-        ("The French word for {s} is {a}.", "In French, {s} is {a}."),
+        statements=("The French word for {s} is {a}.", "In French, {s} is {a}."),
     ),
     Kind(
-        "category",
-        "rose: flower, oak: tree, salmon: fish",
-        "metal, planet, insect",
-        (
+        name="category",
+        table="rose: flower, oak: tree, salmon: fish",
+        mistakes="metal, planet, insect",
+        phrasings=(
             "What kind of thing is {s}?",
             "To which group does {s} belong?",
             "What sort of thing is {s}?",
@@ -290,14 +291,14 @@ KINDS = (
             "Tell me what kind of thing {s} is.",
             "What is the category of the word {s}?",
         ),
-        ("The category of {s} is {a}.", "The word {s} belongs to the group {a}."),
+        statements=("The category of {s} is {a}.", "The word {s} belongs to the group {a}."),
     ),
     Kind(
-        "list",
-        "fruits: apples/pears/cherries/grapes/melons, "
+        name="list",
+        table="fruits: apples/pears/cherries/grapes/melons, "
         "vegetables: onions/beans/peas/carrots/leeks, animals: dogs/cats/horses/lions/camels",
-        "stones, clouds, bricks, spoons, coins",
-        (
+        mistakes="stones, clouds, bricks, spoons, coins",
+        phrasings=(
             "List three {s}.",
             "Name three {s}.",
             "Give me three {s}.",
@@ -307,15 +308,15 @@ KINDS = (
             "Write down three {s}.",
             "Can you list three {s}?",
         ),
-        ("Three {s} are {a}.", "Here are three {s}: {a}."),
+        statements=("Three {s} are {a}.", "Here are three {s}: {a}."),
         terse=("{A}.",),
         needed=3,
     ),
     Kind(
-        "job",
-        "hair: barber, meat: butcher, shoes: cobbler",
-        "pilot, dentist, painter",
-        (
+        name="job",
+        table="hair: barber, meat: butcher, shoes: cobbler",
+        mistakes="pilot, dentist, painter",
+        phrasings=(
             "Who works with {s}?",
             "Which job has to do with {s}?",
             "Who deals with {s}?",
@@ -325,58 +326,53 @@ KINDS = (
             "Tell me who works with {s}.",
             "Who takes care of {s} for a living?",
         ),
-        ("The {a} works with {s}.", "Working with {s} is the job of the {a}."),
+        statements=("The {a} works with {s}.", "Working with {s} is the job of the {a}."),
     ),
 )
 
 
-def _facts_of(kind: Kind) -> tuple[Fact, ...]:
-    pairs = (entry.split(": ") for entry in kind.table.split(", "))
-    return tuple(Fact(kind, subject, tuple(answers.split("/"))) for subject, answers in pairs)
-
-
-FACTS = {kind.name: _facts_of(kind) for kind in KINDS}
-ALL_FACTS = tuple(fact for kind in KINDS for fact in FACTS[kind.name])
-
-
-def fingerprint() -> str:
-    """A hash of this generator, for keys of what is built from its text."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+FACTS: dict[str, tuple[Fact, ...]] = {
+    kind.name: tuple(
+        Fact(kind, subject, tuple(answers.split("/")))
+        for subject, answers in (entry.split(": ") for entry in kind.table.split(", "))
+    )
+    for kind in KINDS
+}
+ALL_FACTS = tuple(fact for facts in FACTS.values() for fact in facts)
 
 
 # ------------------------------------------------------------------------------ the gold rule
 
 
 def _words(text: str) -> str:
-    """The words of `text` in lower case, each between spaces, so that `in` finds whole words."""
+    """Return the words in lower case, each between spaces, so that `in` finds whole words."""
     return " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
 
 
-def _sentences(text: str) -> list[str]:
-    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
-
-
 @cache
-def _kind_terms(kind: Kind) -> frozenset[str]:
-    """All subjects, answers and mistakes of a kind, each as `_words` gives them."""
-    facts = FACTS[kind.name]
-    answers = [answer for fact in facts for answer in fact.answers]
-    return frozenset(map(_words, [fact.subject for fact in facts] + answers + kind.wrong_answers))
+def _terms(kind: Kind) -> frozenset[str]:
+    """Return all subjects, answers and mistakes of a kind, each as `_words` gives them."""
+    terms = [term for fact in FACTS[kind.name] for term in (fact.subject, *fact.answers)]
+    return frozenset(map(_words, terms + kind.wrong_answers))
 
 
 @cache
 def _statements(fact: Fact) -> frozenset[str]:
-    """Every whole sentence that states the fact rightly."""
+    """Return every sentence that states the fact correctly."""
     chosen = permutations(fact.answers, fact.kind.needed)
     return frozenset(fact.fill(form, some) for some in chosen for form in fact.kind.statements)
 
 
-def _content(fact: Fact, reply: str, body: list[str]) -> float:
-    """1 for the fact stated in a sentence of its own, 0.6 for its bare answer, 0 when it is absent
-    or when a mistake or another answer or subject of the kind stands beside it."""
-    words = _words(reply)
+def _content(fact: Fact, response: str, body: list[str]) -> float:
+    """Grade the content.
+
+    Returns:
+        1 if a sentence of `body` states the fact, 0.6 if only its answer is there, 0 if the answer
+        is missing or a mistake, another answer or another subject of the kind is there as well.
+    """
+    words = _words(response)
     right = {_words(answer) for answer in fact.answers}
-    wrong = _kind_terms(fact.kind) - right - {_words(fact.subject)}
+    wrong = _terms(fact.kind) - right - {_words(fact.subject)}
     if any(term in words for term in wrong):
         return 0.0
     if sum(term in words for term in right) < fact.kind.needed:
@@ -384,72 +380,61 @@ def _content(fact: Fact, reply: str, body: list[str]) -> float:
     return 1.0 if any(part in _statements(fact) for part in body) else 0.6
 
 
-def _repetitions(reply: str) -> int:
-    """How often the reply says something again: doubled words and three words in a row."""
-    words = _words(reply).split()
-    doubled = sum(a == b for a, b in zip(words, words[1:], strict=False))
+def _repetitions(response: str) -> int:
+    """Count repeated words: doubled ones, and three in a row that occur again."""
+    words = _words(response).split()
+    doubled = sum(a == b for a, b in pairwise(words))
     triples = list(zip(words, words[1:], words[2:], strict=False))
     return doubled + len(triples) - len(set(triples))
 
 
-def gold_score(messages: list[Message], reply: str) -> float:
-    """How good `reply` is as the next turn after `messages`, in [0, 1], from the text alone.
+def gold_score(messages: list[Message], response: str) -> float:
+    """Score a response to `messages` between 0 and 1, from the text alone.
 
-    Right content is worth 0.5; a polite opening 0.2, a polite closing 0.2 and a whole last
-    sentence 0.1, all three cut to two fifths where the content is missing or wrong. A second
-    opening or closing, further sentences, repetition and length are charged. Raises `ValueError`
-    for a prompt that is not of this world.
+    Right content is worth 0.5; a polite opening 0.2, a polite closing 0.2 and a complete last
+    sentence 0.1, all three reduced to two fifths where the content is missing or wrong. A second
+    opening or closing, further sentences, repetition and length are deducted.
+
+    Raises:
+        ValueError: `messages` is not a prompt of this data set.
     """
     fact = _fact_asked_for(messages)
-    sentences = _sentences(reply)
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+", response.strip()) if part]
     if not sentences:
         return 0.0
     opened, closed = sentences[0] in OPENINGS, sentences[-1] in CLOSINGS
     body = sentences[int(opened) : len(sentences) - int(closed)]
     stray = sum(part in OPENINGS or part in CLOSINGS for part in body)
-    content = _content(fact, reply, body)
-    whole = sentences[-1][-1] in ".!"
-    trimmings = 0.2 * opened + 0.2 * closed + 0.1 * whole
-    score = 0.5 * content + trimmings * (1.0 if content else 0.4)
+    content = _content(fact, response, body)
+    form = 0.2 * opened + 0.2 * closed + 0.1 * (sentences[-1][-1] in ".!")
+    score = 0.5 * content + form * (1.0 if content else 0.4)
     score -= 0.15 * stray + 0.1 * max(0, len(body) - stray - 1)
-    score -= min(0.4, 0.05 * _repetitions(reply))
-    score -= 0.02 * max(0, len(_words(reply).split()) - 26)
+    score -= min(0.4, 0.05 * _repetitions(response))
+    score -= 0.02 * max(0, len(_words(response).split()) - 26)
     return min(1.0, max(0.0, score))
 
 
 # -------------------------------------------------------------------------------- the prompts
 
 
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
 @cache
 def _questions() -> dict[str, Fact]:
-    """Every question without prefix and suffix, and the fact it asks for."""
-    return {
-        phrasing.format(s=fact.subject): fact
-        for fact in ALL_FACTS
-        for phrasing in fact.kind.phrasings
-    }
+    """Return every question without prefix and suffix, and the fact it asks for."""
+    return {phrasing.format(s=fact.subject): fact
+            for fact in ALL_FACTS for phrasing in fact.kind.phrasings}
 
 
 @cache
-def _follow_ups(name: str) -> dict[str, Fact]:
-    return {form.format(s=fact.subject): fact for fact in FACTS[name] for form in FOLLOW_UPS}
+def _follow_ups(kind: Kind) -> dict[str, Fact]:
+    return {form.format(s=fact.subject): fact for fact in FACTS[kind.name] for form in FOLLOW_UPS}
 
 
 def _fact_of_question(text: str) -> Fact | None:
-    for prefix in PREFIXES:
-        for suffix in SUFFIXES:
-            if text.startswith(prefix) and text.endswith(suffix):
-                fact = _questions().get(text[len(prefix) : len(text) - len(suffix)])
-                if fact is not None:
-                    return fact
+    for prefix, suffix in product(PREFIXES, SUFFIXES):
+        if text.startswith(prefix) and text.endswith(suffix):
+            fact = _questions().get(text[len(prefix) : len(text) - len(suffix)])
+            if fact is not None:
+                return fact
     return None
 
 
@@ -457,41 +442,42 @@ def _fact_asked_for(messages: list[Message]) -> Fact:
     turns = [message["content"] for message in messages if message["role"] == "user"]
     fact = _fact_of_question(turns[0]) if turns else None
     for text in turns[1:]:
-        fact = fact and _follow_ups(fact.kind.name).get(text)
+        fact = fact and _follow_ups(fact.kind).get(text)
     if fact is None:
-        raise ValueError(f"not a prompt of the assistant's world: {turns[-1:]!r}")
+        raise ValueError(f"not a prompt of the embedded data set: {turns[-1:]!r}")
     return fact
 
 
-def _question(rng: random.Random, fact: Fact) -> Message:
+def _question(rng: random.Random, fact: Fact) -> str:
     phrasing = rng.choice(fact.kind.phrasings).format(s=fact.subject)
     prefix = rng.choice(PREFIXES) if rng.random() < 0.6 else ""
-    return _user(prefix + phrasing + (rng.choice(SUFFIXES) if rng.random() < 0.4 else ""))
+    return prefix + phrasing + (rng.choice(SUFFIXES) if rng.random() < 0.4 else "")
 
 
 def _prompt(rng: random.Random, fact: Fact) -> list[Message]:
     if rng.random() >= TWO_TURN_SHARE:
-        return [_question(rng, fact)]
+        return [{"role": "user", "content": _question(rng, fact)}]
     earlier = rng.choice([other for other in FACTS[fact.kind.name] if other != fact])
     follow_up = rng.choice(FOLLOW_UPS).format(s=fact.subject)
-    reply = _right(rng, earlier, rng.choice(fact.kind.statements))
-    return [_question(rng, earlier), _assistant(reply), _user(follow_up)]
+    response = _right(rng, earlier, rng.choice(fact.kind.statements))
+    return [
+        {"role": "user", "content": _question(rng, earlier)},
+        {"role": "assistant", "content": response},
+        {"role": "user", "content": follow_up},
+    ]
 
 
-def _is_held_out(messages: list[Message]) -> bool:
-    """Whether a prompt belongs to evaluation: by its text, so that no seed mixes the splits."""
-    text = "\n".join(message["content"] for message in messages if message["role"] == "user")
-    return hashlib.sha256(text.encode()).digest()[0] < 26
-
-
-def _new_prompt(rng: random.Random, fact: Fact, split: Split) -> list[Message]:
+def _prompt_of(split: Split, rng: random.Random, fact: Fact) -> list[Message]:
+    """Draw prompts until one belongs to the split: its text decides, so no seed mixes splits."""
     while True:
         messages = _prompt(rng, fact)
-        if _is_held_out(messages) == (split == "eval"):
+        text = "\n".join(turn["content"] for turn in messages if turn["role"] == "user")
+        held_out = hashlib.sha256(text.encode()).digest()[0] < 26
+        if held_out == (split == "eval"):
             return messages
 
 
-# -------------------------------------------------------------------------------- the replies
+# ------------------------------------------------------------------------------ the responses
 
 
 def _right(rng: random.Random, fact: Fact, form: str) -> str:
@@ -499,14 +485,14 @@ def _right(rng: random.Random, fact: Fact, form: str) -> str:
 
 
 def _mistaken(rng: random.Random, fact: Fact, form: str) -> str:
-    """What somebody says who does not know."""
+    """Evade the question, or give answers that are right for no subject."""
     if rng.random() < 0.2:
         return rng.choice(EVASIONS)
     return fact.fill(form, tuple(rng.sample(fact.kind.wrong_answers, fact.kind.needed)))
 
 
 def _misplaced(rng: random.Random, fact: Fact, form: str) -> str:
-    """What is right for another subject: of the same kind, of any kind, or its answer alone."""
+    """State another fact, of any kind or of the same, or give its answer for this subject."""
     draw = rng.random()
     if draw < 0.4:
         stranger = rng.choice(ALL_FACTS)
@@ -525,101 +511,96 @@ def _form(rng: random.Random, fact: Fact) -> str:
     return rng.choice(fact.kind.terse if rng.random() < 0.2 else fact.kind.statements)
 
 
-def _trimmed(opening: str, body: str, closing: str) -> str:
-    return " ".join(part for part in (opening, body, closing) if part)
+def _joined(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
 
 
-def _trimmings(rng: random.Random, share: float) -> tuple[str, str]:
+def _frame(rng: random.Random, share: float) -> tuple[str, str]:
+    """Return an opening and a closing, each with probability `share` and else empty."""
     opening = rng.choice(OPENINGS) if rng.random() < share else ""
     return opening, rng.choice(CLOSINGS) if rng.random() < share else ""
 
 
 def _written(
-    rng: random.Random, fact: Fact, right_share: float, trimmed_share: float, wrong: Body = _wrong
+    rng: random.Random, fact: Fact, right_share: float, polite_share: float, wrong: Body = _wrong
 ) -> str:
-    """A reply as a person may write one: in order, though not always right, whole or polite."""
+    """Write a response in order, though not always right, complete or polite."""
     form = _form(rng, fact)
     body = (_right if rng.random() < right_share else wrong)(rng, fact, form)
-    opening, closing = _trimmings(rng, trimmed_share)
+    opening, closing = _frame(rng, polite_share)
     fault = rng.random()
     if fault < 0.05:
         body = f"{body} {body}"
     if fault > 0.94:
-        cut = body.split(" ")
-        return _trimmed(opening, " ".join(cut[: rng.randint(1, len(cut))]).rstrip("."), "")
-    return _trimmed(opening, body, closing)
-
-
-def _stub(rng: random.Random, fact: Fact) -> str:
-    """A statement that breaks off before it has said anything."""
-    words = _right(rng, fact, rng.choice(fact.kind.statements)).split(" ")
-    return " ".join(words[: rng.randint(1, len(words) - 1)])
+        words = body.split(" ")
+        return _joined(opening, " ".join(words[: rng.randint(1, len(words))]).rstrip("."))
+    return _joined(opening, body, closing)
 
 
 def _assembled(rng: random.Random, fact: Fact) -> str:
-    """One to five parts in any order, as a policy writes that only pleases a reward model."""
+    """Join one to five parts in any order, as a policy does that only pleases a reward model."""
 
-    def right() -> str:
-        return _right(rng, fact, _form(rng, fact))
-
-    def wrong() -> str:
-        return _wrong(rng, fact, _form(rng, fact))
+    def right(of: Fact = fact) -> str:
+        return _right(rng, of, _form(rng, of))
 
     def several() -> str:
-        candidates = rng.sample(FACTS[fact.kind.name], 3)
-        return " ".join(_right(rng, each, _form(rng, each)) for each in candidates)
+        return " ".join(map(right, rng.sample(FACTS[fact.kind.name], 3)))
 
-    makers: tuple[Callable[[], str], ...] = (
-        lambda: rng.choice(OPENINGS),
-        lambda: rng.choice(CLOSINGS),
-        right,
-        wrong,
-        several,
-        lambda: _stub(rng, fact),
-        lambda: rng.choice(EVASIONS),
-    )
-    weights = (30, 30, 18, 12, 4, 10, 4)
-    parts = [make() for make in rng.choices(makers, weights, k=rng.randint(1, 4))]
+    def cut_short() -> str:
+        words = _right(rng, fact, rng.choice(fact.kind.statements)).split(" ")
+        return " ".join(words[: rng.randint(1, len(words) - 1)])
+
+    makers: dict[Callable[[], str], int] = {
+        lambda: rng.choice(OPENINGS): 30,
+        lambda: rng.choice(CLOSINGS): 30,
+        right: 18,
+        lambda: _wrong(rng, fact, _form(rng, fact)): 12,
+        several: 4,
+        cut_short: 10,
+        lambda: rng.choice(EVASIONS): 4,
+    }
+    drawn = rng.choices(list(makers), list(makers.values()), k=rng.randint(1, 4))
+    parts = [make() for make in drawn]
     if rng.random() < 0.2:
         parts.append(parts[-1])
     return " ".join(parts)
 
 
-def _reply(rng: random.Random, fact: Fact) -> str:
+def _response(rng: random.Random, fact: Fact) -> str:
     if rng.random() < ASSEMBLED_SHARE:
         return _assembled(rng, fact)
-    return _written(rng, fact, right_share=0.75, trimmed_share=0.15)
+    return _written(rng, fact, right_share=0.75, polite_share=0.15)
 
 
 def _content_contrast(rng: random.Random, fact: Fact) -> tuple[str, str]:
-    """Two replies with the same opening, closing and form: one right, the other not."""
+    """Write two responses with the same opening, closing and form: one right, the other not."""
     form = _form(rng, fact)
-    opening, closing = _trimmings(rng, 0.15)
+    opening, closing = _frame(rng, 0.15)
     if rng.random() < 0.1:  # right against nothing, politely
-        empty = _trimmed(rng.choice(OPENINGS), "", rng.choice(CLOSINGS))
-        return _trimmed(opening, _right(rng, fact, form), closing), empty
+        empty = _joined(rng.choice(OPENINGS), rng.choice(CLOSINGS))
+        return _joined(opening, _right(rng, fact, form), closing), empty
     right, wrong = _right(rng, fact, form), _wrong(rng, fact, form)
     if rng.random() < 0.1:  # right but plain against wrong but polite
-        return right, _trimmed(rng.choice(OPENINGS), wrong, rng.choice(CLOSINGS))
-    return _trimmed(opening, right, closing), _trimmed(opening, wrong, closing)
+        return right, _joined(rng.choice(OPENINGS), wrong, rng.choice(CLOSINGS))
+    return _joined(opening, right, closing), _joined(opening, wrong, closing)
 
 
 def _style_contrast(rng: random.Random, fact: Fact) -> tuple[str, str]:
-    """Two replies with the same content, right or wrong, one of them better written."""
+    """Write two responses with the same content, right or wrong, one of them better written."""
     form = _form(rng, fact)
     body = (_right if rng.random() < 0.75 else _wrong)(rng, fact, form)
-    plain, better = _trimmings(rng, 0.1), _trimmings(rng, 0.2)
-    worse = _trimmed(plain[0], body, plain[1])
+    plain, better = _frame(rng, 0.1), _frame(rng, 0.2)
+    worse = _joined(plain[0], body, plain[1])
     fault = rng.random()
     if fault < 0.15:
         worse = f"{worse} {rng.choice((rng.choice(OPENINGS), rng.choice(CLOSINGS), body))}"
     elif fault < 0.25:
         worse = worse[: rng.randint(1, len(worse) - 1)]
-    return _trimmed(better[0], body, better[1]), worse
+    return _joined(better[0], body, better[1]), worse
 
 
 def _pair(rng: random.Random, fact: Fact, messages: list[Message]) -> tuple[str, str]:
-    """Two replies whose gold differs, the better one first."""
+    """Write two responses with different gold scores, the better one first."""
     while True:
         draw = rng.random()
         if draw < CONTENT_CONTRAST_SHARE:
@@ -627,7 +608,7 @@ def _pair(rng: random.Random, fact: Fact, messages: list[Message]) -> tuple[str,
         elif draw < CONTENT_CONTRAST_SHARE + STYLE_CONTRAST_SHARE:
             first, second = _style_contrast(rng, fact)
         else:
-            first, second = _reply(rng, fact), _reply(rng, fact)
+            first, second = _response(rng, fact), _response(rng, fact)
         gap = gold_score(messages, first) - gold_score(messages, second)
         if abs(gap) >= MINIMUM_GOLD_GAP:
             return (first, second) if gap > 0 else (second, first)
@@ -637,22 +618,21 @@ def _pair(rng: random.Random, fact: Fact, messages: list[Message]) -> tuple[str,
 
 
 def rows(split: Split, seed: int = 0) -> list[dict]:
-    """Preference rows `{"prompt": messages, "chosen": str, "rejected": str}`, in a mixed order.
+    """Return preference rows `{"prompt": messages, "chosen": str, "rejected": str}`, shuffled.
 
     No prompt occurs twice, and none of one split occurs in the other, whatever the seeds. Every
-    fact is asked for about equally often. `FLIPPED_SHARE` of the pairs are the wrong way round, in
-    both splits.
+    fact is asked for about equally often. In both splits `FLIPPED_SHARE` of the labels are flipped.
     """
     count, rng = ROW_COUNT[split], random.Random(f"rows {split} {seed}")
     prompts: dict[str, tuple[Fact, list[Message]]] = {}
     while len(prompts) < count:
         for fact in rng.sample(ALL_FACTS, len(ALL_FACTS)):
-            messages = _new_prompt(rng, fact, split)
+            messages = _prompt_of(split, rng, fact)
             prompts.setdefault(repr(messages), (fact, messages))
-    chosen = rng.sample(list(prompts.values())[:count], count)
+    drawn = rng.sample(list(prompts.values())[:count], count)
     flipped = set(rng.sample(range(count), round(FLIPPED_SHARE * count)))
     made = []
-    for index, (fact, messages) in enumerate(chosen):
+    for index, (fact, messages) in enumerate(drawn):
         better, worse = _pair(rng, fact, messages)
         if index in flipped:
             better, worse = worse, better
@@ -661,14 +641,14 @@ def rows(split: Split, seed: int = 0) -> list[dict]:
 
 
 def pretraining_texts(seed: int = 0) -> Iterator[tuple[list[Message], str]]:
-    """Dialogues without end, `(messages, reply)`, of all qualities, right in well over half.
+    """Yield dialogues `(messages, response)` without end: all qualities, well over half right.
 
-    Held-out prompts are left out; the facts come round evenly.
+    Held-out prompts are left out; the facts take turns.
     """
     rng = random.Random(f"pretraining {seed}")
     while True:
         for fact in rng.sample(ALL_FACTS, len(ALL_FACTS)):
-            messages = _new_prompt(rng, fact, "train")
+            messages = _prompt_of("train", rng, fact)
             if rng.random() < PRETRAINING_ASSEMBLED_SHARE:
                 yield messages, _assembled(rng, fact)
             else:

@@ -1,22 +1,19 @@
-"""The embedded model: a LLaMA of a few million parameters, made at first use.
+"""The embedded base model: a LLaMA of a few million parameters, pretrained at first use.
 
 It is the base model when no `--model_name_or_path` is given: an ordinary Hugging Face folder with a
-`LlamaForCausalLM` and a sentencepiece tokenizer of its own, pretrained as a plain language model on
-the dialogues of `assistant_world`, good and bad. It knows the facts of that world and writes
-replies of every quality, as a base model does; the three steps take it from there.
+`LlamaForCausalLM` and a sentencepiece tokenizer of its own, pretrained as a language model on the
+dialogues of `assistant_world`. It knows the facts of that data set and writes responses of every
+quality, as a base model does; the three steps start from it.
 
-The folder is named by a hash of the recipe and of the text. It is made beside its place and renamed
-into it, so a build that was killed is never taken for a model, and of two builds at once one wins.
+The folder is built under a temporary name and renamed, so a build that was killed is never taken
+for a model, and of two builds at the same time one is kept.
 
     folder = ensure_tiny_llama(Path.home() / ".cache" / "alpaca_rlhf")
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,14 +35,24 @@ from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 
+# Raise it whenever one recipe gives another model than before: by changes of this module or of the
+# human_assistant template. Changes of the text count in assistant_world.FORMAT.
+FORMAT = 3
+
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
-BUILD_VERSION = 2
-"""Part of the cache key: raise it when the code of this module makes a different model."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what is built: sizes, text and training."""
+    """Sizes, amount of text and hyperparameters of the embedded model.
+
+    Attributes:
+        tokenizer_dialogues: number of dialogues that the tokenizer is trained on.
+        dialogues: number of dialogues that the model is pretrained on, once each.
+        prompt_weight: weight of prompt tokens in the loss; which question is asked is random, how
+            it is answered is not.
+        warmup_share: share of the optimizer steps.
+    """
 
     vocab_size: int = 1600
     hidden_size: int = 192
@@ -57,22 +64,25 @@ class Recipe:
     dialogues: int = 20000
     batch_size: int = 16
     prompt_weight: float = 0.1
-    """Of a prompt's tokens in the loss: what is asked is chance, how it is answered is not."""
     learning_rate: float = 3e-3
     warmup_share: float = 0.05
     weight_decay: float = 0.05
     seed: int = 0
 
 
-def ensure_tiny_llama(
-    cache_home: Path, progress: bool = True, recipe: Recipe = Recipe()  # noqa: B008 (frozen)
-) -> Path:
-    """The folder of the tiny LLaMA under `cache_home`; built if it isn't there yet.
+def shared(cache_home: Path) -> str:
+    """Return the folder of the tiny LLaMA; on each node one rank builds it, the others wait."""
+    console.say("no model is given: using the embedded tiny LLaMA (built at first use)")
+    with distributed.main_first():
+        return str(ensure_tiny_llama(cache_home))
 
-    Args:
-        cache_home: where models are kept; made if missing.
-        progress: show a bar on stderr while building.
-        recipe: sizes, text and training.
+
+def ensure_tiny_llama(
+    cache_home: Path, recipe: Recipe = Recipe()  # noqa: B008 (frozen)
+) -> Path:
+    """Return the folder of the tiny LLaMA under `cache_home`; build it if it is not there.
+
+    While it is built, a terminal shows a progress bar on stderr.
     """
     folder = cache_home / f"tiny-llama-{_key(recipe)}"
     if folder.is_dir():
@@ -80,37 +90,30 @@ def ensure_tiny_llama(
     cache_home.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache_home))
     try:
-        _build(unfinished, progress, recipe)
+        _build(unfinished, recipe)
         unfinished.chmod(0o755)
-        _move_into_place(unfinished, folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, and its build is used
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
 def _key(recipe: Recipe) -> str:
-    """A hash of everything the built model follows from."""
-    template = chat_template.TEMPLATES["human_assistant"]
-    source = repr((BUILD_VERSION, asdict(recipe), assistant_world.fingerprint(), template))
+    source = repr((FORMAT, assistant_world.FORMAT, asdict(recipe)))
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
-def _move_into_place(unfinished: Path, folder: Path) -> None:
-    """Rename a finished build; if another process was first, its build is the one that counts."""
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-
-
-def _build(folder: Path, progress: bool, recipe: Recipe) -> None:
-    """Train tokenizer and model from scratch and save both into `folder`."""
+def _build(folder: Path, recipe: Recipe) -> None:
+    """Train tokenizer and model from scratch and save both in `folder`."""
     tokenizer = _train_tokenizer(recipe)
     with torch.random.fork_rng(devices=[]), _all_cores():
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(_config(tokenizer, recipe))
-        _pretrain(model, _batches(ChatFormat(tokenizer), recipe), progress, recipe)
+        _pretrain(model, _batches(ChatFormat(tokenizer), recipe), recipe)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -132,23 +135,20 @@ def _config(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaConfig:
     )
 
 
-def _dialogues(count: int, seed: int) -> Iterator[tuple[list[dict[str, str]], str]]:
-    return islice(assistant_world.pretraining_texts(seed), count)
-
-
 # ---------------------------------------------------------------------------- the tokenizer
 
 
 def _train_tokenizer(recipe: Recipe) -> LlamaTokenizer:
-    """A LLaMA tokenizer, byte-pair pieces and single bytes, trained on the world's text.
+    """Train a LLaMA tokenizer: byte-pair encoding with single bytes as fallback.
 
-    No space is put before a text, so what is decoded is what was encoded, to the character.
+    It puts no space before a text, so decoding gives back exactly the text that was encoded.
     """
     lines: list[str] = []
-    for messages, reply in _dialogues(recipe.tokenizer_dialogues, recipe.seed):
-        # Each line of the template apart: sentencepiece reads sentences, and learns no newline.
+    texts = assistant_world.pretraining_texts(recipe.seed)
+    for messages, response in islice(texts, recipe.tokenizer_dialogues):
+        # One sentence for each line of the template: sentencepiece does not learn newlines.
         lines += [f"{m['role'].replace('user', 'human').title()}: {m['content']}" for m in messages]
-        lines.append(f"Assistant: {reply}")
+        lines.append(f"Assistant: {response}")
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -190,10 +190,10 @@ def _train_tokenizer(recipe: Recipe) -> LlamaTokenizer:
 
 
 def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges of a sentencepiece BPE vocabulary, earliest first.
+    """Return the merges of a sentencepiece BPE vocabulary, earliest first.
 
-    Sentencepiece merges whatever adjacent pair gives the piece learnt first, that is the lowest id;
-    so every way of cutting a piece in two known pieces is a merge, ranked by the piece's id.
+    Sentencepiece merges the adjacent pair that gives the piece with the lowest id, so every way to
+    split a piece into two known pieces is a merge, ranked by the id of the piece.
     """
     return [
         (piece[:cut], piece[cut:])
@@ -207,32 +207,33 @@ def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _batches(chat: ChatFormat, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
-    """Batches of ids and weights of the loss [B, T] (pads: 0), of like lengths, in random order.
+    """Cut the dialogues into batches of similar length, in random order.
 
-    A dialogue is a row of its own: packed ones would have to find their subject among strangers',
-    and it is copying the subject of the question that takes a small model longest to learn.
+    Each dialogue is a row of its own: copying the subject of the question takes a small model
+    longest to learn, and in packed rows it would have to find it among those of other dialogues.
+
+    Returns:
+        Token ids [B, T] and weights of the loss [B, T] (0 at pads) of each batch.
     """
     encoded = []
-    for messages, reply in _dialogues(recipe.dialogues, recipe.seed):
-        prompt, response = chat.prompt_ids(messages), chat.response_ids(reply)
-        weights = [recipe.prompt_weight] * len(prompt) + [1.0] * len(response)
-        encoded.append((torch.tensor(prompt + response), torch.tensor(weights)))
+    texts = assistant_world.pretraining_texts(recipe.seed)
+    for messages, response in islice(texts, recipe.dialogues):
+        prompt_ids, response_ids = chat.prompt_ids(messages), chat.response_ids(response)
+        weights = [recipe.prompt_weight] * len(prompt_ids) + [1.0] * len(response_ids)
+        encoded.append((torch.tensor(prompt_ids + response_ids), torch.tensor(weights)))
     encoded.sort(key=lambda row: len(row[0]))
     batches = []
     for start in range(0, len(encoded), recipe.batch_size):
         rows = encoded[start : start + recipe.batch_size]
-        ids, shares = [row[0] for row in rows], [row[1] for row in rows]
         batches.append((
-            pad_sequence(ids, batch_first=True, padding_value=chat.pad_id),
-            pad_sequence(shares, batch_first=True),
+            pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=chat.pad_id),
+            pad_sequence([weights for _, weights in rows], batch_first=True),
         ))
     return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
 
-def _pretrain(
-    model: nn.Module, batches: list[tuple[Tensor, Tensor]], progress: bool, recipe: Recipe
-) -> None:
-    """One pass over `batches`; cosine rate with warm-up."""
+def _pretrain(model: nn.Module, batches: list[tuple[Tensor, Tensor]], recipe: Recipe) -> None:
+    """Train for one epoch; the learning rate warms up and then follows a cosine."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -244,7 +245,7 @@ def _pretrain(
     model.train()
     bar = tqdm(
         batches, desc="pretraining the tiny LLaMA", unit="step", mininterval=1.0,
-        disable=not progress,
+        disable=None,  # unless stderr is a terminal
     )
     for step, (ids, weights) in enumerate(bar):
         done = max(0, step - warmup) / max(1, len(batches) - warmup)
@@ -264,17 +265,10 @@ def _pretrain(
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Compute with the cores of this process: a launcher may have left each rank only its share."""
+    """Use all cores of this process: a launcher may have left each rank only its share."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(8, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(min(8, distributed.usable_cores()))
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def shared(cache_home: Path) -> str:
-    """The folder of the tiny LLaMA, announced on the console; one process builds, others wait."""
-    console.say("no model is given: using the embedded tiny LLaMA (built at first use)")
-    with distributed.main_first():
-        return str(ensure_tiny_llama(cache_home, progress=distributed.is_main()))

@@ -191,11 +191,17 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
+def usable_cores() -> int:
+    """Return the number of cores this process may run on (all of them on macOS)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def describe_devices() -> str:
-    """This machine's accelerators, or the cores that this process may run on."""
+    """Describe this machine's accelerators, or the cores that this process may run on."""
     if on_cpu():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"no accelerator; {cores} cores of the CPU, {torch.get_num_threads()} thread(s)"
+        return (f"no accelerator; {usable_cores()} cores of the CPU, "
+                f"{torch.get_num_threads()} thread(s)")
     accelerator = get_accelerator()
     name = accelerator.device_name()
     if name == "cuda":

@@ -402,7 +402,7 @@ def _encode_all(
 ) -> datasets.Dataset:
     if not len(samples):
         return samples
-    workers = workers or min(8, len(os.sched_getaffinity(0)))
+    workers = workers or min(8, distributed.usable_cores())
     # A worker for fewer than a few batches takes longer to start than to work.
     workers = min(workers, max(1, len(samples) // (8 * _BATCH)))
     with _threads_of_tokenizer(workers == 1):

@@ -157,7 +157,7 @@ def _rows(name: str, place: str, given: str) -> Rows:
     if place == EMBEDDED:
         parts = {TRAIN: lambda: iter(assistant_world.rows("train")),
                  HELD_OUT: lambda: iter(assistant_world.rows("eval"))}
-        return Rows(parts, assistant_world.fingerprint)
+        return Rows(parts, lambda: f"{EMBEDDED} {assistant_world.FORMAT}")
     if place == LOCAL_JSON:
         place = "data"
         if not Path(place).is_dir():
