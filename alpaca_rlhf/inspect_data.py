@@ -12,15 +12,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from alpaca_rlhf.demo import tiny_llama
-from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
-from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
-from alpaca_rlhf.training_model.step3_rlhf_finetuning import main as step3
 from alpaca_rlhf.utils import arguments, console
+from alpaca_rlhf.utils.configs import DataConfig, SFTConfig
 from alpaca_rlhf.utils.data import audit, prepare, sources
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.split import Split
@@ -29,7 +27,6 @@ from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
 
 PARSE = {1: arguments.parse_step1, 2: arguments.parse_step2, 3: arguments.parse_step3}
-MAINS = {1: step1, 2: step2, 3: step3}
 _GREEN, _RED, _FAINT, _PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
 
 
@@ -39,7 +36,7 @@ def main() -> None:
     args = PARSE[own.step](rest)
     form = ChatFormat(tokenizer_of(args))
     console.say(describe(form.tokenizer))
-    data = MAINS[own.step].load_data(args, form)
+    data = prepared(args, form)
     console.say(data.describe())
     paint = Paint(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     for number, row in enumerate(data.train.select(range(min(own.rows, len(data.train))))):
@@ -93,17 +90,31 @@ def tokenizer_of(args: Any) -> Any:
     )
 
 
+def prepared(args: Any, chat: ChatFormat) -> Prepared:
+    """The data of the step, prepared just as the step does."""
+    data, seed = DataConfig(**asdict(args.data)), args.run.seed
+    if args.step == 3:
+        limit = args.rollout.max_prompt_seq_len
+        return prepare.prepare_prompts(data, seed=seed, max_prompt_seq_len=limit, chat=chat)
+    limit = args.batches.max_seq_len
+    if args.step == 2:
+        return prepare.prepare_pairs(data, seed=seed, max_seq_len=limit, chat=chat)
+    sft = SFTConfig(**asdict(args.sft))
+    return prepare.prepare_sft(data, sft, seed=seed, max_seq_len=limit, chat=chat)
+
+
 def sources_of(args: Any) -> list[sources.Source]:
     """The data sets of the step."""
-    if isinstance(args, arguments.Step1Arguments):
-        return step1.data_sources(args)
-    return sources.open_sources(args.data.data_path)
+    data = DataConfig(**asdict(args.data))
+    if args.step == 1:
+        return prepare.sft_sources(data, SFTConfig(**asdict(args.sft)))
+    return sources.open_sources(data.data_path)
 
 
 def split_of(args: Any) -> Split:
     """How the step shares out its prompts."""
-    shares = arguments.split_shares(args.data.data_split)
-    return Split(args.step, shares, args.run.seed, tuple(args.data.lang))
+    data = DataConfig(**asdict(args.data))
+    return Split(args.step, data.shares, args.run.seed, tuple(data.lang))
 
 
 # --- rows ----------------------------------------------------------------------------------------

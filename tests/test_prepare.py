@@ -355,7 +355,7 @@ CHILD = """
 import sys
 from functools import partial
 from pathlib import Path
-import test_preprocessing as t
+import test_prepare as t
 prepared = t.Preparation(Path(sys.argv[1]))
 prepared.run()
 print(prepared.encoded)

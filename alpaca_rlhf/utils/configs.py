@@ -94,6 +94,16 @@ class SourcesConfig:
     lang: list[str] = option(
         [], "languages to keep, such as en zh; samples stated to be in another are filtered out")
 
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Shares of the three steps, not normalized: "2,4,4" is (2.0, 4.0, 4.0).
+
+        Raises:
+            ValueError: `data_split` is not three numbers.
+        """
+        first, second, third = (float(part) for part in self.data_split.split(","))
+        return first, second, third
+
 
 @dataclass(frozen=True)
 class DataConfig(SourcesConfig):

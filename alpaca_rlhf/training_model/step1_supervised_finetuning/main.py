@@ -5,6 +5,7 @@
 """
 
 import math
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -13,11 +14,10 @@ from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.evaluation.report import page
 from alpaca_rlhf.utils import arguments, console, distributed, losses, preflight, training_loop
 from alpaca_rlhf.utils.arguments import Step1Arguments
-from alpaca_rlhf.utils.data import prepare, sources
+from alpaca_rlhf.utils.configs import DataConfig, SFTConfig
+from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import TokenBatch, collate_tokens
 from alpaca_rlhf.utils.data.prepare import Prepared
-from alpaca_rlhf.utils.data.sources import Source
-from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
 from alpaca_rlhf.utils.logging.tracker import Outside, Tracker
@@ -124,26 +124,9 @@ def replay(path: str, engine: Engine) -> None:
 
 def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:
     """This step's share of the data, and the data that is for this step only."""
-    lengths = prepare.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
-    split = Split(
-        1, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
-    )
-    encode = partial(
-        prepare.encode_replies, form=form, lengths=lengths, train_on=args.sft.train_on,
-        train_on_prompt=args.sft.train_on_prompt,
-    )
-    return prepare.prepare(
-        data_sources(args), split, encode, form, lengths,
-        prepare.cache_home(args.data.data_output_path),
-        {"train_on": args.sft.train_on, "train_on_prompt": args.sft.train_on_prompt},
-        args.data.preprocessing_num_workers,
-    )
-
-
-def data_sources(args: Step1Arguments) -> list[Source]:
-    """What is shared with the other steps, and what is for this one only."""
-    return sources.open_sources(args.data.data_path) + sources.open_sources(
-        args.sft.sft_only_data_path, "--sft_only_data_path", whole=True
+    return prepare.prepare_sft(
+        DataConfig(**asdict(args.data)), SFTConfig(**asdict(args.sft)), seed=args.run.seed,
+        max_seq_len=args.batches.max_seq_len, chat=form,
     )
 
 

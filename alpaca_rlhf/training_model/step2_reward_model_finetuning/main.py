@@ -4,6 +4,7 @@
         alpaca_rlhf/training_model/step2_reward_model_finetuning/main.py --output_dir output/critic
 """
 
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -13,10 +14,10 @@ from alpaca_rlhf.evaluation.report import page
 from alpaca_rlhf.evaluation.statistics import wilson_interval
 from alpaca_rlhf.utils import arguments, console, distributed, losses, preflight, training_loop
 from alpaca_rlhf.utils.arguments import Step2Arguments
-from alpaca_rlhf.utils.data import prepare, sources
+from alpaca_rlhf.utils.configs import DataConfig
+from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import PairBatch, collate_pairs
 from alpaca_rlhf.utils.data.prepare import Prepared
-from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
 from alpaca_rlhf.utils.logging import records
@@ -157,15 +158,9 @@ def replay(path: str, engine: Engine) -> None:
 
 def load_data(args: Step2Arguments, form: ChatFormat) -> Prepared:
     """This step's share of the pairs."""
-    split = Split(
-        2, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
-    )
-    lengths = prepare.Lengths.of_sequence(args.batches.max_seq_len, args.data.overlong)
-    return prepare.prepare(
-        sources.open_sources(args.data.data_path), split,
-        partial(prepare.encode_pairs, form=form, lengths=lengths), form, lengths,
-        prepare.cache_home(args.data.data_output_path), {},
-        args.data.preprocessing_num_workers,
+    return prepare.prepare_pairs(
+        DataConfig(**asdict(args.data)), seed=args.run.seed,
+        max_seq_len=args.batches.max_seq_len, chat=form,
     )
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -45,11 +45,11 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.samples import token_records
 from alpaca_rlhf.utils import arguments, console, distributed, preflight
 from alpaca_rlhf.utils.arguments import Step3Arguments
+from alpaca_rlhf.utils.configs import DataConfig
 from alpaca_rlhf.utils.console import table
-from alpaca_rlhf.utils.data import plain_text, prepare, samplers, sources
+from alpaca_rlhf.utils.data import plain_text, prepare, samplers
 from alpaca_rlhf.utils.data.batches import TokenBatch, collate_prompts, collate_tokens
 from alpaca_rlhf.utils.data.prepare import Prepared
-from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.engine import ModelSettings, Schedule
 from alpaca_rlhf.utils.errors import UserError
@@ -363,18 +363,9 @@ def score_normalizer(args: Step3Arguments) -> ScoreNormalizer:
 
 def load_data(args: Step3Arguments, form: ChatFormat) -> Prepared:
     """This step's prompts."""
-    split = Split(
-        3, arguments.split_shares(args.data.data_split), args.run.seed, tuple(args.data.lang)
-    )
-    limit = args.rollout.max_prompt_seq_len
-    lengths = prepare.Lengths(
-        limit, 0, args.data.overlong, f"--max_prompt_seq_len {limit}"
-    )
-    return prepare.prepare(
-        sources.open_sources(args.data.data_path), split,
-        partial(prepare.encode_prompts, form=form, lengths=lengths), form, lengths,
-        prepare.cache_home(args.data.data_output_path), {},
-        args.data.preprocessing_num_workers,
+    return prepare.prepare_prompts(
+        DataConfig(**asdict(args.data)), seed=args.run.seed,
+        max_prompt_seq_len=args.rollout.max_prompt_seq_len, chat=form,
     )
 
 

@@ -27,9 +27,10 @@ import tokenizers
 import transformers
 
 from alpaca_rlhf.utils import console, distributed
+from alpaca_rlhf.utils.configs import DataConfig, SFTConfig
 from alpaca_rlhf.utils.data import split as splitting
 from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.sources import Source, Tally
+from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
 from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
@@ -241,6 +242,74 @@ def _fate(
     if not segments:
         reason = "refused by the chat template"
     return {"cut": cut, "prompt_cut": prompt_cut > 0, DISCARDED: reason, LENGTH: after}
+
+
+# --- the steps -----------------------------------------------------------------------------------
+
+
+def prepare_sft(
+    data: DataConfig, sft: SFTConfig, *, seed: int, max_seq_len: int, chat: ChatFormat
+) -> Prepared:
+    """Prepare step 1: its share of the data, and the data sets that only step 1 uses.
+
+    Args:
+        data: data sets and their split.
+        sft: which tokens are trained, and the data sets of step 1 alone.
+        seed: of the split.
+        max_seq_len: maximum length of a sequence in tokens.
+        chat: tokenizer and chat template.
+
+    Raises:
+        UserError: rows that cannot be read, nothing left to train on, or a row over length with
+            `--overlong error`.
+    """
+    lengths = Lengths.of_sequence(max_seq_len, data.overlong)
+    options: dict[str, Any] = {"train_on": sft.train_on, "train_on_prompt": sft.train_on_prompt}
+    return prepare(
+        sft_sources(data, sft), Split(1, data.shares, seed, tuple(data.lang)),
+        partial(encode_replies, form=chat, lengths=lengths, **options), chat, lengths,
+        cache_home(data.data_output_path), options, data.preprocessing_num_workers,
+    )
+
+
+def sft_sources(data: DataConfig, sft: SFTConfig) -> list[Source]:
+    """Open the data sets of step 1: those all steps share, and those only it uses.
+
+    Raises:
+        UserError: one of them cannot be found.
+    """
+    return open_sources(data.data_path) + open_sources(
+        sft.sft_only_data_path, "--sft_only_data_path", whole=True
+    )
+
+
+def prepare_pairs(
+    data: DataConfig, *, seed: int, max_seq_len: int, chat: ChatFormat
+) -> Prepared:
+    """Prepare step 2: its share of the pairs. Arguments and errors are those of `prepare_sft`."""
+    lengths = Lengths.of_sequence(max_seq_len, data.overlong)
+    return prepare(
+        open_sources(data.data_path), Split(2, data.shares, seed, tuple(data.lang)),
+        partial(encode_pairs, form=chat, lengths=lengths), chat, lengths,
+        cache_home(data.data_output_path), {}, data.preprocessing_num_workers,
+    )
+
+
+def prepare_prompts(
+    data: DataConfig, *, seed: int, max_prompt_seq_len: int, chat: ChatFormat
+) -> Prepared:
+    """Prepare step 3: its share of the prompts, cut to `max_prompt_seq_len` tokens.
+
+    The other arguments and the errors are those of `prepare_sft`.
+    """
+    lengths = Lengths(
+        max_prompt_seq_len, 0, data.overlong, f"--max_prompt_seq_len {max_prompt_seq_len}"
+    )
+    return prepare(
+        open_sources(data.data_path), Split(3, data.shares, seed, tuple(data.lang)),
+        partial(encode_prompts, form=chat, lengths=lengths), chat, lengths,
+        cache_home(data.data_output_path), {}, data.preprocessing_num_workers,
+    )
 
 
 # --- the cache -----------------------------------------------------------------------------------
