@@ -19,14 +19,15 @@ from functools import partial
 import torch
 
 from alpaca_rlhf.demo.tiny_llama import ensure_tiny_llama
-from alpaca_rlhf.utils import arguments, distributed, losses, training_loop
+from alpaca_rlhf.utils import distributed, losses, training_loop
+from alpaca_rlhf.utils.configs import CheckpointConfig
 from alpaca_rlhf.utils.data.batches import TokenBatch
 from alpaca_rlhf.utils.data.prepare import cache_home
 from alpaca_rlhf.utils.data.tokenizer import load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints
-from alpaca_rlhf.utils.run.export import RunFolder
+from alpaca_rlhf.utils.run.run_folder import RunFolder
 
 
 def main() -> None:
@@ -44,10 +45,9 @@ def main() -> None:
     steps: list[float] = []
     saves: list[float] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        flags = ["--output_dir", f"{folder}/run", "--save_steps", str(args.save_steps)]
-        how = arguments.resuming(arguments.parse_step1(flags))
         checkpoints = Checkpoints(
-            RunFolder(f"{folder}/run", False), {"model": engine}, how, None
+            RunFolder(f"{folder}/run"), {"model": engine},
+            config=CheckpointConfig(save_steps=args.save_steps), step=1, arguments={}, found=None,
         )
         for turn in range(args.saves + 1):
             steps += [took(lambda: step(engine, args)) for _ in range(args.save_steps)]

@@ -218,9 +218,10 @@ class Small:
     def trainer(self, engine: Any, settings: Any, ema: Any = None, most: int = 10) -> Any:
         """Learns, keeps no batch that was skipped, and skips `most` in a row at most."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
-        from alpaca_rlhf.utils.run.nonfinite import Faults
+        from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 
-        return PPOTrainer(engine, settings, Faults(None, most, "lower the learning rate"), ema)
+        guard = NonFiniteGuard(None, most, "lower the learning rate")
+        return PPOTrainer(engine, settings, guard, ema)
 
 
 def learn(trainer: Any, experience: Any, number: int = 0, *more: Any) -> dict[str, float]:

@@ -72,19 +72,19 @@ def ranks(work: Callable[[], None], folder: Path) -> dict:
 
 def stopped(case: Case, folder: Path, args: argparse.Namespace) -> dict:
     """A run that one rank's SIGTERM ends and that is resumed, beside the `whole` one of a soak."""
-    right = checkpoints.Checkpoints.boundary
+    right = checkpoints.Checkpoints.step_boundary
 
     def boundary(self: checkpoints.Checkpoints, step: int, *more: Any, **how: Any) -> None:
         if step == 3 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         right(self, step, *more, **how)
 
-    checkpoints.Checkpoints.boundary = boundary
+    checkpoints.Checkpoints.step_boundary = boundary
     output = folder / "stopped"
     codes = soak.Run(case, folder, output, args).wait()
     said = (folder / "stopped.log").read_text()
     saved = sorted(p.name for p in (folder / "stopped.partial" / "checkpoints").iterdir())
-    checkpoints.Checkpoints.boundary = right
+    checkpoints.Checkpoints.step_boundary = right
     resumed = soak.Run(case, folder, output, args, resume=True).wait()
     return {"codes": codes, "said": said, "saved": saved, "resumed": resumed,
             "differences": soak.differences(folder / "whole", output)}

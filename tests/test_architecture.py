@@ -42,7 +42,6 @@ FLOORS = {
     "utils/console.py": 0,
     "utils/debugging.py": 0,
     "utils/errors.py": 0,
-    "utils/resuming.py": 0,
     "utils/losses.py": 0,
     "utils/rl_math.py": 0,
     "utils/data/chat_template.py": 0,

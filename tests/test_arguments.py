@@ -69,7 +69,6 @@ ALL_STEPS = """
 --allow_changed_args --resume_from_checkpoint latest --output_dir out
 --collective_timeout 60
 --max_skipped_steps 3
---replay out.partial/nonfinite/step-00000003.pt
 """
 STEPS_1_AND_2 = """
 --model_name_or_path meta-llama/Llama-2-7b-hf

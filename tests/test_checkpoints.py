@@ -21,14 +21,21 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import ScoreNormalizer
 from alpaca_rlhf.utils import arguments
+from alpaca_rlhf.utils.configs import CheckpointConfig
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.model.ema import Ema
-from alpaca_rlhf.utils.run import checkpoints as resume
-from alpaca_rlhf.utils.run import reshard, stop_signals
-from alpaca_rlhf.utils.run.checkpoints import Checkpoints, DurableFiles
-from alpaca_rlhf.utils.run.export import RunFolder
-from alpaca_rlhf.utils.run.nonfinite import Faults
-from alpaca_rlhf.utils.run.stop_signals import StopSignals
+from alpaca_rlhf.utils.run import checkpoints as module
+from alpaca_rlhf.utils.run import engine_state
+from alpaca_rlhf.utils.run.checkpoints import (
+    Checkpoints,
+    StopSignals,
+    complete_checkpoints,
+    find,
+    find_damage,
+)
+from alpaca_rlhf.utils.run.engine_state import CheckpointFiles
+from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
+from alpaca_rlhf.utils.run.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("group")
 RATE = ("--learning_rate", "0.001")
@@ -52,9 +59,11 @@ class Run:
 
     def __init__(self, output, *words):
         args = arguments.parse_step1(["--output_dir", str(output), *RATE, *words])
-        self.how = arguments.resuming(args)
+        run, self.config = arguments.run_config(args)
+        self.how = {"config": self.config, "step": 1, "arguments": arguments.to_config(args)}
         self.folder = RunFolder(
-            self.how.output_dir, self.how.overwrite, self.how.origin is not None
+            run.output_dir, overwrite=run.overwrite_output_dir,
+            resume=self.config.resume_from_checkpoint is not None,
         )
         self.root = self.folder.path / "checkpoints"
 
@@ -62,13 +71,13 @@ class Run:
         return self
 
     def __exit__(self, *_):
-        self.folder._lock.release()
+        self.folder.release()
 
     def find(self):
-        return resume.find(self.folder, self.how)
+        return find(self.folder, **self.how)
 
     def checkpoints(self, found=None, engines=None, **states):
-        return Checkpoints(self.folder, engines or {}, self.how, found, **states)
+        return Checkpoints(self.folder, engines or {}, found=found, **self.how, **states)
 
 
 def save_at(checkpoints, *steps, **how):
@@ -80,9 +89,9 @@ def save_at(checkpoints, *steps, **how):
 def written(output, *words, steps=(2, 4), in_round=False):
     """A run without a model that was killed after it had saved some checkpoints."""
     with Run(output, *words) as run:
-        checkpoints = run.checkpoints(parts={"own": Part(1)}, shared={"all": Part(2)})
+        checkpoints = run.checkpoints(own={"own": Part(1)}, shared={"all": Part(2)})
         checkpoints.restore("rows")
-        save_at(checkpoints, *steps, in_round=in_round)
+        save_at(checkpoints, *steps, mid_iteration=in_round)
     return run.root
 
 
@@ -161,8 +170,8 @@ DAMAGES = [truncate, tamper, take_away, cut_the_manifest, empty_the_manifest, le
 
 
 def test_a_checkpoint_that_was_written_is_whole(tmp_path):
-    for path in resume.complete_ones(written(tmp_path / "run")):
-        assert resume.broken(path) is None
+    for path in complete_checkpoints(written(tmp_path / "run")):
+        assert find_damage(path) is None
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -172,7 +181,7 @@ def test_latest_names_what_is_broken_and_takes_the_one_before(tmp_path, capsys, 
     assert found(tmp_path / "run").folder == root / "step-00000002"
     assert capsys.readouterr().out.splitlines() == [
         f"warning: the checkpoint {root / 'step-00000004'} is broken and is left out: {problem}",
-        f"going on from {root / 'step-00000002'}",
+        f"resuming from {root / 'step-00000002'}",
     ]
 
 
@@ -181,8 +190,8 @@ def test_a_broken_checkpoint_that_is_asked_for_is_refused(tmp_path, damage):
     path = written(tmp_path / "run") / "step-00000002"
     problem = damage(path)
     assert refusal(tmp_path / "run", path=path) == (
-        f"--resume_from_checkpoint {path}: {problem}; give an earlier one, or latest, which looks "
-        "for one that is whole"
+        f"--resume_from_checkpoint {path}: {problem}; give an earlier one, or latest, which takes "
+        "the last one that is intact"
     )
 
 
@@ -199,8 +208,8 @@ def test_when_all_are_broken_nothing_is_started_over_unasked(tmp_path):
     for path in root.iterdir():
         truncate(path)
     assert refusal(tmp_path / "run") == (
-        f"--resume_from_checkpoint latest: none of the 2 checkpoints in {root} is whole; put one "
-        "back, or start over with --overwrite_output_dir and without this flag"
+        f"--resume_from_checkpoint latest: none of the 2 checkpoints in {root} is intact; put "
+        "one back, or start over with --overwrite_output_dir and without this flag"
     )
     assert len(list(root.iterdir())) == 2
 
@@ -215,8 +224,8 @@ def test_what_was_not_written_to_its_end_is_never_taken(tmp_path):
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     assert refusal(tmp_path / "run", path=tmp_path) == (
-        f"--resume_from_checkpoint {tmp_path}: is no checkpoint (it has no manifest.json); give a "
-        "folder step-… out of `checkpoints`, or latest"
+        f"--resume_from_checkpoint {tmp_path}: is not a checkpoint (it has no manifest.json); "
+        "give a folder step-… of a run's `checkpoints` folder, or latest"
     )
 
 
@@ -251,7 +260,7 @@ def test_arguments_that_change_the_result_are_listed_and_refused(tmp_path, capsy
 ])
 def test_arguments_that_do_not_change_the_result_are_free(tmp_path, words):
     written(tmp_path / "run")
-    assert not found(tmp_path / "run", *words.split()).elsewhere
+    assert not found(tmp_path / "run", *words.split()).convert
 
 
 @pytest.mark.parametrize("words", [
@@ -270,13 +279,13 @@ def test_another_number_of_ranks_may_go_on_with_the_same_batch_of_all(tmp_path, 
     assert f"{batch} was 4 on 2 rank(s), is 4 on 1" in refusal(tmp_path / "run", batch, "4")
     capsys.readouterr()
     going_on = found(tmp_path / "run", batch, "8")
-    assert (going_on.ranks, going_on.elsewhere) == (2, True)
+    assert going_on.convert
     assert "is converted" in capsys.readouterr().out
 
 
 def test_another_zero_stage_is_a_conversion(tmp_path):
     written(tmp_path / "run")
-    assert found(tmp_path / "run", "--zero_stage", "3").elsewhere
+    assert found(tmp_path / "run", "--zero_stage", "3").convert
 
 
 @pytest.mark.parametrize("how", ["ranks", "stage"])
@@ -286,9 +295,9 @@ def test_a_checkpoint_in_a_round_refuses_other_ranks_and_stages(tmp_path, how):
         edit(path / "manifest.json", ranks=2)
     words = ("--zero_stage", "2") if how == "stage" else ()
     assert refusal(tmp_path / "run", *words) == (
-        f"--resume_from_checkpoint {path}: was written in the middle of a round, by "
-        f"{2 if how == 'ranks' else 1} rank(s); go on with as many and the same ZeRO stages, or "
-        "from a checkpoint between two rounds"
+        f"--resume_from_checkpoint {path}: was written in the middle of a PPO iteration, by "
+        f"{2 if how == 'ranks' else 1} rank(s); resume with as many and the same ZeRO stages, or "
+        "from a checkpoint between two iterations"
     )
 
 
@@ -338,7 +347,7 @@ def test_a_broken_checkpoint_in_the_way_is_replaced(tmp_path):
         checkpoints = run.checkpoints(run.find(), shared={"all": Part()})
         checkpoints.restore("rows")
         save_at(checkpoints, 4)
-    assert resume.broken(root / "step-00000004") is None
+    assert find_damage(root / "step-00000004") is None
     assert names(root) == ["step-00000002", "step-00000004"]
 
 
@@ -366,7 +375,7 @@ def test_parts_and_random_numbers_go_on_from_where_they_were(tmp_path):
     draw()
     own, shared = Part(), Part()
     with Run(tmp_path / "run", "--resume_from_checkpoint", "latest") as run:
-        run.checkpoints(run.find(), parts={"own": own}, shared={"all": shared}).restore("rows")
+        run.checkpoints(run.find(), own={"own": own}, shared={"all": shared}).restore("rows")
     assert draw() == expected
     assert (own.value, shared.value) == (1, 2)
 
@@ -378,24 +387,23 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["torch.save", "json.dump", "os.fsync", "os.rename",
-                                   "alpaca_rlhf.utils.run.export.write_json"])
+@pytest.mark.parametrize("place", ["torch.save", "json.dumps", "os.fsync", "os.rename"])
 def test_a_full_disk_leaves_the_checkpoint_before_whole_says_so_and_does_not_end_the_run(
     tmp_path, capsys, monkeypatch, place
 ):
     with Run(tmp_path / "run", "--save_steps", "1") as run:
         checkpoints, tracker = run.checkpoints(), Recorder()
         checkpoints.restore("rows")
-        checkpoints.boundary(1, tracker)
+        checkpoints.step_boundary(1, tracker)
         with monkeypatch.context() as patched:
             patched.setattr(place, no_space)
-            checkpoints.boundary(2, tracker)
+            checkpoints.step_boundary(2, tracker)
         said = capsys.readouterr().out
         assert said.startswith("warning: the checkpoint of step 2 could not be saved (")
         assert said.endswith("No space left on device); the last one is step-00000001\n")
         assert names(run.root) == ["step-00000001"]
-        assert resume.broken(run.root / "step-00000001") is None
-        checkpoints.boundary(3, tracker)  # there is room again
+        assert find_damage(run.root / "step-00000001") is None
+        checkpoints.step_boundary(3, tracker)  # there is room again
     assert names(run.root) == ["step-00000001", "step-00000003"]
     assert [event[1] for event in tracker.events] == [1, 3]
 
@@ -416,7 +424,7 @@ def small_disk(tmp_path):
 
 def test_a_file_system_that_is_full_leaves_the_checkpoint_before_whole(small_disk, capsys):
     with Run(small_disk / "run") as run:
-        checkpoints = run.checkpoints(parts={"own": Part(1)}, shared={"all": Part(2)})
+        checkpoints = run.checkpoints(own={"own": Part(1)}, shared={"all": Part(2)})
         checkpoints.restore("rows")
         save_at(checkpoints, 1)
         failed = []
@@ -427,9 +435,9 @@ def test_a_file_system_that_is_full_leaves_the_checkpoint_before_whole(small_dis
             save_at(checkpoints, number)
             (small_disk / "filler").unlink()
             failed.append("could not be saved" in capsys.readouterr().out)
-            whole = resume.complete_ones(run.root)
+            whole = complete_checkpoints(run.root)
             assert whole
-            assert all(resume.broken(path) is None for path in whole)
+            assert all(find_damage(path) is None for path in whole)
             assert failed[-1] == (whole[-1].name != f"step-{number:08d}")
     assert failed[0]
     assert not failed[-1]
@@ -457,7 +465,7 @@ def test_the_converter_is_given_no_file_with_code_whichever_rank_wrote_it(tmp_pa
     torch.save(Evil(tmp_path / "ran"), folder / "zero_pp_rank_1_mp_rank_00_model_states.pt")
     with (
         pytest.raises(UserError, match="rank_1_mp_rank_00_model_states.pt: holds more than data"),
-        reshard._sharded(folder, DurableFiles().load),
+        engine_state._universal(folder, CheckpointFiles()),
     ):
         pass
     assert not (tmp_path / "ran").exists()
@@ -532,7 +540,7 @@ def test_with_an_adapter_a_checkpoint_holds_only_what_trains(small, tmp_path, st
         step(engine, tokens([0, 1]))
         save_at(checkpoints, 1)
     files = sorted((run.root / "step-00000001" / "model").rglob("*model_states.pt"))
-    held = resume.DurableFiles().load(str(files[0]), "cpu")["module"]
+    held = CheckpointFiles().load(str(files[0]), "cpu")["module"]
     assert held
     assert all("lora_" in name for name in held)
     trains = 4 * sum(
@@ -557,7 +565,7 @@ def ppo_run(small, output, *words):
     run = Run(output, *words)
     checkpoints = run.checkpoints(
         run.find(), {"actor": engine.actor, "critic": engine.critic},
-        parts={"trainer": trainer, "sampler": maker},
+        own={"trainer": trainer, "sampler": maker},
         shared={"controller": controller, "normalizer": normalizer, "ema": ema},
     )
     checkpoints.restore("rows")
@@ -575,7 +583,7 @@ def test_step_3_goes_on_in_the_middle_of_a_round(small, tmp_path):
     def between():
         calls.append(trainer.taken)
         if len(calls) == 3:
-            save_at(checkpoints, trainer.taken, in_round=True)
+            save_at(checkpoints, trainer.taken, mid_iteration=True)
 
     whole = trainer.learn(Round(experience, metrics), 5, None, between)
     assert calls == [0, 1, 2, 3]
@@ -613,21 +621,21 @@ def test_a_signal_saves_at_the_next_boundary_and_ends_the_run_with_its_code(
     with Run(tmp_path / "run") as run:
         checkpoints, tracker = run.checkpoints(), Recorder()
         checkpoints.restore("rows")
-        with checkpoints.heeding_signals():
-            checkpoints.boundary(1, tracker)
+        with checkpoints.deferring_signals():
+            checkpoints.step_boundary(1, tracker)
             assert not run.root.exists()
             os.kill(os.getpid(), number)
             # What a launcher makes of one Ctrl-C: both, and one of them twice.
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(TrainingStopped) as stopped:
-                checkpoints.boundary(2, tracker)
+                checkpoints.step_boundary(2, tracker)
         assert signal.getsignal(number) is before
     path = run.root / "step-00000002"
-    assert resume.broken(path) is None
+    assert find_damage(path) is None
     assert stopped.value.code == 128 + number
     assert str(stopped.value) == (
-        f"{number.name}: stopped after step 2; --resume_from_checkpoint latest goes on from {path}"
+        f"{number.name}: stopped after step 2; --resume_from_checkpoint latest resumes from {path}"
     )
     assert capfd.readouterr().out == (
         f"{number.name}: stopping after this step; Ctrl-C once more stops at once\n")
@@ -635,7 +643,7 @@ def test_a_signal_saves_at_the_next_boundary_and_ends_the_run_with_its_code(
 
 
 def test_another_ctrl_c_a_moment_later_stops_at_once(monkeypatch):
-    monkeypatch.setattr(stop_signals, "MOMENT", 0.0)
+    monkeypatch.setattr(module, "SAME_CTRL_C", 0.0)
     with StopSignals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -644,12 +652,12 @@ def test_another_ctrl_c_a_moment_later_stops_at_once(monkeypatch):
 
 
 def test_a_signal_without_an_output_dir_says_that_nothing_is_saved(group):
-    how = arguments.resuming(arguments.parse_step1([]))
-    checkpoints = Checkpoints(RunFolder(None, False), {}, how, None)
-    with checkpoints.heeding_signals():
+    checkpoints = Checkpoints(
+        RunFolder(None), {}, config=CheckpointConfig(), step=1, arguments={}, found=None)
+    with checkpoints.deferring_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(TrainingStopped) as stopped:
-            checkpoints.boundary(3, Recorder())
+            checkpoints.step_boundary(3, Recorder())
     assert (stopped.value.code, str(stopped.value)) == (
         143, "SIGTERM: stopped after step 3; nothing is saved: no --output_dir was given")
 
@@ -660,18 +668,18 @@ def test_a_checkpoint_is_written_when_it_is_due(tmp_path, every, due, steps):
     with Run(tmp_path / "run", "--save_steps", str(every)) as run:
         checkpoints, tracker = run.checkpoints(), Recorder()
         for number in range(1, 5):
-            checkpoints.boundary(number, tracker, due=due)
+            checkpoints.step_boundary(number, tracker, due=due)
     assert [event[1] for event in tracker.events] == steps
 
 
 def test_faults_are_counted_on(tmp_path):
     with Run(tmp_path / "run") as run:
-        faults = Faults(None, 3, "")
+        faults = NonFiniteGuard(None, 3, "")
         faults.skip(1, [], torch.get_rng_state())
         checkpoints = run.checkpoints(shared={"faults": faults})
         save_at(checkpoints, 1)
     with Run(tmp_path / "run", "--resume_from_checkpoint", "latest") as run:
-        again = Faults(None, 3, "")
+        again = NonFiniteGuard(None, 3, "")
         run.checkpoints(run.find(), shared={"faults": again}).restore("")
         again.skip(2, [], torch.get_rng_state())
         with pytest.raises(FloatingPointError):

@@ -17,7 +17,8 @@ from transformers import (
 
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.run.export import RunFolder, eos_ids, export, model_card, read_json
+from alpaca_rlhf.utils.run.export import eos_ids, export, model_card
+from alpaca_rlhf.utils.run.run_folder import RunFolder, read_json
 
 
 def adapted(model):
@@ -130,7 +131,7 @@ def test_what_ends_a_reply_is_the_tokenizers_eos_and_the_generation_configs(
 
 def refusal(path, overwrite=False):
     with pytest.raises(UserError) as error:
-        RunFolder(str(path), overwrite)
+        RunFolder(str(path), overwrite=overwrite)
     return str(error.value)
 
 
@@ -146,7 +147,7 @@ def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
 
 def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / "run").mkdir()
-    RunFolder(str(tmp_path / "run"), overwrite=False).finish({"seed": 7}, {})
+    RunFolder(str(tmp_path / "run")).finish({"seed": 7}, {})
     assert read_json(tmp_path / "run" / "training_arguments.json", "") == {"seed": 7}
 
 
@@ -198,7 +199,7 @@ def test_a_run_that_fails_leaves_the_old_one_and_its_rest_is_cleared_by_the_next
     (final / "old").write_text("old")
     first = RunFolder(str(final), overwrite=True)
     (first.path / "half").write_text("half")  # and here it is killed:
-    first._lock.release()
+    first.release()
     assert (final / "old").read_text() == "old"
     second = RunFolder(str(final), overwrite=True)
     assert list(second.path.iterdir()) == []
@@ -206,21 +207,21 @@ def test_a_run_that_fails_leaves_the_old_one_and_its_rest_is_cleared_by_the_next
 
 def killed_with_a_checkpoint(final):
     """A run that had saved a checkpoint when it was killed."""
-    folder = RunFolder(str(final), overwrite=False)
+    folder = RunFolder(str(final))
     (folder.path / "checkpoints" / "step-00000005").mkdir(parents=True)
-    folder._lock.release()
+    folder.release()
     return folder.path
 
 
 def test_a_run_that_can_be_resumed_is_not_started_over_by_accident(group, tmp_path):
     path = killed_with_a_checkpoint(tmp_path / "run")
     assert refusal(tmp_path / "run") == (
-        f"--output_dir {tmp_path / 'run'}: {path / 'checkpoints'} has checkpoints of a run that "
-        "did not finish; --resume_from_checkpoint latest goes on with it, --overwrite_output_dir "
-        "starts over"
+        f"--output_dir {tmp_path / 'run'}: {path / 'checkpoints'} has checkpoints of an "
+        "unfinished run; --resume_from_checkpoint latest resumes it, --overwrite_output_dir starts "
+        "over"
     )
     assert (path / "checkpoints" / "step-00000005").is_dir()
-    folder = RunFolder(str(tmp_path / "run"), overwrite=False, resume=True)
+    folder = RunFolder(str(tmp_path / "run"), resume=True)
     assert [p.name for p in (folder.path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
@@ -231,9 +232,9 @@ def test_a_run_that_can_be_resumed_is_started_over_on_purpose(group, tmp_path):
 
 
 def test_a_run_that_has_finished_is_not_resumed_and_that_is_no_error(group, tmp_path):
-    RunFolder(str(tmp_path / "run"), overwrite=False).finish({}, {"step": 1})
+    RunFolder(str(tmp_path / "run")).finish({}, {"step": 1})
     with pytest.raises(TrainingStopped) as stopped:
-        RunFolder(str(tmp_path / "run"), overwrite=False, resume=True)
+        RunFolder(str(tmp_path / "run"), resume=True)
     assert (stopped.value.code, str(stopped.value)) == (
         0, f"--output_dir {tmp_path / 'run'}: this run has finished, there is nothing to resume")
     RunFolder(str(tmp_path / "run"), overwrite=True, resume=True)  # starts over
@@ -241,11 +242,11 @@ def test_a_run_that_has_finished_is_not_resumed_and_that_is_no_error(group, tmp_
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_processes_never_write_in_one_folder(group, tmp_path, resume):
-    first = RunFolder(str(tmp_path / "run"), overwrite=False)
+    first = RunFolder(str(tmp_path / "run"))
     (first.path / "kept").touch()
     for overwrite in (False, True):
         with pytest.raises(UserError) as error:
-            RunFolder(str(tmp_path / "run"), overwrite, resume)
+            RunFolder(str(tmp_path / "run"), overwrite=overwrite, resume=resume)
         assert str(error.value) == (
             f"--output_dir {tmp_path / 'run'}: another process is writing there; wait for it, or "
             "give another folder"
@@ -277,7 +278,7 @@ def test_a_run_killed_between_the_two_renames_is_not_lost(group, tmp_path, monke
 
 
 def test_without_an_output_dir_nothing_is_written_and_that_is_said(group, tmp_path, capsys):
-    folder = RunFolder(None, overwrite=False)
+    folder = RunFolder(None)
     folder.finish({}, {})
     assert folder.path is None
     assert capsys.readouterr().out == "nothing is saved: no --output_dir was given\n"

@@ -368,7 +368,8 @@ def test_too_many_updates_in_a_row_that_are_not_finite_end_the_run(small, experi
     with pytest.raises(FloatingPointError) as error:
         learn(trainer, broken, 5)
     assert str(error.value) == (
-        "3 updates in a row were not finite (--max_skipped_steps 3); lower the learning rate"
+        "non-finite loss or gradient in 3 consecutive optimizer steps (--max_skipped_steps 3); "
+        "lower the learning rate"
     )
 
 

@@ -10,14 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from alpaca_rlhf.utils import losses, training_loop
-from alpaca_rlhf.utils.arguments import parse_step1, resuming
+from alpaca_rlhf.utils.configs import CheckpointConfig
 from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.batches import collate_pairs, collate_tokens
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
 from alpaca_rlhf.utils.model.reward_model import scores
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints
-from alpaca_rlhf.utils.run.export import RunFolder
-from alpaca_rlhf.utils.run.nonfinite import Faults
+from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
+from alpaca_rlhf.utils.run.run_folder import RunFolder
 from alpaca_rlhf.utils.training_loop import Plan, global_weight, optimizer_step
 
 STAGES = [0, 1, 2, 3]
@@ -300,12 +300,14 @@ def run(small, plan, rows=5, objective=None, evaluate=dict, lengths=None, most=1
         seen.append([len(row["input_ids"]) - 2 for row in chosen])
         return collate_tokens(chosen, pad_id=3)
 
-    how = resuming(parse_step1([]))
-    checkpoints = Checkpoints(RunFolder(None, False), {"model": engine}, how, None)
+    checkpoints = Checkpoints(
+        RunFolder(None), {"model": engine}, config=CheckpointConfig(), step=1, arguments={},
+        found=None,
+    )
     checkpoints.progress.step = first
     training_loop.train(
         engine, data, collate, (objective or token_objective)(engine), plan, tracker, evaluate,
-        checkpoints, Faults(None, most, "lower the learning rate"), lengths,
+        checkpoints, NonFiniteGuard(None, most, "lower the learning rate"), lengths,
     )
     return tracker.logged, seen
 
@@ -379,9 +381,10 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_training(small, cap
     with pytest.raises(FloatingPointError) as error:
         run(small, plan(), objective=broken_at(), most=2)
     assert str(error.value) == (
-        "2 updates in a row were not finite (--max_skipped_steps 2); lower the learning rate"
+        "non-finite loss or gradient in 2 consecutive optimizer steps (--max_skipped_steps 2); "
+        "lower the learning rate"
     )
-    warning = "warning: the loss or the gradient of step {} is not finite; the step is skipped"
+    warning = "warning: non-finite loss or gradient in step {}, which is skipped"
     assert capsys.readouterr().out.splitlines()[-2:] == [warning.format(1), warning.format(2)]
 
 

@@ -34,6 +34,7 @@ from alpaca_rlhf.utils.model.reward_model import (
     scores,
 )
 from alpaca_rlhf.utils.run import export
+from alpaca_rlhf.utils.run.run_folder import read_json
 
 # Whole on one device: that is what DeepSpeed's configuration says to the loaders.
 _WHOLE: dict[str, Any] = {"zero_optimization": {"stage": 0}}
@@ -190,7 +191,7 @@ def _open(
         tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
         model = load(path, tokenizer, options, _WHOLE)
     else:
-        adapter = export.read_json(Path(config), f"no adapter in {path}")
+        adapter = read_json(Path(config), f"no adapter in {path}")
         if scorer and "score" not in (adapter.get("modules_to_save") or []):
             raise UserError(_other_kind(path, scorer))
         base = _base_of(path, adapter)

@@ -18,7 +18,7 @@ import filelock
 
 from alpaca_rlhf.evaluation.statistics import wilson_interval
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.run.durable import sync_folder
+from alpaca_rlhf.utils.run.run_folder import sync_folder
 
 if TYPE_CHECKING:
     from alpaca_rlhf.utils.data.tokenizer import Message

@@ -23,7 +23,6 @@ import sys
 from argparse import Action, ArgumentError, ArgumentTypeError, HelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import (
     Annotated,
@@ -40,8 +39,8 @@ from typing import (
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
+from alpaca_rlhf.utils.configs import CheckpointConfig, RunConfig
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.resuming import Resuming
 
 # Flags that are known but not yet served: anything but their default is refused, with the reason.
 UNAVAILABLE: dict[str, str] = {
@@ -209,9 +208,6 @@ class RunArguments:
         False, "resume although arguments that change the result are not what they were")
     collective_timeout: Count = _option(
         1800, "seconds after which a rank that waits for the others ends the run")
-    replay: str | None = _option(
-        None, "a file of nonfinite/: take that one update again, and say what is not finite in it; "
-        "nothing is saved")
     tracker: list[str] = _option(
         [], f"where metrics go too, one or more of: {', '.join(TRACKERS)}")
     enable_tensorboard: bool = _option(False, "the same as --tracker tensorboard")
@@ -529,55 +525,15 @@ def to_config(args: StepArguments) -> dict[str, Any]:
             and not (option.name in UNAVAILABLE | NO_EFFECT and value == option.default)}
 
 
-# Flags that do not change what comes out of a run: free to change when it is resumed.
-FREE_ON_RESUME = frozenset({
-    "output_dir", "overwrite_output_dir", "save_steps", "save_total_limit",
-    "resume_from_checkpoint", "allow_changed_args", "collective_timeout", "replay", "tracker",
-    "enable_tensorboard", "logging_dir", "data_output_path", "preprocessing_num_workers",
-    "eval_interval", "eval_iters", "per_device_eval_batch_size", "eval_prompts", "print_answers",
-    "print_answers_interval", "log_samples_steps", "stop_on_alarm", "release_inference_cache",
-    "unpin_actor_parameters", "max_skipped_steps", "gradient_checkpointing",
-    "actor_gradient_checkpointing", "critic_gradient_checkpointing", *NO_EFFECT,
-})
-# Where the weights are while they train: changes the result by no more than rounding.
-PLACES = ("zero_stage", "actor_zero_stage", "critic_zero_stage")
-# Rows of one rank: n ranks with batch b do what one rank with batch n * b does.
-PER_RANK = ("per_device_train_batch_size", "per_device_generation_batch_size",
-            "per_device_training_batch_size")
-
-
-def moved(written: dict[str, Any], args: StepArguments) -> bool:
-    """Whether a checkpoint with these arguments has other ZeRO stages than `args`."""
-    now = to_config(args)
-    return any(written.get(name) != now.get(name) for name in PLACES)
-
-
-def changed(
-    args: StepArguments, written: dict[str, Any], ranks_then: int, ranks_now: int
-) -> list[str]:
-    """What of a checkpoint's arguments is not the same now, and changes the result; a line each."""
-    now = to_config(args)
-    lines = []
-    for name in dict.fromkeys([*now, *written]):
-        if name in FREE_ON_RESUME or name in PLACES:
-            continue
-        old, new = written.get(name), now.get(name)
-        if name in PER_RANK and old and new and ranks_then != ranks_now:
-            if old * ranks_then != new * ranks_now:
-                lines.append(f"--{name} was {old} on {ranks_then} rank(s), is {new} on "
-                             f"{ranks_now}")
-        elif old != new:
-            lines.append(f"--{name} was {old}, is {new}")
-    return lines
-
-
-def resuming(args: StepArguments) -> Resuming:
-    """How the run saves checkpoints, and what it goes on from."""
+def run_config(args: StepArguments) -> tuple[RunConfig, CheckpointConfig]:
+    """Return the groups of the output folder and of its checkpoints."""
     run = args.run
-    return Resuming(
-        args.step, to_config(args), None if run.replay else run.output_dir,
-        run.overwrite_output_dir, run.save_steps, run.save_total_limit, run.resume_from_checkpoint,
-        run.replay, run.allow_changed_args, partial(moved, args=args), partial(changed, args),
+    return RunConfig(
+        output_dir=run.output_dir, overwrite_output_dir=run.overwrite_output_dir
+    ), CheckpointConfig(
+        save_steps=run.save_steps, save_total_limit=run.save_total_limit,
+        resume_from_checkpoint=run.resume_from_checkpoint,
+        allow_changed_args=run.allow_changed_args,
     )
 
 

@@ -9,8 +9,9 @@ record gives to a group: actor and critic are two `RoleConfig`s. Imports no torc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 
 class Bound(NamedTuple):
@@ -560,3 +561,19 @@ class Step3Config(StepConfig):
     reward: RewardConfig = group()
     ppo: PPOConfig = group()
     report: ReportConfig = group()
+
+
+@cache
+def on_resume() -> dict[str, OnResume]:
+    """Return for each flag of the steps what a change means when a run is resumed."""
+    kinds: dict[str, OnResume] = {}
+    for step in (Step1Config, Step2Config, Step3Config):
+        hints = get_type_hints(step)
+        for part in fields(step):
+            if "prefix" not in part.metadata:
+                continue
+            for entry in fields(hints[part.name]):
+                if "on_resume" in entry.metadata:
+                    flag = part.metadata["prefix"] + (entry.metadata["flag"] or entry.name)
+                    kinds[flag] = entry.metadata["on_resume"]
+    return kinds

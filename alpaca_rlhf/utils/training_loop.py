@@ -14,7 +14,7 @@ from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.logging.tracker import Tracker
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints
-from alpaca_rlhf.utils.run.nonfinite import Faults
+from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 
 Stats = dict[str, Tensor]
 
@@ -191,7 +191,7 @@ def train(
     tracker: Tracker,
     evaluate: Callable[[], dict[str, float]],
     checkpoints: Checkpoints,
-    faults: Faults,
+    guard: NonFiniteGuard,
     lengths: Sequence[int] | None = None,
 ) -> None:
     """Train on every row of every epoch, in an order of its own each time.
@@ -205,7 +205,7 @@ def train(
         tracker: is told every step.
         evaluate: measures in between.
         checkpoints: say which step is the first, and are saved.
-        faults: count the steps that are not finite.
+        guard: counts the non-finite steps.
         lengths: of the rows; rows of like length then share a batch.
 
     Raises:
@@ -222,24 +222,22 @@ def train(
         weight, random_state = global_weight(micro), torch.get_rng_state()
         metrics = optimizer_step(engine, micro, objective, weight)
         if metrics is None:
-            faults.skip(step, micro, random_state)
+            guard.skip(step, micro, random_state)
             metrics = {}
         else:
-            faults.none()
+            guard.step_taken()
             metrics |= {"grad_norm": gradient_norm(engine), "lr": engine.get_lr()[0]}
         seen += int(weight)
         metrics["epoch"] = (step - 1) / per_epoch
         metrics["weight"] = int(weight)
         metrics["weight_per_second"] = seen / (time.perf_counter() - started)
         metrics["memory_gb"] = distributed.memory_gb()
-        metrics["skipped_steps"] = faults.skipped
+        metrics["skipped_steps"] = guard.skipped
         if plan.eval_interval and step % plan.eval_interval == 0 and step < total:
             metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
         tracker.log(metrics, step)
         ends_epoch = step % per_epoch == 0 and step < total
-        checkpoints.boundary(
-            step, tracker, due=faults.was_first() or ends_epoch
-        )
+        checkpoints.step_boundary(step, tracker, due=guard.at_first_skip or ends_epoch)
 
 
 @torch.no_grad()

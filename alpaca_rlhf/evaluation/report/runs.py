@@ -7,7 +7,7 @@ from typing import Any
 
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging import records
-from alpaca_rlhf.utils.run import export
+from alpaca_rlhf.utils.run import run_folder
 
 Rows = list[dict[str, Any]]
 # Arguments in which runs of one setting may differ: seed, folders, what is shown and kept.
@@ -112,7 +112,7 @@ def _is_step(path: Path) -> bool:
 def read_step(folder: Path) -> Step:
     """What one step has left in its folder, or left so far."""
     metrics = records.read_rows(folder / records.METRICS_FILE)
-    results = _record(folder / export.RESULTS_FILE)
+    results = _record(folder / run_folder.RESULTS_FILE)
     return Step(
         number=results.get("step") or _number(metrics),
         folder=folder,
@@ -121,7 +121,7 @@ def read_step(folder: Path) -> Step:
         samples=records.read_rows(folder / records.SAMPLES_FILE),
         pairs=records.read_rows(folder / records.PAIRS_FILE),
         results=results,
-        arguments=_record(folder / export.ARGUMENTS_FILE),
+        arguments=_record(folder / run_folder.ARGUMENTS_FILE),
         start=_record(folder / records.RUN_FILE),
     )
 

@@ -23,8 +23,9 @@ from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trai
 from alpaca_rlhf.utils.logging.tracker import Outside, Tracker
 from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, forward_logits, load_causal_lm
-from alpaca_rlhf.utils.run import checkpoints as resume
-from alpaca_rlhf.utils.run import export, nonfinite
+from alpaca_rlhf.utils.run import export
+from alpaca_rlhf.utils.run.checkpoints import Checkpoints, open_run
+from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 
 SHOWN = {"loss": "loss", "lr": "lr", "weight_per_second": "tokens/s"}
 
@@ -35,8 +36,9 @@ def main() -> None:
     distributed.initialize(args.run.seed, args.run.collective_timeout)
     for notice in arguments.notices(args):
         console.say(notice)
-    how = arguments.resuming(args)
-    folder, found = resume.open_run(how)
+    run, saving = arguments.run_config(args)
+    config = arguments.to_config(args)
+    folder, found = open_run(run, saving, step=args.step, arguments=config)
     home = prepare.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
@@ -56,24 +58,22 @@ def main() -> None:
     engine = build(args, path, form, plan, total_steps)
 
     evaluate = partial(perplexity, engine, data, form.pad_id, args)
-    counter = nonfinite.Faults(
+    guard = NonFiniteGuard(
         folder.path, args.optimization.max_skipped_steps, "lower --learning_rate"
     )
-    checkpoints = resume.Checkpoints(
-        folder, {"model": engine}, how, found, shared={"faults": counter}
+    checkpoints = Checkpoints(
+        folder, {"model": engine}, config=saving, step=args.step, arguments=config, found=found,
+        shared={"faults": guard},
     )
     progress = checkpoints.restore(data.fingerprint())
-    if args.run.replay:
-        replay(args.run.replay, engine)
-        return
     progress.before = before = progress.before or evaluate()
     console.say(f"before: {summary(before)}")
-    outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
+    outside = Outside(arguments.trackers(args), args.run.logging_dir, config)
     tracker = Tracker(folder.path, total_steps, SHOWN, outside, resume_step=progress.step)
-    with tracker, checkpoints.heeding_signals():
+    with tracker, checkpoints.deferring_signals():
         training_loop.train(
             engine, data.train, partial(collate_tokens, pad_id=form.pad_id),
-            partial(objective, engine), plan, tracker, evaluate, checkpoints, counter,
+            partial(objective, engine), plan, tracker, evaluate, checkpoints, guard,
             data.lengths(),
         )
     after = evaluate()
@@ -84,7 +84,7 @@ def main() -> None:
     export.export(engine.module, form.tokenizer, folder.path, card)
     data.save_record(folder.path)
     results = {"step": 1, "before": before, "after": after, "data": data.report}
-    folder.finish(arguments.to_config(args), results)
+    folder.finish(config, results)
     page.write_beside(folder.final)
 
 
@@ -110,16 +110,6 @@ def build(
     )
     console.say(f"model: {trains}")
     return engine
-
-
-def replay(path: str, engine: Engine) -> None:
-    """Take an update again that was skipped."""
-    loss = partial(objective, engine)
-    nonfinite.replay(
-        path, TokenBatch, {"model": loss}, lambda batches: training_loop.optimizer_step(
-            engine, batches, loss, training_loop.global_weight(batches)
-        ),
-    )
 
 
 def load_data(args: Step1Arguments, form: ChatFormat) -> Prepared:

@@ -30,15 +30,10 @@ from alpaca_rlhf.utils.model.reward_model import (
     save_statistics,
     scores,
 )
-from alpaca_rlhf.utils.run import (
-    checkpoints as resume,
-)
-from alpaca_rlhf.utils.run import (
-    export as checkpoint,
-)
-from alpaca_rlhf.utils.run import (
-    nonfinite,
-)
+from alpaca_rlhf.utils.run import export as checkpoint
+from alpaca_rlhf.utils.run.checkpoints import Checkpoints, open_run
+from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
+from alpaca_rlhf.utils.run.run_folder import RunFolder
 
 SHOWN = {
     "loss": "loss", "accuracy": "accuracy", "lr": "lr", "weight_per_second": "pairs/s",
@@ -51,8 +46,9 @@ def main() -> None:
     distributed.initialize(args.run.seed, args.run.collective_timeout)
     for notice in arguments.notices(args):
         console.say(notice)
-    how = arguments.resuming(args)
-    folder, found = resume.open_run(how)
+    run, saving = arguments.run_config(args)
+    config = arguments.to_config(args)
+    folder, found = open_run(run, saving, step=args.step, arguments=config)
     home = prepare.cache_home(args.data.data_output_path)
     path = args.model.model_name_or_path or tiny_llama.shared(home)
     preflight.check(
@@ -74,24 +70,22 @@ def main() -> None:
     def evaluate() -> dict[str, float]:
         return accuracy(score_pairs(engine, data, form.pad_id, args))
 
-    counter = nonfinite.Faults(
+    guard = NonFiniteGuard(
         folder.path, args.optimization.max_skipped_steps, "lower --learning_rate"
     )
-    checkpoints = resume.Checkpoints(
-        folder, {"model": engine}, how, found, shared={"faults": counter}
+    checkpoints = Checkpoints(
+        folder, {"model": engine}, config=saving, step=args.step, arguments=config, found=found,
+        shared={"faults": guard},
     )
     progress = checkpoints.restore(data.fingerprint())
-    if args.run.replay:
-        replay(args.run.replay, engine)
-        return
     progress.before = before = progress.before or evaluate()
     console.say(f"before: {summary(before)}")
-    outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
+    outside = Outside(arguments.trackers(args), args.run.logging_dir, config)
     tracker = Tracker(folder.path, total_steps, SHOWN, outside, resume_step=progress.step)
-    with tracker, checkpoints.heeding_signals():
+    with tracker, checkpoints.deferring_signals():
         training_loop.train(
             engine, data.train, partial(collate_pairs, pad_id=form.pad_id),
-            partial(objective, engine), plan, tracker, evaluate, checkpoints, counter,
+            partial(objective, engine), plan, tracker, evaluate, checkpoints, guard,
             data.lengths(),
         )
     pairs = score_pairs(engine, data, form.pad_id, args)
@@ -101,12 +95,12 @@ def main() -> None:
     export(engine, form, folder, path, pairs)
     data.save_record(folder.path)
     results = {"step": 2, "before": before, "after": after, "data": data.report}
-    folder.finish(arguments.to_config(args), results)
+    folder.finish(config, results)
     page.write_beside(folder.final)
 
 
 def export(
-    engine: Engine, form: ChatFormat, folder: checkpoint.RunFolder, base: str,
+    engine: Engine, form: ChatFormat, folder: RunFolder, base: str,
     pairs: list[dict[str, float]],
 ) -> None:
     """The reward model, the statistics of its scores, and the scores of held-out pairs."""
@@ -144,16 +138,6 @@ def build(
     )
     console.say(f"model: {trains}")
     return engine
-
-
-def replay(path: str, engine: Engine) -> None:
-    """Take an update again that was skipped."""
-    loss = partial(objective, engine)
-    nonfinite.replay(
-        path, PairBatch, {"model": loss}, lambda batches: training_loop.optimizer_step(
-            engine, batches, loss, training_loop.global_weight(batches)
-        ),
-    )
 
 
 def load_data(args: Step2Arguments, form: ChatFormat) -> Prepared:

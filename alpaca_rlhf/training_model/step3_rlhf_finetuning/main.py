@@ -60,9 +60,10 @@ from alpaca_rlhf.utils.memory_plan import Planned
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.model.reward_model import is_reward_model, load_statistics
-from alpaca_rlhf.utils.run import checkpoints as resume
 from alpaca_rlhf.utils.run import export as checkpoint
-from alpaca_rlhf.utils.run.nonfinite import Faults
+from alpaca_rlhf.utils.run.checkpoints import Checkpoints, Stateful, open_run
+from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
+from alpaca_rlhf.utils.run.run_folder import RunFolder
 
 SHOWN = {
     "reward/score_mean": "reward", "kl/k1": "KL", "throughput/tokens_per_second": "tokens/s",
@@ -82,8 +83,9 @@ def main() -> None:
         load_reward_function(args.reward.reward_function) if args.reward.reward_function else None
     )
     normalizer = score_normalizer(args)
-    how = arguments.resuming(args)
-    folder, found = resume.open_run(how)
+    run, saving = arguments.run_config(args)
+    config = arguments.to_config(args)
+    folder, found = open_run(run, saving, step=args.step, arguments=config)
     preflight.check(
         planned(args), args.loading.tokenizer_name_or_path, arguments.trackers(args)
     )
@@ -100,48 +102,46 @@ def main() -> None:
         scoring_tokens(args), reward_function,
     )
     ema = Ema(engine.actor.module, args.actor.ema_decay) if args.actor.enable_ema else None
-    faults = Faults(
+    guard = NonFiniteGuard(
         folder.path, args.optimization.max_skipped_steps,
         "lower --actor_learning_rate and --critic_learning_rate, or take --dtype bf16",
     )
-    trainer = PPOTrainer(engine, ppo_settings(args), faults, ema)
+    trainer = PPOTrainer(engine, ppo_settings(args), guard, ema)
     controller = kl_controller(args)
-    checkpoints = resume.Checkpoints(
-        folder, {"actor": engine.actor, "critic": engine.critic}, how, found,
-        *states(trainer, maker, ema, faults, controller, normalizer),
+    own, shared = states(trainer, maker, ema, guard, controller, normalizer)
+    checkpoints = Checkpoints(
+        folder, {"actor": engine.actor, "critic": engine.critic}, config=saving, step=args.step,
+        arguments=config, found=found, own=own, shared=shared,
     )
     progress = checkpoints.restore(data.fingerprint())
-    if args.run.replay:
-        trainer.replay(args.run.replay)
-        return
     if progress.before is None:
         progress.before = measure(args, maker, data)
         maker.reseed(args.run.seed)
-    outside = Outside(arguments.trackers(args), args.run.logging_dir, arguments.to_config(args))
+    outside = Outside(arguments.trackers(args), args.run.logging_dir, config)
     tracker = Tracker(
         folder.path, rounds.count, SHOWN, outside, alarms(args), args.report.stop_on_alarm,
         resume_step=rounds.done(progress.step),
     )
-    with tracker, checkpoints.heeding_signals():
+    with tracker, checkpoints.deferring_signals():
         train(args, rounds, data, maker, trainer, normalizer, controller, tracker, checkpoints,
-              faults)
+              guard)
     after = measure(args, maker, data)
 
     export(engine, form, folder, ema, after)
     for role in ("actor", "critic"):
         data.save_record(folder.path and folder.path / role)
-    folder.finish(arguments.to_config(args), results(data, progress.before, after))
+    folder.finish(config, results(data, progress.before, after))
     page.write_beside(folder.final)
 
 
 def states(
-    trainer: PPOTrainer, maker: RolloutMaker, ema: Ema | None, faults: Faults,
+    trainer: PPOTrainer, maker: RolloutMaker, ema: Ema | None, guard: NonFiniteGuard,
     controller: AdaptiveKLController, normalizer: ScoreNormalizer,
-) -> tuple[dict[str, resume.Stateful], dict[str, resume.Stateful]]:
+) -> tuple[dict[str, Stateful], dict[str, Stateful]]:
     """What a checkpoint holds besides the engines: of each rank, and alike on all."""
-    own: dict[str, resume.Stateful] = {"trainer": trainer, "sampler": maker}
-    shared: dict[str, resume.Stateful] = {
-        "faults": faults, "controller": controller, "normalizer": normalizer,
+    own: dict[str, Stateful] = {"trainer": trainer, "sampler": maker}
+    shared: dict[str, Stateful] = {
+        "faults": guard, "controller": controller, "normalizer": normalizer,
     }
     if ema is not None:
         (own if ema.sharded else shared)["ema"] = ema
@@ -204,7 +204,7 @@ class Rounds:
 def train(
     args: Step3Arguments, rounds: Rounds, data: Prepared, maker: RolloutMaker,
     trainer: PPOTrainer, normalizer: ScoreNormalizer, controller: AdaptiveKLController,
-    tracker: Tracker, checkpoints: resume.Checkpoints, faults: Faults,
+    tracker: Tracker, checkpoints: Checkpoints, guard: NonFiniteGuard,
 ) -> None:
     """Rollout phase and update phase in turn."""
     tracker.note(rounds.describe())
@@ -222,8 +222,9 @@ def train(
         under_way = trainer.round or roll_out(args, rows, maker, normalizer, controller)
 
         def between(at: int = number) -> None:
-            checkpoints.boundary(
-                trainer.taken, tracker, due=faults.was_first(), place=at, in_round=True
+            checkpoints.step_boundary(
+                trainer.taken, tracker, due=guard.at_first_skip, tracker_step=at,
+                mid_iteration=True,
             )
 
         metrics = trainer.learn(under_way, number - 1, next(text), between)
@@ -231,9 +232,9 @@ def train(
         metrics |= throughput(metrics, episodes, time.perf_counter() - start)
         report(args, rounds, number, metrics, under_way.experience, maker, normalizer, tracker)
         controller.update(metrics["kl/k1"], episodes)
-        checkpoints.boundary(
-            trainer.taken, tracker, place=number,
-            due=faults.was_first() or rounds.ends_epoch(number),
+        checkpoints.step_boundary(
+            trainer.taken, tracker, tracker_step=number,
+            due=guard.at_first_skip or rounds.ends_epoch(number),
         )
 
 
@@ -551,7 +552,7 @@ def measure(
 
 
 def export(
-    engine: RLHFEngine, form: ChatFormat, folder: checkpoint.RunFolder, ema: Ema | None,
+    engine: RLHFEngine, form: ChatFormat, folder: RunFolder, ema: Ema | None,
     records: list[evaluate_policy.Record],
 ) -> None:
     """Actor, critic and, if there is one, the actor's average."""

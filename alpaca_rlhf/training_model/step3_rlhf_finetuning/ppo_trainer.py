@@ -16,8 +16,7 @@ from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.batches import TokenBatch
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
 from alpaca_rlhf.utils.model.ema import Ema
-from alpaca_rlhf.utils.run import nonfinite
-from alpaca_rlhf.utils.run.nonfinite import Faults
+from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 from alpaca_rlhf.utils.training_loop import (
     Stats,
     global_weight,
@@ -110,16 +109,17 @@ class PPOTrainer:
     Args:
         engine: the four roles.
         settings: of the update.
-        faults: counts the updates that are not finite.
+        guard: counts the non-finite steps.
         ema: average of the actor, moved after each of its steps.
     """
 
     def __init__(
-        self, engine: RLHFEngine, settings: PPOSettings, faults: Faults, ema: Ema | None = None
+        self, engine: RLHFEngine, settings: PPOSettings, guard: NonFiniteGuard,
+        ema: Ema | None = None,
     ) -> None:
         self._engine = engine
         self._settings = settings
-        self._faults = faults
+        self._guard = guard
         self._ema = ema
         self.steps = 0
         self._checked = False
@@ -128,7 +128,7 @@ class PPOTrainer:
     @property
     def taken(self) -> int:
         """Optimizer steps, those included that were skipped."""
-        return self.steps + self._faults.skipped
+        return self.steps + self._guard.skipped
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, and the round under way."""
@@ -186,20 +186,8 @@ class PPOTrainer:
         }
         return under_way.metrics | means | {
             "time/update": time.perf_counter() - start,
-            "policy/skipped_steps": float(self._faults.skipped),
+            "policy/skipped_steps": float(self._guard.skipped),
         }
-
-    def replay(self, path: str) -> None:
-        """Take an update again that was skipped."""
-        def update(batches: list[_WithText]) -> dict[str, float] | None:
-            text = [b.text for b in batches if b.text is not None]
-            return self._step([b.experience for b in batches], text or None) or None
-
-        nonfinite.replay(
-            path, _with_text,
-            {"policy": lambda batch: self._policy_objective(batch.experience),
-             "value": lambda batch: self._value_objective(batch.experience)}, update,
-        )
 
     def _step(
         self, micro_batches: list[Experience], text: list[TokenBatch] | None
@@ -214,11 +202,11 @@ class PPOTrainer:
         if value is None or policy is None:
             texts: list[TokenBatch | None] = [*text] if text else [None] * len(micro_batches)
             whole = zip(micro_batches, texts, strict=True)
-            self._faults.skip(
+            self._guard.skip(
                 self.taken + 1, [_WithText(batch, t) for batch, t in whole], random_state
             )
             return record
-        self._faults.none()
+        self._guard.step_taken()
         self.steps += 1
         for role, stats in (("value", value), ("policy", policy)):
             record |= {f"{role}/{name}": number for name, number in stats.items()}
@@ -294,10 +282,6 @@ class _WithText:
 
     experience: Experience
     text: TokenBatch | None
-
-
-def _with_text(experience: dict[str, Tensor], text: dict[str, Tensor] | None = None) -> _WithText:
-    return _WithText(Experience(**experience), TokenBatch(**text) if text else None)
 
 
 def _mean_or_max(name: str, values: list[float]) -> float:

@@ -1,8 +1,7 @@
-"""Updates whose loss or gradient is not finite: skipped, counted, and kept to be taken again."""
+"""Optimizer steps with a non-finite loss or gradient: skipped, counted, their batches saved."""
 
 import dataclasses
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,78 +9,73 @@ import torch
 from torch import Tensor
 
 from alpaca_rlhf.utils import console, distributed
-from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.run.run_folder import NONFINITE_FOLDER, write_durably
 
-FOLDER = "nonfinite"
-MOST_FILES = 10  # of a run: those after it tell nothing new, and fill the disk
-
-Update = Callable[[list[Any]], dict[str, float] | None]
-Loss = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+MAX_FILES = 10  # of a run: more would show nothing new, and fill the disk
 
 
-class Faults:
-    """Counts the updates that were skipped, and ends the run when there are too many in a row.
+class NonFiniteGuard:
+    """Count the skipped optimizer steps, and abort after too many consecutive ones.
 
     Args:
-        folder: of the run; the batches go to its `nonfinite/`. None keeps none.
-        most_in_a_row: so many skipped updates in a row end the run.
-        remedy: what the user can do about it.
+        folder: of the run; the batches go to its `nonfinite/`. None saves none.
+        max_consecutive: abort after this many consecutive non-finite steps.
+        remedy: advice for the error line.
+
+    Attributes:
+        skipped: number of skipped steps.
     """
 
-    def __init__(self, folder: Path | None, most_in_a_row: int, remedy: str) -> None:
-        self._folder = folder and folder / FOLDER
-        self._most = most_in_a_row
+    def __init__(self, folder: Path | None, max_consecutive: int, remedy: str) -> None:
+        self._folder = folder and folder / NONFINITE_FOLDER
+        self._max = max_consecutive
         self._remedy = remedy
         self.skipped = 0
-        self._in_a_row = 0
-        self._first = False
+        self._consecutive = 0
 
     def state_dict(self) -> dict[str, int]:
-        """The counts."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+        """Return the counts."""
+        return {"skipped": self.skipped, "in_a_row": self._consecutive}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        """Set the counts."""
+        self.skipped, self._consecutive = state["skipped"], state["in_a_row"]
 
-    def was_first(self) -> bool:
-        """Once after the first skipped update of a run: a checkpoint for its replay is due."""
-        first, self._first = self._first, False
-        return first
+    @property
+    def at_first_skip(self) -> bool:
+        """Whether the last step was skipped, as the first of the run: save a checkpoint of it."""
+        return self.skipped == self._consecutive == 1
 
-    def none(self) -> None:
-        """An update was taken."""
-        self._in_a_row = 0
+    def step_taken(self) -> None:
+        """Note that a step was finite."""
+        self._consecutive = 0
 
     def skip(self, step: int, micro_batches: Sequence[Any], random_state: Tensor) -> None:
-        """An update was skipped; all ranks must call it together.
+        """Count a skipped step and save its batch; all ranks must call it together.
 
         Args:
-            step: optimizer steps taken, this one included.
-            micro_batches: of this rank: dataclasses of tensors.
-            random_state: torch's, before the update.
+            step: optimizer steps so far, this one included.
+            micro_batches: dataclasses of tensors, of this rank.
+            random_state: torch's, before the step.
 
         Raises:
-            FloatingPointError: too many in a row.
+            FloatingPointError: too many consecutive steps were skipped.
         """
         self.skipped += 1
-        self._in_a_row += 1
-        self._first = self.skipped == 1
-        kept = self._keep(step, micro_batches, random_state)
+        self._consecutive += 1
+        path = self._save(step, micro_batches, random_state)
         console.say(
-            f"warning: the loss or the gradient of step {step} is not finite; the step is skipped"
-            + (f"; --replay {kept} takes it again" if kept else "")
+            f"warning: non-finite loss or gradient in step {step}, which is skipped"
+            + (f"; its batch is saved in {path}" if path else "")
         )
-        if self._in_a_row >= self._most:
+        if self._consecutive >= self._max:
             raise FloatingPointError(
-                f"{self._in_a_row} updates in a row were not finite "
-                f"(--max_skipped_steps {self._most}); {self._remedy}"
+                f"non-finite loss or gradient in {self._consecutive} consecutive optimizer steps "
+                f"(--max_skipped_steps {self._max}); {self._remedy}"
             )
 
-    def _keep(
-        self, step: int, micro_batches: Sequence[Any], random_state: Tensor
-    ) -> Path | None:
-        if self._folder is None or self.skipped > MOST_FILES:
+    def _save(self, step: int, micro_batches: Sequence[Any], random_state: Tensor) -> Path | None:
+        if self._folder is None or self.skipped > MAX_FILES:
             return None
         record = {
             "micro_batches": [_tensors(batch) for batch in micro_batches],
@@ -92,78 +86,18 @@ class Faults:
         if distributed.is_main():
             try:
                 path.parent.mkdir(exist_ok=True)
-                with path.open("wb") as file:
-                    torch.save({"step": step, "ranks": ranks}, file)
+                saved = {"step": step, "ranks": ranks}
+                write_durably(path, lambda file: torch.save(saved, file))
             except (OSError, RuntimeError) as error:
-                console.say(f"warning: {path} can not be written: {error}")
+                console.say(f"warning: {path} cannot be written: {error}")
                 return None
         return path
 
 
 def _tensors(batch: Any) -> dict[str, Any]:
-    """A dataclass of tensors, and of such dataclasses, as plain dicts on the CPU."""
+    """Return a dataclass of tensors, and of such dataclasses, as plain dicts on the CPU."""
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return {
         name: value.cpu() if isinstance(value, Tensor) else _tensors(value)
         for name, value in values.items() if value is not None
     }
-
-
-def _on_device(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _on_device(value) if isinstance(value, dict) else value.to(distributed.device())
-        for name, value in tensors.items()
-    }
-
-
-def checkpoint_of(path: str) -> Path | None:
-    """The checkpoint with the weights of a skipped update, if there is one.
-
-    A skipped update leaves the weights as they were, and the run saves them after its first.
-    """
-    file = Path(path)
-    folder = file.parent.parent / "checkpoints" / file.stem
-    return folder if folder.is_dir() else None
-
-
-def replay(
-    path: str, made: Callable[..., Any], losses: dict[str, Loss], update: Update
-) -> None:
-    """Take a skipped update again, saying what of it is not finite.
-
-    Args:
-        path: the file that `Faults.skip` wrote.
-        made: fields of a micro-batch -> the micro-batch.
-        losses: of each trained model: what is computed from a micro-batch.
-        update: takes the step.
-
-    Raises:
-        UserError: no such file, or it is of another step.
-    """
-    try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
-        rank, world, ranks = distributed.rank(), distributed.world_size(), record["ranks"]
-        mine = [ranks[rank]] if world == len(ranks) else ranks
-        batches = [made(**_on_device(one)) for part in mine for one in part["micro_batches"]]
-    except FileNotFoundError:
-        raise UserError(f"--replay {path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"--replay {path}: holds more than data, or is damaged, and is not "
-                        "read; give a file of nonfinite/") from None
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--replay {path}: is no update of this step ({reason})") from error
-    console.say(f"replay: step {record['step']}, {len(batches)} micro-batch(es) of "
-                    f"{len(ranks)} rank(s)")
-    torch.set_rng_state(mine[0]["random_state"])
-    for number, batch in enumerate(batches):
-        for name, loss in losses.items():
-            with torch.no_grad():
-                value = loss(batch)[0].item()
-            console.say(f"replay: micro-batch {number}: {name}: sum of losses {value:.6g}")
-    torch.set_rng_state(mine[0]["random_state"])
-    result = update(batches)
-    said = "not finite again, skipped" if result is None else ", ".join(
-        f"{name} {value:.6g}" for name, value in result.items()
-    )
-    console.say(f"replay: the update: {said}")
