@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from alpaca_rlhf.demo import tiny_llama
-from alpaca_rlhf.utils.data import prepare, samplers, sources, tokenizer
+from alpaca_rlhf.utils.data import batches, prepare, sources, tokenizer
 from alpaca_rlhf.utils.data.split import Split
 
 ENCODERS = {1: prepare.encode_replies, 2: prepare.encode_pairs}
@@ -28,8 +28,8 @@ def main() -> None:
         rows = sequences(args, step)
         lengths = [max(row) for row in rows]
         orders = [
-            samplers.length_grouped(lengths, args.batch_size, args.seed, epoch=0),
-            samplers.shuffled(len(rows), args.seed, epoch=0),
+            batches.length_grouped(lengths, args.batch_size, args.seed, epoch=0),
+            batches.shuffled(len(rows), args.seed, epoch=0),
         ]
         shares = [padding(rows, order, args.batch_size, None) for order in orders]
         shares.append(padding(rows, orders[1], args.batch_size, args.max_seq_len))
@@ -68,7 +68,7 @@ def sequences(args: argparse.Namespace, step: int) -> list[list[int]]:
 def padding(rows: list[list[int]], order: list[int], size: int, longest: int | None) -> float:
     """The share of pads among all tokens of an epoch; `longest` pads every row to that."""
     real = total = 0
-    for batch in samplers.rank_batches(order, size, rank=0, world_size=1):
+    for batch in batches.rank_batches(order, size, rank=0, world_size=1):
         lengths = [length for row in batch for length in rows[row]]
         real += sum(lengths)
         total += len(lengths) * (longest or max(lengths))

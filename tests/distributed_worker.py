@@ -33,13 +33,13 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     make_experience,
 )
 from alpaca_rlhf.utils import console, distributed, training_loop
-from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
     collate_pairs,
     collate_prompts,
     collate_tokens,
     pad,
+    rank_batches,
 )
 from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model import lora
@@ -85,7 +85,7 @@ def two_steps(small: Small, role: str, stage: int, lora_rank: int = 0) -> Any:
         rows, collate, objective = TOKENS, collate_tokens, step1.objective
     else:
         rows, collate, objective = PAIRS, collate_pairs, step2.objective
-    batches = samplers.rank_batches(list(range(8)), 4 // world, distributed.rank(), world)
+    batches = rank_batches(list(range(8)), 4 // world, distributed.rank(), world)
     for _ in range(2):
         micro = [collate([rows[i] for i in batch], pad_id=3) for batch in batches]
         weight = training_loop.global_weight(micro)

@@ -1,17 +1,28 @@
-"""Rows of ids become padded batches: which side, which mask, how much they weigh."""
+"""Batches: padding, masks and weights; which rows, on which rank; rows of plain text."""
 
 import dataclasses
+from itertools import islice
 
 import pytest
 import torch
+from tiny_model import word_tokenizer
 
+from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.configs import PPOConfig
 from alpaca_rlhf.utils.data.batches import (
-    PairBatch,
     collate_pairs,
     collate_prompts,
     collate_tokens,
+    covering_batches,
+    length_grouped,
     pad,
+    rank_batches,
+    shuffled,
+    text_batches,
+    text_rows,
 )
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat
+from alpaca_rlhf.utils.errors import UserError
 
 TOKENS = [
     {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
@@ -24,44 +35,33 @@ PAIRS = [
 PROMPTS = [{"prompt_ids": [5, 6, 7]}, {"prompt_ids": [8]}]
 
 
-def test_padding_on_the_right():
-    ids, mask = pad([[1, 2], [3]], 9)
-    assert ids.tolist() == [[1, 2], [3, 9]]
-    assert mask.tolist() == [[1, 1], [1, 0]]
+@pytest.mark.parametrize(("rows", "options", "ids", "mask"), [
+    ([[1, 2], [3]], {}, [[1, 2], [3, 9]], [[1, 1], [1, 0]]),
+    ([[1, 2], [3]], {"left": True}, [[1, 2], [9, 3]], [[1, 1], [0, 1]]),
+    ([[1]], {"length": 3}, [[1, 9, 9]], [[1, 0, 0]]),
+    ([[1]], {"length": 3, "left": True}, [[9, 9, 1]], [[0, 0, 1]]),
+    # An id that equals the padding's is not masked.
+    ([[9, 1, 9], [2]], {}, [[9, 1, 9], [2, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
+])
+def test_rows_are_padded_and_masked_on_one_side(rows, options, ids, mask):
+    padded, masked = pad(rows, 9, **options)
+    assert (padded.tolist(), masked.tolist()) == (ids, mask)
 
 
-def test_padding_on_the_left():
-    ids, mask = pad([[1, 2], [3]], 9, left=True)
-    assert ids.tolist() == [[1, 2], [9, 3]]
-    assert mask.tolist() == [[1, 1], [0, 1]]
-
-
-@pytest.mark.parametrize(("left", "expected"), [(False, [[1, 9, 9]]), (True, [[9, 9, 1]])])
-def test_padding_to_a_length(left, expected):
-    assert pad([[1]], 9, left, length=3)[0].tolist() == expected
-
-
-def test_padding_of_nothing():
+def test_padding_of_no_rows():
     ids, mask = pad([], 9)
     assert ids.shape == mask.shape == (0, 0)
 
 
-def test_an_id_that_equals_pad_is_not_masked():
-    assert pad([[0, 1, 0], [2]], 0)[1].tolist() == [[1, 1, 1], [1, 0, 0]]
-
-
-def test_tokens_are_padded_right_and_pads_are_not_trained():
+def test_tokens_are_padded_right_and_padding_is_not_trained():
     batch = collate_tokens(TOKENS, pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.labels.tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
+    assert batch.weight() == 3
 
 
-def test_tokens_weigh_what_is_predicted():
-    assert collate_tokens(TOKENS, pad_id=0).weight() == 3
-
-
-def test_the_first_token_is_predicted_from_nothing_and_weighs_nothing():
+def test_the_first_token_is_not_predicted_and_weighs_nothing():
     row = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
     assert collate_tokens([row], pad_id=0).weight() == 2
 
@@ -71,10 +71,7 @@ def test_pairs_are_padded_right_together_chosen_first():
     assert batch.input_ids.tolist() == [[5, 6, 7, 0], [9, 0, 0, 0], [5, 8, 0, 0], [9, 6, 7, 8]]
     assert batch.attention_mask.tolist() == [
         [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-
-
-def test_pairs_weigh_one_each():
-    assert collate_pairs(PAIRS, pad_id=0).weight() == 2
+    assert batch.weight() == 2
 
 
 def test_prompts_are_padded_left():
@@ -86,17 +83,171 @@ def test_prompts_are_padded_left():
 @pytest.mark.parametrize("batch", [
     collate_tokens(TOKENS, 0), collate_pairs(PAIRS, 0), collate_prompts(PROMPTS, 0)],
     ids=lambda batch: type(batch).__name__)
-def test_every_tensor_holds_whole_numbers_and_moves_along(batch):
+def test_a_batch_holds_whole_numbers_moves_as_one_and_cannot_be_changed(batch):
     moved = batch.to(torch.device("meta"))
     assert type(moved) is type(batch)
     for entry in dataclasses.fields(batch):
         assert getattr(batch, entry.name).dtype == torch.long
         assert getattr(moved, entry.name).device.type == "meta"
         assert getattr(moved, entry.name).shape == getattr(batch, entry.name).shape
-
-
-def test_a_batch_cannot_be_changed():
-    batch = collate_pairs(PAIRS, pad_id=0)
-    assert isinstance(batch, PairBatch)
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.input_ids = torch.zeros(1)
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+LENGTHS = [(37 * i * i) % 101 + 1 for i in range(1003)]
+
+
+def test_shuffled_holds_all_rows_in_an_order_of_each_epoch_and_seed():
+    first = shuffled(50, seed=1, epoch=0)
+    assert sorted(first) == list(range(50))
+    assert first == shuffled(50, seed=1, epoch=0)
+    assert first != shuffled(50, seed=1, epoch=1)
+    assert first != shuffled(50, seed=2, epoch=0)
+
+
+def test_length_grouped_holds_all_rows_in_batches_of_each_epoch_and_seed():
+    first = length_grouped(LENGTHS, 8, seed=1, epoch=0)
+    assert sorted(first) == list(range(1003))
+    assert first == length_grouped(LENGTHS, 8, seed=1, epoch=0)
+    others = [length_grouped(LENGTHS, 8, *how) for how in ((1, 1), (2, 0))]
+    batches = [{frozenset(order[i : i + 8]) for i in range(0, 1003, 8)}
+               for order in (first, *others)]
+    assert len(batches[0] & batches[1]) < 10 > len(batches[0] & batches[2])
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 400, 401, 1003])
+def test_batches_have_similar_lengths_and_only_the_last_is_not_full(n):
+    order = length_grouped(LENGTHS[:n], 8, seed=1, epoch=3)
+    assert sorted(order) == list(range(n))
+    spread = [max(s) - min(s) for s in (
+        [LENGTHS[row] for row in order[i : i + 8]] for i in range(0, n - 7, 8))]
+    if n >= 400:
+        assert sum(spread) / len(spread) < 6  # of 101; shuffled it is 78
+
+
+def test_batches_of_similar_lengths_come_in_no_order_of_length():
+    order = length_grouped(LENGTHS, 8, seed=1, epoch=0)
+    means = [sum(LENGTHS[row] for row in order[i : i + 8]) / 8 for i in range(0, 1000, 8)]
+    rising = sum(one < other for one, other in zip(means, means[1:], strict=False))
+    assert 0.35 < rising / len(means) < 0.65
+
+
+@pytest.mark.parametrize("order", [
+    shuffled(24, seed=1, epoch=0), length_grouped(LENGTHS, 8, seed=1, epoch=0)],
+    ids=["shuffled", "length_grouped"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_n_ranks_with_batch_b_see_what_one_rank_with_batch_n_b_sees(order, world):
+    alone = rank_batches(order, 2 * world, 0, 1)
+    dealt = [rank_batches(order, 2, rank, world) for rank in range(world)]
+    together = [sorted(sum(batches, [])) for batches in zip(*dealt, strict=True)]
+    assert together == [sorted(batch) for batch in alone][: len(together)]
+    assert len(together) * 2 * world > len(order) - world
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 7, 8, 12, 25])
+def test_ranks_have_as_many_batches_and_fewer_rows_than_ranks_are_left_out(n, world):
+    order = shuffled(n, seed=1, epoch=0)
+    dealt = [rank_batches(order, 2, rank, world) for rank in range(world)]
+    assert len({len(batches) for batches in dealt}) == 1
+    assert all(batch for batches in dealt for batch in batches)
+    taken = sorted(i for batches in dealt for batch in batches for i in batch)
+    left = set(order) - set(taken)
+    assert len(taken) == len(set(taken))
+    assert len(left) < world
+    assert left <= set(order[len(order) - len(left) :])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 7, 12])
+def test_an_evaluation_covers_each_row_once_with_as_many_batches_on_every_rank(n, world):
+    dealt = [covering_batches(n, 2, rank, world) for rank in range(world)]
+    assert len({len(batches) for batches in dealt}) == 1
+    counted = [i for batches in dealt for batch, counts in batches if counts for i in batch]
+    assert sorted(counted) == list(range(n))
+
+
+# --- plain text ----------------------------------------------------------------------------------
+
+CHAT = ChatFormat(word_tokenizer("Human: Assistant: a b c"))  # ids 4 to 8, eos 2
+
+
+@pytest.mark.parametrize(("text", "length", "expected"), [
+    ("a b\nc\n\nb\n\n \n\na", 3, [[6, 7, 8], [2, 7, 2]]),  # each text ends with eos
+    ("a b c", 4, [[6, 7, 8, 2]]),  # the last row is just full
+    ("a </s> <unk> b", 3, [[6, 7, 2]]),  # spelled-out special tokens are left out
+])
+def test_text_is_cut_into_rows_that_are_trained_whole(tmp_path, text, length, expected):
+    (tmp_path / "text.txt").write_text(text)
+    rows = text_rows(str(tmp_path / "text.txt"), None, CHAT, length)
+    assert rows == [{"input_ids": ids, "labels": ids} for ids in expected]
+
+
+class Columns(dict):
+    """A hub data set: columns by name."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self)
+
+
+def test_a_hub_set_is_read_by_its_column_text(monkeypatch):
+    asked = []
+
+    def found(name, configuration, split):
+        asked.append((name, configuration, split))
+        return Columns(text=["a b", "", "c"])
+
+    monkeypatch.setattr("datasets.load_dataset", found)
+    rows = text_rows("some/text", "v1", CHAT, 5)
+    assert [row["input_ids"] for row in rows] == [[6, 7, 2, 8, 2]]
+    assert asked == [("some/text", "v1", "train")]
+
+
+def unreachable(*names, **options):
+    raise ConnectionError("no route\nto host")
+
+
+@pytest.mark.parametrize(("content", "hub", "line"), [
+    (b"a b c", None, "holds 4 tokens, less than one row of 5 (--max_prompt_seq_len + "
+     "--max_answer_seq_len); give more text, or shorten the rows"),
+    (b"a b \xff", None, "not UTF-8 at byte 4; convert the file"),
+    (None, unreachable, "no such file, and the hub did not give it (ConnectionError); give a local "
+     "text file"),
+    (None, lambda *names, **options: Columns(a=[], b=[]),
+     "no column text; there are a, b; give a data set with one, or a local text file"),
+])
+def test_text_that_cannot_be_used_is_refused(tmp_path, monkeypatch, content, hub, line):
+    name = "some/text"
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+        name = str(tmp_path / "text.txt")
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    with pytest.raises(UserError) as refused:
+        text_rows(name, None, CHAT, 5)
+    assert str(refused.value) == f"--unsupervised_dataset_name {name}: {line}"
+
+
+def ids_of_iterations(path, rank=0, world=1, size=2, skip=0, monkeypatch=None) -> list:
+    ppo = PPOConfig(unsupervised_dataset_name=path, per_device_training_batch_size=size)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    found = islice(text_batches(ppo, CHAT, length=1, count=2, skip=skip), 2)
+    return [[batch.input_ids.flatten().tolist() for batch in batches] for batches in found]
+
+
+def test_text_goes_round_over_iterations_and_ranks_and_resumes_where_it_was(tmp_path, monkeypatch):
+    path = str(tmp_path / "text.txt")
+    (tmp_path / "text.txt").write_text("Human: Assistant: a b c")  # 6 rows with eos
+    alone = ids_of_iterations(path, monkeypatch=monkeypatch)
+    assert alone == [[[4, 5], [6, 7]], [[8, 2], [4, 5]]]
+    assert ids_of_iterations(path, skip=1, monkeypatch=monkeypatch)[0] == alone[1]
+    ranks = [ids_of_iterations(path, rank, 2, size=1, monkeypatch=monkeypatch) for rank in (0, 1)]
+    assert [[one + other for one, other in zip(*both, strict=True)]
+            for both in zip(*ranks, strict=True)] == alone
+
+
+def test_without_text_every_iteration_has_none():
+    assert list(islice(text_batches(PPOConfig(), CHAT, length=1, count=2, skip=0), 2)) == [None] * 2

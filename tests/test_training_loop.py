@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from alpaca_rlhf.utils import losses, training_loop
 from alpaca_rlhf.utils.configs import CheckpointConfig
-from alpaca_rlhf.utils.data import samplers
 from alpaca_rlhf.utils.data.batches import collate_pairs, collate_tokens
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
 from alpaca_rlhf.utils.model.reward_model import scores
@@ -191,87 +190,6 @@ def test_the_gradient_norm_is_that_before_clipping(small, stage):
     step(engine, tokens([0]))
     assert norm > 1.0
     assert training_loop.gradient_norm(engine) == pytest.approx(norm.item(), rel=1e-4)
-
-
-# ------------------------------------------------------------------- which rows, on which rank
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("n", [1, 7, 8, 12, 25])
-def test_every_rank_has_as_many_batches_and_only_fewer_rows_than_ranks_are_left_out(n, world):
-    order = samplers.shuffled(n, seed=1, epoch=0)
-    dealt = [samplers.rank_batches(order, 2, rank, world) for rank in range(world)]
-    assert len({len(batches) for batches in dealt}) == 1
-    assert all(batch for batches in dealt for batch in batches)
-    taken = sorted(i for batches in dealt for batch in batches for i in batch)
-    left = set(order) - set(taken)
-    assert len(taken) == len(set(taken))
-    assert len(left) < world
-    assert left <= set(order[len(order) - len(left) :])
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_n_ranks_with_batch_b_see_what_one_rank_with_batch_n_b_sees(world):
-    order = samplers.shuffled(24, seed=1, epoch=0)
-    alone = samplers.rank_batches(order, 2 * world, 0, 1)
-    dealt = [samplers.rank_batches(order, 2, rank, world) for rank in range(world)]
-    together = [sorted(sum(batches, [])) for batches in zip(*dealt, strict=True)]
-    assert together == [sorted(batch) for batch in alone]
-
-
-def test_the_order_is_one_of_all_rows_new_in_each_epoch_and_fixed_by_the_seed():
-    first = samplers.shuffled(50, seed=1, epoch=0)
-    assert sorted(first) == list(range(50))
-    assert first == samplers.shuffled(50, seed=1, epoch=0)
-    assert first != samplers.shuffled(50, seed=1, epoch=1)
-    assert first != samplers.shuffled(50, seed=2, epoch=0)
-
-
-LENGTHS = [(37 * i * i) % 101 + 1 for i in range(1003)]
-
-
-def test_grouped_by_length_every_row_comes_once_in_an_order_of_each_epoch_and_seed():
-    first = samplers.length_grouped(LENGTHS, 8, seed=1, epoch=0)
-    assert sorted(first) == list(range(1003))
-    assert first == samplers.length_grouped(LENGTHS, 8, seed=1, epoch=0)
-    others = [samplers.length_grouped(LENGTHS, 8, *how) for how in ((1, 1), (2, 0))]
-    batches = [{frozenset(order[i : i + 8]) for i in range(0, 1003, 8)}
-               for order in (first, *others)]
-    assert len(batches[0] & batches[1]) < 10 > len(batches[0] & batches[2])
-
-
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 400, 401, 1003])
-def test_batches_are_of_like_lengths_and_only_the_last_is_not_full(n):
-    order = samplers.length_grouped(LENGTHS[:n], 8, seed=1, epoch=3)
-    assert sorted(order) == list(range(n))
-    spread = [max(s) - min(s) for s in (
-        [LENGTHS[row] for row in order[i : i + 8]] for i in range(0, n - 7, 8))]
-    if n >= 400:
-        assert sum(spread) / len(spread) < 6  # of 101; shuffled it is 78
-
-
-def test_batches_of_like_lengths_come_in_no_order_of_length():
-    order = samplers.length_grouped(LENGTHS, 8, seed=1, epoch=0)
-    means = [sum(LENGTHS[row] for row in order[i : i + 8]) / 8 for i in range(0, 1000, 8)]
-    rising = sum(one < other for one, other in zip(means, means[1:], strict=False))
-    assert 0.35 < rising / len(means) < 0.65
-
-
-def test_ranks_share_a_batch_of_like_lengths_as_one_rank_with_a_larger_batch_has_it():
-    order = samplers.length_grouped(LENGTHS, 8, seed=1, epoch=0)
-    alone = samplers.rank_batches(order, 8, 0, 1)
-    dealt = [samplers.rank_batches(order, 4, rank, 2) for rank in range(2)]
-    together = [sorted(sum(batches, [])) for batches in zip(*dealt, strict=True)]
-    assert together == [sorted(batch) for batch in alone]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("n", [1, 2, 7, 12])
-def test_measuring_covers_each_row_once_with_as_many_batches_on_every_rank(n, world):
-    dealt = [samplers.covering_batches(n, 2, rank, world) for rank in range(world)]
-    assert len({len(batches) for batches in dealt}) == 1
-    counted = [i for batches in dealt for batch, counts in batches if counts for i in batch]
-    assert sorted(counted) == list(range(n))
 
 
 # ------------------------------------------------------------------- the loop

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from alpaca_rlhf.utils import distributed
-from alpaca_rlhf.utils.data import samplers
+from alpaca_rlhf.utils.data.batches import (
+    covering_batches,
+    length_grouped,
+    rank_batches,
+    shuffled,
+)
 from alpaca_rlhf.utils.logging.tracker import Tracker
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
@@ -151,7 +156,7 @@ class Plan:
     def steps_per_epoch(self, rows: int) -> int:
         """Optimizer steps that one pass over so many rows takes."""
         world = distributed.world_size()
-        batches = len(samplers.rank_batches(list(range(rows)), self.batch_size, 0, world))
+        batches = len(rank_batches(list(range(rows)), self.batch_size, 0, world))
         return math.ceil(batches / self.accumulation_steps)
 
     def total_steps(self, rows: int) -> int:
@@ -172,10 +177,10 @@ class Plan:
         world, per_epoch = distributed.world_size(), self.steps_per_epoch(rows)
         for epoch in range(first // per_epoch, self.epochs):
             order = (
-                samplers.length_grouped(lengths, self.batch_size * world, self.seed, epoch)
-                if lengths else samplers.shuffled(rows, self.seed, epoch)
+                length_grouped(lengths, self.batch_size * world, self.seed, epoch)
+                if lengths else shuffled(rows, self.seed, epoch)
             )
-            batches = samplers.rank_batches(order, self.batch_size, distributed.rank(), world)
+            batches = rank_batches(order, self.batch_size, distributed.rank(), world)
             done = max(0, first - epoch * per_epoch)
             for start in range(done * self.accumulation_steps, len(batches),
                                self.accumulation_steps):
@@ -262,7 +267,7 @@ def evaluate_sums(
     training = engine.module.training
     engine.eval()
     numbers: list[list[float]] = []
-    batches = samplers.covering_batches(
+    batches = covering_batches(
         len(rows), batch_size, distributed.rank(), distributed.world_size()
     )
     for indices, counts in batches[:max_batches]:

@@ -7,8 +7,7 @@ import torch
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RolloutMaker
 from alpaca_rlhf.utils import distributed, rl_math
-from alpaca_rlhf.utils.data import samplers
-from alpaca_rlhf.utils.data.batches import collate_prompts
+from alpaca_rlhf.utils.data.batches import collate_prompts, covering_batches
 
 Gold = Callable[[dict[str, Any], str], float]
 Record = dict[str, Any]
@@ -37,7 +36,7 @@ def evaluate(
     # As many rows on every rank; what only fills up does not count.
     mine = [
         (i, counts)
-        for indices, counts in samplers.covering_batches(
+        for indices, counts in covering_batches(
             len(rows), 1, distributed.rank(), distributed.world_size()
         )
         for i in indices

@@ -47,8 +47,14 @@ from alpaca_rlhf.utils import arguments, console, distributed, preflight
 from alpaca_rlhf.utils.arguments import Step3Arguments
 from alpaca_rlhf.utils.configs import DataConfig
 from alpaca_rlhf.utils.console import table
-from alpaca_rlhf.utils.data import plain_text, prepare, samplers
-from alpaca_rlhf.utils.data.batches import TokenBatch, collate_prompts, collate_tokens
+from alpaca_rlhf.utils.data import prepare
+from alpaca_rlhf.utils.data.batches import (
+    TokenBatch,
+    collate_prompts,
+    collate_tokens,
+    shuffled,
+    text_rows,
+)
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
 from alpaca_rlhf.utils.engine import ModelSettings, Schedule
@@ -194,7 +200,7 @@ class Rounds:
         for number in range(self.count):
             if number == epoch * self._per_epoch:
                 # An epoch of its own order; too few prompts for one round are taken repeatedly.
-                once = samplers.shuffled(self._prompts, self._seed, epoch)
+                once = shuffled(self._prompts, self._seed, epoch)
                 order = once * math.ceil(self._size / len(once))
                 epoch += 1
             start = number % self._per_epoch * self._size
@@ -514,7 +520,7 @@ def language_model_text(
         while True:
             yield None
     length = args.rollout.max_prompt_seq_len + args.rollout.max_answer_seq_len
-    blocks = plain_text.load_blocks(
+    blocks = text_rows(
         name, args.ppo.unsupervised_dataset_config_name, form, length
     )
     size, world = args.ppo.per_device_training_batch_size, distributed.world_size()

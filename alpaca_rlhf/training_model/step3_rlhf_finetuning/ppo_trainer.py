@@ -12,8 +12,7 @@ from torch import Tensor
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.utils import distributed, losses, rl_math
-from alpaca_rlhf.utils.data import samplers
-from alpaca_rlhf.utils.data.batches import TokenBatch
+from alpaca_rlhf.utils.data.batches import TokenBatch, shuffled
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
@@ -167,7 +166,7 @@ class PPOTrainer:
         self._engine.train(True)
         place = 0
         for epoch in range(settings.epochs):
-            order = samplers.shuffled(
+            order = shuffled(
                 len(under_way.experience), settings.seed, round_number * settings.epochs + epoch
             )
             batches = under_way.experience.mini_batches(settings.micro_batch_size, order)

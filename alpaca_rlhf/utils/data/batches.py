@@ -1,58 +1,80 @@
-"""Rows of ids -> padded batches: frozen records, a shape on every line."""
+"""Encoded rows to padded batches: which rows form a batch on which rank, and the padding.
 
+Every rank gets the same number of batches, and n ranks with batch size b see what one rank with
+batch size n * b sees.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import repeat
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.configs import PPOConfig
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat
+from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class _Batch:
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """Return the batch on a device."""
+        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True)
 class TokenBatch(_Batch):
-    """Step 1 (and ptx): sequences, padded right."""
+    """Sequences of step 1 and of the language-model (ptx) loss, padded right."""
 
     input_ids: Tensor  # [B, T]
-    attention_mask: Tensor  # [B, T]
+    attention_mask: Tensor  # [B, T], 0 at padding
     labels: Tensor  # [B, T], -100 where nothing is trained
 
     def weight(self) -> int:
-        """Number of trained tokens."""
+        """Return the number of trained tokens."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 @dataclass(frozen=True)
 class PairBatch(_Batch):
-    """Step 2: B pairs, padded right; rows 0 … B-1 are chosen, rows B … 2B-1 rejected."""
+    """Pairs of step 2, padded right; rows 0 … B-1 are chosen, rows B … 2B-1 rejected."""
 
     input_ids: Tensor  # [2B, T]
-    attention_mask: Tensor  # [2B, T]
+    attention_mask: Tensor  # [2B, T], 0 at padding
 
     def weight(self) -> int:
-        """Number of pairs."""
+        """Return the number of pairs."""
         return self.input_ids.shape[0] // 2
 
 
 @dataclass(frozen=True)
 class PromptBatch(_Batch):
-    """Step 3: prompts, padded left, so that what is generated follows at once."""
+    """Prompts of step 3, padded left, so that responses follow them directly."""
 
     input_ids: Tensor  # [B, P]
-    attention_mask: Tensor  # [B, P]
+    attention_mask: Tensor  # [B, P], 0 at padding
 
 
 def pad(
     rows: list[list[int]], value: int, left: bool = False, length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Ids [N, T] and mask [N, T] of rows of unlike lengths; T is the longest, or `length`."""
+    """Pad rows to one length.
+
+    Args:
+        rows: token ids.
+        value: fills the padding.
+        left: pad before each row instead of after it.
+        length: T; by default the length of the longest row.
+
+    Returns:
+        Ids [B, T] and mask [B, T], which is 0 at padding.
+    """
     longest = max((len(row) for row in rows), default=0) if length is None else length
     ids = torch.full((len(rows), longest), value, dtype=torch.long)
     mask = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -64,18 +86,173 @@ def pad(
 
 
 def collate_tokens(rows: list[dict[str, Any]], pad_id: int) -> TokenBatch:
-    """Rows with `input_ids` and `labels` of one length each."""
+    """Pad B rows of `prepare_sft` to [B, T]."""
     ids, mask = pad([row["input_ids"] for row in rows], pad_id)
     labels, _ = pad([row["labels"] for row in rows], IGNORE_INDEX)
     return TokenBatch(ids, mask, labels)
 
 
 def collate_pairs(rows: list[dict[str, Any]], pad_id: int) -> PairBatch:
-    """Rows with `chosen_ids` and `rejected_ids`."""
+    """Pad B rows of `prepare_pairs` to [2B, T]."""
     sequences = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
     return PairBatch(*pad(sequences, pad_id))
 
 
 def collate_prompts(rows: list[dict[str, Any]], pad_id: int) -> PromptBatch:
-    """Rows with `prompt_ids`."""
+    """Pad B rows of `prepare_prompts` to [B, P]."""
     return PromptBatch(*pad([row["prompt_ids"] for row in rows], pad_id, left=True))
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """Return the indices 0 … n-1 in an order fixed by seed and epoch, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def length_grouped(
+    lengths: Sequence[int], size: int, seed: int, epoch: int, pool: int = 50
+) -> list[int]:
+    """Return the indices of all rows in an order whose successive batches have similar lengths.
+
+    The rows are shuffled, sorted by length within pools of `pool` batches, cut into batches, and
+    the batches are shuffled. The order depends on the arguments alone, so a resumed run, or one
+    with another number of ranks for the same global batch, continues in it.
+
+    Args:
+        lengths: of the rows, in tokens.
+        size: rows of a global batch.
+        seed, epoch: of the shuffling.
+        pool: batches that are sorted together; a larger pool pads less and mixes less.
+    """
+    order = shuffled(len(lengths), seed, epoch)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool * size):
+        rows = sorted(order[start : start + pool * size], key=lengths.__getitem__)
+        batches += [rows[at : at + size] for at in range(0, len(rows), size)]
+    # A batch that is not full stays last: the order is cut into full batches from the start.
+    full = len(order) // size
+    places = [*shuffled(full, seed + 1, epoch), *range(full, len(batches))]
+    return [row for place in places for row in batches[place]]
+
+
+def rank_batches(
+    order: list[int], batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """Return one rank's batches of an order of rows.
+
+    Each global batch of `world_size * batch_size` rows is dealt out to the ranks in turn. So is a
+    last, smaller one; its rows are left out when there are fewer of them than ranks.
+    """
+    size = batch_size * world_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return [batch[rank::world_size] for batch in batches if len(batch) >= world_size]
+
+
+def covering_batches(
+    n: int, batch_size: int, rank: int, world_size: int
+) -> list[tuple[list[int], bool]]:
+    """Return one rank's batches for an evaluation that covers rows 0 … n-1 once over all ranks.
+
+    The flag of a batch is False where it only fills up: under ZeRO-3 all ranks must take part in
+    each forward pass, but the result must not be counted.
+    """
+    mine = list(range(rank, n, world_size))
+    real = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    most = math.ceil(math.ceil(n / world_size) / batch_size)
+    return [(batch, True) for batch in real] + [([0], False)] * (most - len(real))
+
+
+# --- plain text ----------------------------------------------------------------------------------
+
+
+def text_batches(
+    ppo: PPOConfig, chat: ChatFormat, *, length: int, count: int, skip: int
+) -> Iterator[list[TokenBatch] | None]:
+    """Yield, for each PPO iteration, this rank's batches of text for the ptx loss.
+
+    Args:
+        ppo: names the text and sets the batch size; without text each iteration gets None.
+        chat: tokenizer.
+        length: tokens of a row.
+        count: batches of an iteration.
+        skip: iterations that are done already.
+
+    Raises:
+        UserError: the text cannot be read, or does not fill a single row.
+    """
+    if ppo.unsupervised_dataset_name is None:
+        return repeat(None)
+    rows = text_rows(
+        ppo.unsupervised_dataset_name, ppo.unsupervised_dataset_config_name, chat, length
+    )
+    return _cycled(rows, ppo.per_device_training_batch_size, chat.pad_id, count, skip)
+
+
+def _cycled(
+    rows: list[dict[str, list[int]]], size: int, pad_id: int, count: int, skip: int
+) -> Iterator[list[TokenBatch]]:
+    world = distributed.world_size()
+    position = distributed.rank() + skip * count * size * world
+    while True:
+        batches = []
+        for _ in range(count):
+            chosen = [rows[(position + i * world) % len(rows)] for i in range(size)]
+            position += size * world
+            batches.append(collate_tokens(chosen, pad_id).to(distributed.device()))
+        yield batches
+
+
+def text_rows(
+    name: str, configuration: str | None, chat: ChatFormat, length: int
+) -> list[dict[str, list[int]]]:
+    """Cut plain text into rows of `length` tokens, all of which are trained.
+
+    Args:
+        name: a local text file (an empty line ends a text), or a hub data set with a column `text`.
+        configuration: of the hub data set.
+        chat: tokenizer; eos ends each text.
+        length: tokens of a row; what does not fill the last row is left out.
+
+    Raises:
+        UserError: the text cannot be read, or does not fill a single row.
+    """
+    flag = f"--unsupervised_dataset_name {name}"
+    texts = _file(Path(name), flag) if Path(name).is_file() else _hub(name, configuration, flag)
+    ids = [token for text in texts if text.strip() for token in chat.text_ids(text)]
+    rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    if not rows:
+        raise UserError(
+            f"{flag}: holds {len(ids)} tokens, less than one row of {length} "
+            "(--max_prompt_seq_len + --max_answer_seq_len); give more text, or shorten the rows"
+        )
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def _file(path: Path, flag: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n\n")
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be read ({error.strerror}); give another") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: not UTF-8 at byte {error.start}; convert the file") from error
+
+
+def _hub(name: str, configuration: str | None, flag: str) -> list[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, configuration, split="train")
+    except Exception as error:  # the library raises a dozen kinds when the hub is out of reach
+        raise UserError(
+            f"{flag}: no such file, and the hub did not give it ({type(error).__name__}); "
+            "give a local text file"
+        ) from error
+    if "text" not in rows.column_names:
+        raise UserError(
+            f"{flag}: no column text; there are {', '.join(rows.column_names)}; give a data set "
+            "with one, or a local text file"
+        )
+    return rows["text"]
