@@ -1,6 +1,6 @@
-"""report.html: what it holds, that nothing in it is trusted, and that a browser shows all of it.
+"""report.html: its content, that nothing in it is trusted, and that a browser shows all of it.
 
-The folders are written here, as the steps write them; that the steps do is test_entry_points'.
+The folders are written here in the form in which the steps write them; test_entry_points has that.
 """
 
 import json
@@ -19,78 +19,69 @@ from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.errors import UserError
 
 EVIL = "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"
-VERSIONS = {"started": "2026-01-02 03:04:05", "device": "no accelerator; 2 cores", "ranks": 1,
-            "versions": {"Python": "3.11.7", "torch": "2.13.0"}}
+START = {"started": "2026-01-02 03:04:05", "device": "no accelerator; 2 cores", "ranks": 1,
+         "versions": {"Python": "3.11.7", "torch": "2.13.0"}}
 
 
-def write(folder: Path, name: str, content) -> None:
+def write(folder: Path, **files) -> None:
+    """Write files by their names without ending: rows as .jsonl, an object as .json."""
     folder.mkdir(parents=True, exist_ok=True)
-    if name.endswith(".jsonl"):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
-    else:
-        (folder / name).write_text(json.dumps(content))
+    for name, content in files.items():
+        rows = content if isinstance(content, list) else [content]
+        ending = "jsonl" if rows is content else "json"
+        (folder / f"{name}.{ending}").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_sft(folder: Path, seed: int) -> None:
-    write(folder, "metrics.jsonl", [
-        {"step": i, "loss": 2 / i + seed / 100, "grad_norm": 1.0, "lr": 1e-4 / i, "weight": 200,
-         "memory_gb": 0.5, "time/elapsed": 0.5 * i} for i in range(1, 41)])
-    write(folder, "results.json", {"step": 1, "before": {"perplexity": 1.5, "loss": 0.41},
-                                   "after": {"perplexity": 1.25, "loss": 0.22}})
-    write(folder, "training_arguments.json", {"seed": seed, "learning_rate": 1e-4})
-    write(folder, "run.json", VERSIONS)
+def sample(step: int, tokens: int = 2) -> dict:
+    numbers = {name: [0.5, -0.25] * (tokens // 2) for name in page.CHANNELS}
+    return {"step": step, "score": 1.0, "eos": True, "padding": 3, "tokens": {
+        "text": ["Human", ": Hi"] + [EVIL, ""] * (tokens // 2), "mask": [0, 0] + [1] * tokens,
+        **numbers}}
 
 
-def write_reward_model(folder: Path, seed: int) -> None:
-    write(folder, "metrics.jsonl", [
-        {"step": i, "loss": 0.7 - i / 100, "accuracy": 0.5 + i / 100, "grad_norm": 1.0,
-         "weight": 8, "memory_gb": 0.5, "time/elapsed": 0.5 * i} for i in range(1, 41)])
-    write(folder, "results.json", {
-        "step": 2, "before": {"accuracy": 0.5}, "after": {
-            "accuracy": 0.9, "accuracy_low": 0.85, "accuracy_high": 0.93, "score_mean": 1.0,
-            "score_std": 2.0, "rejected_mean": -1.0, "pairs": 40}})
-    write(folder, "pair_scores.jsonl", [
-        {"chosen": math.sin(i) + 1, "rejected": math.sin(2 * i), "chosen_tokens": 10.0 + i % 7,
-         "rejected_tokens": 12.0 + i % 3} for i in range(40)])
-    write(folder, "training_arguments.json", {"seed": seed, "num_train_epochs": 3})
-    write(folder, "run.json", VERSIONS)
+def dialogue(text: str, score: float = 0.0) -> dict:
+    before = {"reply": "Ho.", "score": score, "length": 9, "eos": True, "gold": 0.5}
+    return {"prompt": "Human: Hi\n\nAssistant:", "before": before,
+            "after": {**before, "reply": text, "score": score + 1, "gold": 0.75}}
 
 
-def sample(step: int) -> dict:
-    numbers = {name: [0.5, -0.25] for name in ("logprob", "kl", "value", "advantage", "reward")}
-    return {"step": step, "prompt": "Human: Hi", "reply": "Ho.", "score": 1.0, "eos": True,
-            "padding": 3, "tokens": {"text": ["Human", ": Hi", EVIL, ""], "mask": [0, 0, 1, 1],
-                                     **numbers}}
+MEAN = {"score": 1.0, "gold": 0.5, "length": 9.0, "eos": 1.0, "k3": 0.0, "score_std": 2.0}
+FILES = {  # of a step, besides metrics and arguments
+    1: {"results": {"step": 1, "before": {"perplexity": 1.5}, "after": {"perplexity": 1.25}}},
+    2: {"results": {"step": 2, "before": {"accuracy": 0.5}, "after": {
+            "accuracy": 0.9, "accuracy_low": 0.85, "accuracy_high": 0.93}},
+        "pair_scores": [{"chosen": math.sin(i), "rejected": math.sin(2 * i),
+                         "chosen_tokens": 10.0 + i % 7, "rejected_tokens": 12.0 + i % 3}
+                        for i in range(40)]},
+    3: {"results": {"step": 3, "before": MEAN, "after": {**MEAN, "score": 4.0, "gold": 0.8},
+                    "dialogues": [dialogue(EVIL, i / 9) for i in range(30)]},
+        "events": [{"step": 20, "kind": "checkpoint", "message": "", "alarm": False},
+                   {"step": 30, "kind": "kl", "message": f"KL is off {EVIL}", "alarm": True}],
+        "samples": [sample(step) for step in (1, 1, 1, 21, 40)]},
+}
 
 
-def reply(text: str, score: float, gold: float) -> dict:
-    return {"prompt": "p", "reply": text, "score": score, "k1": 1.0, "k3": 1.0, "length": 9,
-            "eos": True, "gold": gold}
+def write_step(folder: Path, number: int, seed: int = 1, kl_coef: float = 0.05, **changes) -> None:
+    """Write a finished step of 40 optimizer steps or PPO iterations."""
+    metrics = [metric for labels in plots.CURVES[number].values() for metric in labels]
+    rows = [{"step": i, **dict.fromkeys(metrics, i / 40 + seed / 10), "weight": 200,
+             "memory_gb": 0.5, "throughput/tokens": 100, "memory/peak_gb": 0.75,
+             "time/elapsed": 0.5 * i} for i in range(1, 41)]
+    arguments = {"seed": seed, "kl_coef": kl_coef}
+    write(folder, **{"run": START, "metrics": rows, "training_arguments": arguments,
+                     **FILES[number], **changes})
 
 
-def write_policy(folder: Path, seed: int, kl_coef: float = 0.05) -> None:
-    names = [name for curve in plots.CURVES[3] for name in curve.series]
-    write(folder, "metrics.jsonl", [
-        {"step": i, **{name: i / 40 + seed / 10 for name in names}, "throughput/tokens": 100,
-         "memory/peak_gb": 0.75, "time/elapsed": 2.0 * i} for i in range(1, 41)])
-    mean = {"score": 1.0, "gold": 0.5, "length": 9.0, "eos": 1.0, "k3": 0.0, "score_std": 2.0}
-    write(folder, "results.json", {
-        "step": 3, "before": mean, "after": {**mean, "score": 3.0 + seed, "gold": 0.8, "k3": 3.0},
-        "dialogues": [{"prompt": "Human: Hi\n\nAssistant:", "before": reply("Ho.", i / 9, 0.5),
-                       "after": reply(EVIL, i / 9 + 1, 0.75)} for i in range(30)]})
-    write(folder, "events.jsonl", [
-        {"step": 20, "kind": "checkpoint", "message": "", "alarm": False},
-        {"step": 30, "kind": "kl", "message": f"KL is off {EVIL}", "alarm": True}])
-    write(folder, "samples.jsonl", [sample(step) for step in (1, 1, 1, 21, 40)])
-    write(folder, "training_arguments.json", {"seed": seed, "kl_coef": kl_coef})
-    write(folder, "run.json", VERSIONS)
-
-
-def write_pipeline(folder: Path, seed: int = 1, **changes) -> Path:
-    write_sft(folder / "actor", seed)
-    write_reward_model(folder / "critic", seed)
-    write_policy(folder / "final", seed, **changes)
+def write_pipeline(folder: Path, seed: int = 1, kl_coef: float = 0.05, **changes) -> Path:
+    for number, name in enumerate(("actor", "critic", "final"), 1):
+        write_step(folder / name, number, seed, kl_coef, **changes if number == 3 else {})
     return folder
+
+
+def render(*folders: Path) -> str:
+    """The report of runs, written above the first."""
+    runs = [read_run(folder) for folder in folders]
+    return page.write(runs, folders[0].parent / "rendered.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +97,9 @@ def html(pipeline) -> str:
     return (pipeline / "report.html").read_text()
 
 
-# --- what it holds -------------------------------------------------------------------------------
+# --- content -------------------------------------------------------------------------------------
+
+CURVES = [title for number in (1, 2, 3) for title in plots.CURVES[number]]
 
 
 def captions(html: str) -> list[str]:
@@ -114,19 +107,27 @@ def captions(html: str) -> list[str]:
 
 
 def test_every_curve_and_distribution_is_drawn(html):
-    curves = [curve.title for number in (1, 2, 3) for curve in plots.CURVES[number]]
     more = ["held-out scores", "calibration", "accuracy by length",
-            "accuracy by which response is longer", "reward against KL", "score, before and after",
-            "reply length in tokens, before and after"]
-    assert sorted(captions(html)) == sorted(curves + more)
-    assert html.count("<svg") == len(curves + more)
+            "accuracy by which response is longer", "score against KL",
+            "score, before and after", "response length in tokens, before and after"]
+    assert sorted(captions(html)) == sorted(CURVES + more)
+    assert html.count("<svg") == len(CURVES + more)
+
+
+def test_accuracy_is_grouped_by_the_longer_sequence_and_by_the_longer_response(html):
+    drawn = dict(re.findall(r"<figcaption>(accuracy by .*?)</figcaption>(.*?)</figure>", html,
+                            re.DOTALL))
+    assert re.findall(r">([\d–]+)</text>.*?>n=(\d+)<", drawn["accuracy by length"], re.DOTALL) == [
+        ("12–13", "16"), ("14", "14"), ("15–16", "10")]
+    groups = r">(chosen|rejected|neither)</text>.*?>n=(\d+)<"
+    assert re.findall(groups, drawn["accuracy by which response is longer"], re.DOTALL) == [
+        ("chosen", "16"), ("rejected", "18"), ("neither", "6")]
 
 
 def test_no_two_elements_share_an_id(html):
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', html))
-    assert used <= set(ids)
+    assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', html)) <= set(ids)
 
 
 def test_nothing_is_loaded_from_elsewhere_and_it_is_light(html):
@@ -135,88 +136,88 @@ def test_nothing_is_loaded_from_elsewhere_and_it_is_light(html):
     assert len(html) < 1_000_000
 
 
-def test_arguments_versions_and_cost_are_there(html):
-    for text in ("kl_coef", "2.13.0", "no accelerator; 2 cores", "0 min 20 s", "0.75 GB",
-                 "8,000 tokens trained on", "4,000 tokens generated", "50 a second"):
-        assert text in html, text
-
-
-def test_the_summary_and_the_verdict_are_there(html):
-    assert "<td>1.500</td><td>1.250</td>" in html
-    assert "Score up by 1.50 standard deviations, gold by +0.300: as it should be" in html
+@pytest.mark.parametrize("text", [
+    "kl_coef", "2.13.0", "no accelerator; 2 cores", "0:00:20", "0.75 GB",
+    "8,000 tokens trained on", "8,000 pairs", "4,000 tokens generated", "200 per second",
+    "<td>1.500</td><td>1.250</td>", "KL is off",
+    "Score up by 1.50 standard deviations, gold by +0.300: target met",
+])
+def test_summary_alarms_arguments_environment_and_cost_are_there(html, text):
+    assert text in html
 
 
 def test_what_models_wrote_is_text(html):
-    assert "<script>window" not in html
-    assert "<img" not in html
-    assert html.count("&lt;script&gt;window.stolen") >= page.DIALOGUES + 1
+    assert "<script>window" not in html and "<img" not in html
+    assert html.count("&lt;script&gt;window.stolen") >= page.LIMITS["dialogues"] + 1
 
 
 def test_tokens_have_their_numbers(html):
-    cells = re.findall(r'<span class="t"[^>]*title="([^"]*)"', html)
-    assert len(cells) == 3 * 4  # two of the first round, one of the last
-    assert cells[:4] == [
-        "mask 0", "mask 0",
-        "mask 1, logprob 0.5, kl 0.5, value 0.5, advantage 0.5, reward 0.5",
-        "mask 1, logprob -0.25, kl -0.25, value -0.25, advantage -0.25, reward -0.25"]
+    cells = re.findall(r'<span class="t" tabindex="0" ([^>]*)>', html)
+    assert len(cells) == 3 * 4  # two rollouts of the first recorded iteration, one of the last
+    assert cells[:3] == [
+        'data-mask="0"', 'data-mask="0"', 'data-mask="1" data-logprob="0.5" data-kl="0.5" '
+        'data-value="0.5" data-advantage="0.5" data-reward="0.5"']
 
 
-def test_an_alarm_is_told_and_its_absence_too(html, tmp_path):
-    assert "KL is off" in html and "No alarm went off" not in html
-    write_sft(tmp_path / "actor", 1)
-    target = page.write([read_run(tmp_path)], tmp_path / "r.html")
-    assert "No alarm went off" in target.read_text()
+def test_a_run_without_alarms_says_so(html, tmp_path):
+    write_step(tmp_path, 1)
+    assert "No alarm went off" in render(tmp_path)
+    assert "No alarm went off" not in html
 
 
 def test_what_is_very_long_is_cut_and_says_so(tmp_path):
-    write_policy(tmp_path / "final", 1)
-    long = sample(1)
-    numbers = {name: [0.5] * 5000 for name in page.CHANNELS[1:]}
-    long["tokens"] = {"text": ["x"] * 5000, "mask": [1] * 5000, **numbers}
-    write(tmp_path / "final", "samples.jsonl", [long])
-    results = json.loads((tmp_path / "final" / "results.json").read_text())
-    results["dialogues"][0]["after"]["reply"] = "word " * 100_000
-    write(tmp_path / "final", "results.json", results)
-    html = page.write([read_run(tmp_path)], tmp_path / "report.html").read_text()
-    assert "… 4600 more tokens" in html
-    assert "word..." in html
+    write_step(tmp_path, 3, samples=[sample(1, tokens=5000)],
+               results={"step": 3, "dialogues": [dialogue("word " * 100_000)]})
+    html = render(tmp_path)
+    assert "… 4602 more tokens" in html and "word..." in html
     assert len(html) < 1_000_000
 
 
-# --- of what is there ----------------------------------------------------------------------------
-
-
 def test_a_run_that_is_not_finished_has_a_report_of_what_it_has(tmp_path):
-    write(tmp_path / "final.partial", "metrics.jsonl", [
-        {"step": 1, "kl/k1": 0.0, "reward/score_mean": 1.0, "time/elapsed": 1.0}])
-    with (tmp_path / "final.partial" / "metrics.jsonl").open("a") as file:
+    folder = tmp_path / "final.partial"
+    write(folder, metrics=[{"step": 1, "kl/k1": 0.0, "reward/score_mean": 1.0}])
+    with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "kl/')
-    run = read_run(tmp_path / "final.partial")
-    html = page.write([run], tmp_path / "report.html").read_text()
+    html = render(folder)
     assert "not finished: step 1" in html
-    assert captions(html) == ["reward-model score", "KL to SFT, nats a reply", "reward against KL"]
-    assert "not finished: step 1" in summary.as_text(run)
+    assert captions(html) == ["reward-model score", "KL to SFT, nats per response",
+                              "score against KL"]
+    assert "not finished: step 1" in summary.as_text(read_run(folder))
 
 
-def test_numbers_that_are_not_finite_are_drawn_around(tmp_path):
-    write_pipeline(tmp_path)
-    rows = [{"step": i, "kl/k1": math.nan, "reward/score_mean": math.inf, "policy/loss": 1.0}
-            for i in range(1, 40)]
-    write(tmp_path / "final", "metrics.jsonl", rows)
-    html = page.write([read_run(tmp_path)], tmp_path / "report.html").read_text()
-    assert "reward against KL" in captions(html)
+def test_numbers_that_are_not_finite_do_not_stop_the_report(tmp_path):
+    write_step(tmp_path, 3, metrics=[
+        {"step": i, "kl/k1": math.nan, "reward/score_mean": math.inf, "policy/loss": 1.0}
+        for i in range(1, 40)])
+    assert "score against KL" in captions(render(tmp_path))
+
+
+@pytest.mark.parametrize(("gold", "verdict"), [
+    (0.8, "gold by +0.300: target met"), (0.65, "gold by +0.150: below target"),
+    (0.55, "reward hacking: score up by 1.50 standard deviations, but gold by +0.050 only"),
+    (None, "score up by 1.50 standard deviations; no gold rule for this data"),
+])
+def test_the_verdict_on_ppo_needs_a_higher_score_and_higher_gold(tmp_path, gold, verdict):
+    before, after = {"score": 1.0, "score_std": 2.0}, {"score": 4.0}
+    if gold is not None:
+        before["gold"], after["gold"] = 0.5, gold
+    write_step(tmp_path, 3, results={"step": 3, "before": before, "after": after})
+    assert verdict in summary.verdict(read_run(tmp_path))
+
+
+# --- folders -------------------------------------------------------------------------------------
 
 
 def test_a_finished_step_is_shown_in_place_of_one_in_the_making(tmp_path):
-    write_sft(tmp_path / "actor", 1)
-    write(tmp_path / "actor.partial", "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    write_step(tmp_path / "actor", 1)
+    write(tmp_path / "actor.partial", metrics=[{"step": 1, "loss": 1.0}])
     assert read_run(tmp_path).steps[1].folder.name == "actor"
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match="no run is there"):
-            read_run(folder)
+@pytest.mark.parametrize("name", [".", "missing"])
+def test_a_folder_without_a_run_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="no run found"):
+        read_run(tmp_path / name)
 
 
 def test_a_report_that_fails_costs_a_line_and_not_the_training(pipeline, monkeypatch, capsys):
@@ -229,58 +230,60 @@ def test_a_report_that_fails_costs_a_line_and_not_the_training(pipeline, monkeyp
         "warning: no report.html was written (OSError: no space left)\n")
 
 
-def test_only_rank_0_writes_it(pipeline, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "actor"
-    write_sft(folder, 1)
+def test_only_rank_0_writes_it(tmp_path, monkeypatch, capsys):
+    write_step(tmp_path, 1)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    page.write_beside(folder)
-    assert not (folder / "report.html").exists()
+    page.write_beside(tmp_path)
+    assert not (tmp_path / "report.html").exists()
     monkeypatch.undo()
-    page.write_beside(folder)
-    assert capsys.readouterr().out == f"report: {folder}/report.html\n"
+    page.write_beside(tmp_path)
+    assert capsys.readouterr().out == f"report: {tmp_path}/report.html\n"
 
 
 # --- several runs --------------------------------------------------------------------------------
 
 
 def test_runs_of_one_setting_are_a_group_and_a_setting_is_named_by_what_differs(tmp_path):
-    runs = [read_run(write_pipeline(tmp_path / name, seed, kl_coef=coef))
-            for name, seed, coef in (("a", 1, 0.05), ("b", 2, 0.05), ("c", 1, 0.2))]
-    found = groups(runs)
-    assert {label: [run.name for run in members] for label, members in found.items()} == {
-        "kl_coef 0.05": ["a", "b"], "kl_coef 0.2": ["c"]}
-    assert list(groups(runs[:2])) == [""]
-    assert read_run(tmp_path / "a" / "final").name == "a/final"
-    html = page.write(runs, tmp_path / "report.html").read_text()
-    assert re.findall(r'<span class="swatch" style="background: (#\w+)"></span>([^<]*)', html) == [
+    folders = [write_pipeline(tmp_path / name, seed, kl_coef)
+               for name, seed, kl_coef in (("a", 1, 0.05), ("b", 2, 0.05), ("c", 1, 0.2))]
+    runs = [read_run(folder) for folder in folders]
+    assert {setting: [run.name for run in members] for setting, members in groups(runs).items()
+            } == {"kl_coef 0.05": ["a", "b"], "kl_coef 0.2": ["c"]}
+    assert list(groups(runs[:2])) == [""] and read_run(folders[0] / "final").name == "a/final"
+    swatch = r'<span class="swatch" style="background: (#\w+)"></span>([^<]*)'
+    assert re.findall(swatch, render(*folders)) == [
         (plots.COLOURS[0], "kl_coef 0.05"), (plots.COLOURS[1], "kl_coef 0.2")]
 
 
-def test_a_comparison_has_a_column_a_run_their_mean_and_a_band(tmp_path, capsys, monkeypatch):
-    folders = [str(write_pipeline(tmp_path / f"seed{seed}", seed)) for seed in (1, 2, 3)]
+def test_a_comparison_has_a_column_per_run_and_their_mean(tmp_path, capsys, monkeypatch):
+    folders = []
+    for seed in (1, 2, 3):
+        after = {**MEAN, "score": 3.0 + seed}
+        results = {"step": 3, "before": MEAN, "after": after}
+        folders.append(str(write_pipeline(tmp_path / f"seed{seed}", seed, results=results)))
     monkeypatch.setattr(sys, "argv", ["report", *folders, "--plot", str(tmp_path / "c.png")])
     main()
     html = (tmp_path / "report.html").read_text()
-    assert "<th>seed1</th><th>seed2</th><th>seed3</th><th>after, mean ± deviation</th>" in html
+    assert "<th>seed1</th><th>seed2</th><th>seed3</th><th>after, mean ± std</th>" in html
     assert ("<td>1.000 → 4.000</td><td>1.000 → 5.000</td><td>1.000 → 6.000</td>"
             "<td>5.000 ± 1.000</td>") in html
-    assert sorted(captions(html)) == sorted(
-        curve.title for number in (1, 2, 3) for curve in plots.CURVES[number])
+    assert sorted(captions(html)) == sorted(CURVES)
     assert html.count("FillBetween") == html.count("<svg")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert f"report: {tmp_path}/report.html" in capsys.readouterr().out
 
 
 def test_one_run_gets_its_report_in_its_folder_and_a_table_on_the_console(
-    pipeline, capsys, monkeypatch
+    tmp_path, capsys, monkeypatch
 ):
-    (pipeline / "report.html").rename(pipeline / "kept.html")
-    monkeypatch.setattr(sys, "argv", ["report", str(pipeline)])
+    write_pipeline(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     main()
-    (pipeline / "kept.html").rename(pipeline / "report.html")
-    said = capsys.readouterr().out
-    assert "reward model: held-out accuracy  0.500   0.900  95 % interval 0.850 to 0.930" in said
-    assert said.endswith(f"report: {pipeline}/report.html\n")
+    assert (tmp_path / "report.html").exists()
+    out = capsys.readouterr().out
+    assert "reward model: held-out accuracy  0.500   0.900  95 % interval 0.850 to 0.930" in out
+    assert "  SFT (score 0.00, gold 0.50)                   RLHF (score 1.00, gold 0.75)" in out
+    assert out.endswith(f"report: {tmp_path}/report.html\n")
 
 
 # --- in a browser --------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, pipeline, request):
-    """The report in a window of some width, and what the console said of it."""
+    """The report in a window of some width, and the lines of the browser's console."""
     said: list[str] = []
     view = browser.new_page(viewport={"width": request.param, "height": 844})
     view.on("console", lambda message: said.append(message.text))
@@ -334,7 +337,7 @@ def test_every_plot_is_seen_and_the_page_does_not_scroll_sideways(opened, html):
 
 @needs_chromium
 @WIDTHS
-def test_tokens_are_coloured_by_what_is_chosen_and_say_their_numbers(opened):
+def test_tokens_are_coloured_by_the_chosen_channel_and_show_their_numbers(opened):
     view, said = opened
     first = view.locator(".sample").first
     token = first.locator(".t").nth(3)
@@ -348,7 +351,8 @@ def test_tokens_are_coloured_by_what_is_chosen_and_say_their_numbers(opened):
     view.select_option("#channel", "mask")
     assert "" not in colours()
     token.click()
-    assert first.locator(".numbers").inner_text() == token.get_attribute("title")
+    assert first.locator(".numbers").inner_text() == (
+        "mask 1, logprob -0.25, kl -0.25, value -0.25, advantage -0.25, reward -0.25")
     assert said == []
 
 
@@ -362,12 +366,3 @@ def test_no_script_of_a_model_runs(opened):
                       "`<p onclick='window.stolen = 3' id=evil>x</p>`)")
         view.locator("#evil").click()
     assert view.evaluate("window.stolen") is None  # the page's policy refuses it
-
-
-@needs_chromium
-@WIDTHS
-def test_details_open_and_show_the_arguments(opened):
-    view, said = opened
-    view.locator("summary", has_text="PPO").click()
-    assert view.get_by_text("kl_coef").is_visible()
-    assert said == []

@@ -1,11 +1,11 @@
-"""What runs came to: a table and dialogues on the console, report.html for a browser.
+"""Report of runs: a table and dialogues on the console, and report.html for a browser.
 
     python -m alpaca_rlhf.evaluation.report output/tiny
     python -m alpaca_rlhf.evaluation.report output/seed1 output/seed2 output/seed3 --plot curves.png
 
 A run is the --output_dir of a step or of run_pipeline.sh, also one that still runs or failed
 (OUTPUT_DIR.partial). One run gets its report.html in its own folder; of several, those of one
-setting are drawn as a mean and a band. Reads what the steps have written; trains nothing.
+setting are drawn as a mean and a range. Reads what the steps have written; trains nothing.
 """
 
 import argparse
@@ -31,18 +31,13 @@ def main() -> None:
     runs = [read_run(Path(folder)) for folder in args.runs]
     for run in runs:
         console.say(summary.as_text(run))
-    target = Path(args.output) if args.output else _default_target([r.folder for r in runs])
+    folders = [run.folder for run in runs] if len(runs) == 1 else [r.folder.parent for r in runs]
+    target = Path(args.output or Path(os.path.commonpath(folders)) / page.REPORT_FILE)
     page.write(runs, target)
     console.say(f"\nreport: {target}")
     if args.plot:
         plots.curves_png(runs, Path(args.plot))
         console.say(f"curves of {len(runs)} runs: {args.plot}")
-
-
-def _default_target(folders: list[Path]) -> Path:
-    if len(folders) == 1:
-        return folders[0] / page.REPORT_FILE
-    return Path(os.path.commonpath([folder.parent for folder in folders])) / page.REPORT_FILE
 
 
 if __name__ == "__main__":

@@ -20,9 +20,13 @@
     document.getElementById("legend").textContent = `largest: ${largest.toPrecision(3)}`;
   }
 
+  function describe(token) {
+    return Object.entries(token.dataset).map(([name, value]) => `${name} ${value}`).join(", ");
+  }
+
   function tell(event) {
     const token = event.target.closest(".t");
-    if (token) token.closest(".sample").querySelector(".numbers").textContent = token.title;
+    if (token) token.closest(".sample").querySelector(".numbers").textContent = describe(token);
   }
 
   channel.addEventListener("change", paint);

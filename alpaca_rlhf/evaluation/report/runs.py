@@ -1,69 +1,64 @@
-"""What run folders hold, read for a report: finished steps, and those that still run or failed."""
+"""Run folders, read for a report: finished steps, and steps that still run or failed."""
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from alpaca_rlhf.utils import configs
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging import records
 from alpaca_rlhf.utils.run import run_folder
 
 Rows = list[dict[str, Any]]
-# Arguments in which runs of one setting may differ: seed, folders, what is shown and kept.
-OWN_TO_A_RUN = {
-    "seed", "output_dir", "overwrite_output_dir", "data_output_path", "logging_dir", "tracker",
-    "actor_model_name_or_path", "critic_model_name_or_path", "preprocessing_num_workers",
-    "enable_tensorboard", "print_answers", "print_answers_interval", "log_samples_steps",
-    "stop_on_alarm", "save_steps", "save_total_limit", "resume_from_checkpoint",
-}
+# Runs of one setting may differ in these arguments, and in those that do not change a result.
+OWN_TO_A_RUN = ("seed", "actor_model_name_or_path", "critic_model_name_or_path")
 TITLES = {1: "Supervised fine-tuning", 2: "Reward model", 3: "PPO"}
 
 
-@dataclass(frozen=True)
 class Step:
-    """One step of a run: everything its folder says, empty where it says nothing.
+    """One step of a run, with all that its folder holds so far; empty what it does not hold.
+
+    Args:
+        folder: of the step.
 
     Attributes:
-        number: 1, 2 or 3.
-        folder: of the step.
-        metrics, events, samples, pairs: rows of the files of `records`.
-        results, arguments, start: records; `results` is empty while the step is not finished.
+        metrics, events, samples, pairs: rows of the files of `records`; alarms are events too.
+        arguments: resolved arguments, by name.
+        start: when and on what the step started.
+        finished: whether there are results.
+        before, after: measured on held-out data before and after the training.
+        dialogues: held-out prompts, with the records of both policies' responses.
+        number: 1, 2 or 3; of an unfinished step told by its metrics.
     """
 
-    number: int
-    folder: Path
-    metrics: Rows = field(default_factory=list)
-    events: Rows = field(default_factory=list)
-    samples: Rows = field(default_factory=list)
-    pairs: Rows = field(default_factory=list)
-    results: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
-    start: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def before(self) -> dict[str, float]:
-        """Measured before the training."""
-        return self.results.get("before", {})
-
-    @property
-    def after(self) -> dict[str, float]:
-        """Measured after the training."""
-        return self.results.get("after", {})
-
-    @property
-    def dialogues(self) -> Rows:
-        """Held-out prompts, with the records of both policies' replies."""
-        return self.results.get("dialogues", [])
-
-    @property
-    def alarms(self) -> Rows:
-        """The events that are alarms."""
-        return [event for event in self.events if event.get("alarm")]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metrics = records.read_rows(folder / records.METRICS_FILE)
+        self.events = records.read_rows(folder / records.EVENTS_FILE)
+        self.alarms = [event for event in self.events if event["alarm"]]
+        self.samples = records.read_rows(folder / records.SAMPLES_FILE)
+        self.pairs = records.read_rows(folder / records.PAIRS_FILE)
+        self.arguments = _read_object(folder / run_folder.ARGUMENTS_FILE)
+        self.start = _read_object(folder / records.RUN_FILE)
+        results = _read_object(folder / run_folder.RESULTS_FILE)
+        self.finished = bool(results)
+        self.before: dict[str, float] = results.get("before", {})
+        self.after: dict[str, float] = results.get("after", {})
+        self.dialogues: Rows = results.get("dialogues", [])
+        measured = self.metrics[0] if self.metrics else {}
+        unfinished = 3 if "kl/k1" in measured else 2 if "accuracy" in measured else 1
+        self.number: int = results.get("step", unfinished)
 
 
-@dataclass(frozen=True)
-class Run:
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if there is no file, or it is not fully written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+class Run(NamedTuple):
     """A folder and the steps found in it, by number."""
 
     folder: Path
@@ -71,84 +66,49 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What it is called in tables: of a single step, with the folder above."""
+        """Name of the folder; for the folder of a single step, with its parent's."""
         alone = any(step.folder == self.folder for step in self.steps.values())
         return f"{self.folder.parent.name}/{self.folder.name}" if alone else self.folder.name
 
     def setting(self) -> dict[str, Any]:
-        """Arguments of all steps, without what is a run's own."""
+        """Return the arguments of all steps but for those in which runs of a setting may differ."""
+        kinds = configs.on_resume()
         return {
             f"step {number}: {name}": value for number, step in self.steps.items()
-            for name, value in step.arguments.items() if name not in OWN_TO_A_RUN
+            for name, value in step.arguments.items()
+            if kinds.get(name) != "free" and name not in OWN_TO_A_RUN
         }
 
 
 def read_run(folder: Path) -> Run:
-    """A step's folder, or one that holds folders of steps, as run_pipeline.sh leaves it.
+    """Read the folder of a step, or one that holds folders of steps, as run_pipeline.sh writes it.
 
     Raises:
         UserError: there is neither.
     """
     folder = folder.absolute()
-    if _is_step(folder):
-        step = read_step(folder)
-        return Run(folder, {step.number: step})
-    steps: dict[int, Step] = {}
-    inside = folder.iterdir() if folder.is_dir() else iter(())
-    # A folder in the making comes last: what is finished is shown in its place.
-    for path in sorted(filter(_is_step, inside), key=lambda p: (p.suffix == ".partial", p)):
-        step = read_step(path)
-        steps.setdefault(step.number, step)
-    if not steps:
-        raise UserError(f"{folder}: no run is there (no {records.METRICS_FILE}, here or in a "
-                        "folder below); give the --output_dir of a step, or of run_pipeline.sh")
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in (folder, *inside) if (path / records.METRICS_FILE).is_file()]
+    if not found:
+        raise UserError(f"{folder}: no run found (no {records.METRICS_FILE}, here or in a folder "
+                        "below); give the --output_dir of a step, or of run_pipeline.sh")
+    if folder in found:
+        found = [folder]
+    # Finished folders come last, so that they replace an unfinished one of the same step.
+    found.sort(key=lambda path: path.suffix != ".partial")
+    steps = {step.number: step for step in map(Step, found)}
     return Run(folder, dict(sorted(steps.items())))
 
 
-def _is_step(path: Path) -> bool:
-    return (path / records.METRICS_FILE).is_file()
-
-
-def read_step(folder: Path) -> Step:
-    """What one step has left in its folder, or left so far."""
-    metrics = records.read_rows(folder / records.METRICS_FILE)
-    results = _record(folder / run_folder.RESULTS_FILE)
-    return Step(
-        number=results.get("step") or _number(metrics),
-        folder=folder,
-        metrics=metrics,
-        events=records.read_rows(folder / records.EVENTS_FILE),
-        samples=records.read_rows(folder / records.SAMPLES_FILE),
-        pairs=records.read_rows(folder / records.PAIRS_FILE),
-        results=results,
-        arguments=_record(folder / run_folder.ARGUMENTS_FILE),
-        start=_record(folder / records.RUN_FILE),
-    )
-
-
-def _number(metrics: Rows) -> int:
-    """Which step it is, told by what it measures."""
-    names = set(metrics[0]) if metrics else set()
-    return 3 if "kl/k1" in names else 2 if "accuracy" in names else 1
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def groups(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs of one setting together; each group is named by what sets it apart."""
+    """Group runs by setting; the name of a group lists the arguments in which settings differ."""
     settings = [run.setting() for run in runs]
-    # An argument that a run does not know (of an older version, say) does not set it apart.
-    known = [name for name in settings[0] if all(name in setting for setting in settings)]
-    telling = [name for name in known if len({_text(s[name]) for s in settings}) > 1]
+    # An argument that a run does not have (an older version's, say) does not set it apart.
+    shared = [name for name in settings[0] if all(name in setting for setting in settings)]
+    differing = [name for name in shared if len({_text(s[name]) for s in settings}) > 1]
     found: dict[str, list[Run]] = {}
     for run, setting in zip(runs, settings, strict=True):
-        parts = [f"{name.split(': ')[1]} {_text(setting[name])}" for name in telling]
+        parts = [f"{name.split(': ')[1]} {_text(setting[name])}" for name in differing]
         found.setdefault(", ".join(dict.fromkeys(parts)), []).append(run)
     return found
 
