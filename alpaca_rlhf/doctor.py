@@ -103,7 +103,7 @@ def compiler() -> list[Row]:
 
 def ports() -> list[Row]:
     """Whether ranks could listen here, and whether this machine knows its own name."""
-    from alpaca_rlhf.training_model.my_deepspeed import NO_SSH_PORT, choose_port, is_free
+    from alpaca_rlhf.training_model.launching import NO_SSH_PORT, choose_port, is_free
 
     port = choose_port(0)
     with socket.socket() as listener:

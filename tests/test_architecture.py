@@ -40,7 +40,6 @@ FLOORS = {
     "utils/arguments.py": 0,
     "utils/configs.py": 0,
     "utils/console.py": 0,
-    "utils/debugging.py": 0,
     "utils/errors.py": 0,
     "utils/losses.py": 0,
     "utils/rl_math.py": 0,

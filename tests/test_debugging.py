@@ -16,8 +16,8 @@ import pexpect
 import pytest
 from conftest import save_models
 
-from alpaca_rlhf.training_model import my_deepspeed
-from alpaca_rlhf.utils import debugging, distributed
+from alpaca_rlhf.training_model import launching, my_deepspeed
+from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -172,7 +172,7 @@ class Client:
 def test_a_debugpy_client_attaches_to_rank_1_of_2_and_stops_it_at_a_line(tmp_path: Path):
     script = tmp_path / "meeting.py"
     script.write_text(MEETING)
-    port = my_deepspeed.choose_port(0)
+    port = launching.choose_port(0)
     run = subprocess.Popen(
         [sys.executable, str(BOOTSTRAP), "--num_gpus", "2", "--debug_ranks", "1",
          "--debug_port", str(port - 1), str(script)],
@@ -189,7 +189,7 @@ def test_a_debugpy_client_attaches_to_rank_1_of_2_and_stops_it_at_a_line(tmp_pat
         line = line_of(script, "# the breakpoint")
         client.ask("setBreakpoints", source={"path": str(script)}, breakpoints=[{"line": line}])
         room = Path(str(distributed.__file__)).resolve()
-        waited = line_of(room, "debugging.wait_for_client()") + 1
+        waited = line_of(room, "    wait_for_debugger()") + 1
         client.ask("setBreakpoints", source={"path": str(room)}, breakpoints=[{"line": waited}])
         client.ask("configurationDone")
         client.wait(type="response", request_seq=attached)
@@ -228,7 +228,7 @@ def test_without_debugpy_there_is_one_line_and_nothing_starts(monkeypatch, capsy
 
 def test_the_other_ranks_wait_a_week_for_the_one_at_a_breakpoint(monkeypatch):
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "10")
-    for name in (debugging.RANKS, debugging.PORT, "TORCH_NCCL_ENABLE_MONITORING"):
+    for name in (distributed.DEBUG_RANKS, distributed.DEBUG_PORT, "TORCH_NCCL_ENABLE_MONITORING"):
         monkeypatch.setenv(name, "")
     own, _ = take(["--debug_ranks", "0,1", "--debug_port=7000", "train.py"])
     assert my_deepspeed.prepare_debugging(own) == (
@@ -242,11 +242,11 @@ def test_a_debug_port_that_is_taken_is_one_line(monkeypatch):
         listener.listen()
         port = listener.getsockname()[1]
         monkeypatch.setenv("RANK", "2")
-        monkeypatch.setenv(debugging.RANKS, "0,2")
-        monkeypatch.setenv(debugging.PORT, str(port - 2))
+        monkeypatch.setenv(distributed.DEBUG_RANKS, "0,2")
+        monkeypatch.setenv(distributed.DEBUG_PORT, str(port - 2))
         with pytest.raises(UserError, match=rf"^--debug_port {port - 2}: rank 2 cannot listen on "
                                             rf"port {port} \(.*\); give another$"):
-            debugging.wait_for_client()
+            distributed.wait_for_debugger()
 
 
 # --- our flags among DeepSpeed's -----------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from conftest import save_models
 
-from alpaca_rlhf.training_model import my_deepspeed
+from alpaca_rlhf.training_model import launching, my_deepspeed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOOTSTRAP = REPOSITORY / "alpaca_rlhf" / "training_model" / "my_deepspeed.py"
@@ -205,7 +205,7 @@ def ssh_server(folder: Path) -> Iterator[str]:
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: openssh-server, pdsh)")
     real_ssh, sshd = shutil.which("ssh"), shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
-    port = my_deepspeed.choose_port(0)
+    port = launching.choose_port(0)
     for key in ("host_key", "key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key],
                        check=True)
@@ -465,6 +465,20 @@ def test_mpirun_without_a_meeting_place_is_one_line(place):
         place(**OMPI)
 
 
+# --- the launchers -------------------------------------------------------------------------------
+
+
+def test_several_hosts_take_our_launchers_and_deepspeeds_runner_stays_as_it_is():
+    from deepspeed.launcher import multinode_runner, runner
+
+    before = dict(vars(runner))
+    ours = launching.runner_for_hosts()
+    assert (ours.PDSHRunner, ours.OpenMPIRunner, ours.SlurmRunner) == (
+        launching.Pdsh, launching.OpenMpi, launching.Slurm)
+    assert vars(runner) == before
+    assert runner.PDSHRunner is multinode_runner.PDSHRunner
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -476,13 +490,11 @@ def test_a_launcher_that_is_not_installed_is_one_line(
 ):
     from deepspeed.launcher import runner
 
-    from alpaca_rlhf.training_model import launching
-
     (tmp_path / "nodes").write_text("node-a slots=1\nnode-b slots=1\n")
     monkeypatch.setattr(launching.shutil, "which", lambda name: None)
     words = ["--hostfile", str(tmp_path / "nodes"), "--launcher", launcher, "train.py"]
     with pytest.raises(ValueError) as refused:
-        launching.describe(runner.parse_args(words))
+        launching.choose_hosts(runner.parse_args(words))
     assert str(refused.value) == (
         f"--launcher {launcher}: there is no {program} here; install it (Debian and Ubuntu: "
         f"apt-get install {package}), or start each node by itself with --no_ssh")

@@ -1,4 +1,4 @@
-"""The bootstrap: what a worker started through `my_deepspeed.py` finds, and how a launch ends."""
+"""my_deepspeed.py: what its workers get, and how a launch ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from alpaca_rlhf.training_model import my_deepspeed
+from alpaca_rlhf.training_model import launching, my_deepspeed
+from alpaca_rlhf.utils import distributed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "alpaca_rlhf" / "training_model" / "my_deepspeed.py"
@@ -57,78 +58,65 @@ def start(folder: Path, *arguments: str, **changes: str) -> subprocess.Popen[str
     return process
 
 
-def seen_by(folder: Path, run: str, rank: int) -> dict:
-    """Return what one worker wrote down."""
-    return json.loads((folder / f"{run}{rank}.json").read_text())
-
-
 @pytest.fixture(scope="module")
-def two_launches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Two launches at once, two ranks each, of a relative path with spaces in a folder with spaces;
-    returns the folder and what each printed.
+def two_launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[dict]]]:
+    """Start two launches of two ranks at the same time, of a script with spaces in its path.
+
+    Returns:
+        What each launch printed, and what each of its workers saw.
     """
     folder = tmp_path_factory.mktemp("a folder with spaces")
     (folder / "my scripts").mkdir()
     (folder / "my scripts" / "train it.py").write_text(WORKER)
-    launches = [
-        start(folder, "--num_gpus", "2", "my scripts/train it.py", "--master_port", "mine", run,
-              PYTHONPATH="/somewhere else")
+    launches = {
+        run: start(folder, "--num_gpus", "2", "my scripts/train it.py", "--master_port", "mine",
+                   run, PYTHONPATH="/somewhere else")
         for run in ("first", "second")
-    ]
-    outputs = [launch.communicate(timeout=60) for launch in launches]
-    assert [launch.returncode for launch in launches] == [0, 0], outputs
-    return folder, [stdout for stdout, _ in outputs]
+    }
+    found = {}
+    for run, launch in launches.items():
+        stdout, stderr = launch.communicate(timeout=60)
+        assert launch.returncode == 0, stderr
+        found[run] = stdout, [json.loads((folder / f"{run}{i}.json").read_text()) for i in (0, 1)]
+        assert [worker["cwd"] for worker in found[run][1]] == [str(folder)] * 2
+    return found
 
 
-def test_num_gpus_starts_that_many_ranks_on_a_cpu(two_launches):
-    folder, _ = two_launches
-    ranks = [seen_by(folder, "first", rank)["env"] for rank in (0, 1)]
-    assert [env["RANK"] for env in ranks] == ["0", "1"]
-    assert [env["LOCAL_RANK"] for env in ranks] == ["0", "1"]
-    assert {env["WORLD_SIZE"] for env in ranks} == {"2"}
-    assert {env["DS_ACCELERATOR"] for env in ranks} == {"cpu"}
-
-
-def test_each_rank_gets_its_share_of_the_cores(two_launches):
-    folder, _ = two_launches
-    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert [seen_by(folder, "first", r)["env"]["OMP_NUM_THREADS"] for r in (0, 1)] == [share] * 2
+def test_num_gpus_starts_that_many_ranks_on_a_cpu_each_with_its_share_of_the_cores(two_launches):
+    share = str(max(1, distributed.usable_cores() // 2))
+    for _, workers in two_launches.values():
+        for rank, worker in enumerate(workers):
+            env = worker["env"]
+            assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) == (str(rank),) * 2 + ("2",)
+            assert (env["DS_ACCELERATOR"], env["OMP_NUM_THREADS"]) == ("cpu", share)
 
 
 def test_search_paths_start_with_interpreter_and_repository(two_launches):
-    folder, _ = two_launches
-    env = seen_by(folder, "first", 1)["env"]
+    env = two_launches["first"][1][1]["env"]
     assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert env["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), "/somewhere else"]
 
 
-def test_script_arguments_and_folder_arrive_unchanged(two_launches):
-    folder, _ = two_launches
-    seen = seen_by(folder, "second", 0)
-    assert seen["cwd"] == str(folder)
-    assert seen["argv"] == [
+def test_script_arguments_arrive_unchanged(two_launches):
+    assert two_launches["second"][1][0]["argv"] == [
         "my scripts/train it.py", "--local_rank=0", "--master_port", "mine", "second"
     ]
 
 
 def test_two_launches_at_once_use_different_ports(two_launches):
-    folder, _ = two_launches
-    ports = [[seen_by(folder, run, rank)["env"]["MASTER_PORT"] for rank in (0, 1)]
-             for run in ("first", "second")]
-    assert ports[0][0] == ports[0][1]
-    assert ports[1][0] == ports[1][1]
+    ports = [{worker["env"]["MASTER_PORT"] for worker in workers}
+             for _, workers in two_launches.values()]
+    assert list(map(len, ports)) == [1, 1]
     assert ports[0] != ports[1]
 
 
 def test_console_holds_one_line_of_ours_and_the_workers_own(two_launches):
-    folder, (output, _) = two_launches
-    port = seen_by(folder, "first", 0)["env"]["MASTER_PORT"]
-    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    output, (worker, _) = two_launches["first"]
+    env = worker["env"]
     assert output.splitlines() == [
         "my_deepspeed: my scripts/train it.py: 2 rank(s) on the CPU, "
-        f"OMP_NUM_THREADS={share}, port {port}",
-        "printed by the worker",
-        "printed by the worker",
+        f"OMP_NUM_THREADS={env['OMP_NUM_THREADS']}, port {env['MASTER_PORT']}",
+        *["printed by the worker"] * 2,
     ]
 
 
@@ -137,7 +125,7 @@ def test_exit_code_of_the_script_comes_out_and_what_the_user_set_stays(tmp_path:
     launch = start(tmp_path, str(tmp_path / "train.py"), "--fail", "run", OMP_NUM_THREADS="7")
     _, stderr = launch.communicate(timeout=60)
     assert (launch.returncode, stderr) == (2, "")
-    seen = seen_by(tmp_path, "run", 0)
+    seen = json.loads((tmp_path / "run0.json").read_text())
     assert seen["stdin"] == "typed by the user\n"
     assert seen["env"]["OMP_NUM_THREADS"] == "7"
     assert seen["env"]["WORLD_SIZE"] == "1"  # the default without an accelerator
@@ -187,34 +175,28 @@ def test_a_taken_port_is_replaced_and_a_free_one_kept():
         listener.bind(("", 0))
         listener.listen()
         taken = listener.getsockname()[1]
-        assert my_deepspeed.choose_port(taken) in my_deepspeed.PORTS
-    assert my_deepspeed.choose_port(taken) == taken
+        assert launching.choose_port(taken) in launching.PORTS
+    assert launching.choose_port(taken) == taken
 
 
-def options(num_gpus: int = -1, include: str = "", exclude: str = "") -> Namespace:
-    """Return the flags of the runner that choose devices."""
-    return Namespace(num_gpus=num_gpus, include=include, exclude=exclude)
+def chosen(number: int, available: int, include: str = "") -> tuple[list[str], str]:
+    options = Namespace(num_gpus=number, include=include, exclude="")
+    return launching.choose_devices(options, available)
 
 
-def test_num_gpus_takes_the_first_of_the_visible_devices(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,2")
-    flags, words = my_deepspeed.choose_devices(options(num_gpus=2), available=3)
-    assert flags == ["--num_gpus=-1", "--num_nodes=-1", "--include=localhost:5,3"]
-    assert words == "devices localhost:5,3"
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
-
-
-def test_visible_devices_are_all_taken_when_no_number_is_given(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    flags, _ = my_deepspeed.choose_devices(options(), available=2)
-    assert flags[-1] == "--include=localhost:5,3"
-
-
-def test_explicit_devices_are_left_to_the_runner(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert my_deepspeed.choose_devices(options(include="localhost:1"), available=2)[0] == []
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert my_deepspeed.choose_devices(options(num_gpus=2), available=8) == ([], "2 of 8 devices")
+@pytest.mark.parametrize(("visible", "number", "available", "include", "flags", "text"), [
+    ("5,3,2", 2, 3, "", ["--include=localhost:5,3"], "devices localhost:5,3"),
+    ("5,3", -1, 2, "", ["--include=localhost:5,3"], "devices localhost:5,3"),
+    ("5,3", -1, 2, "localhost:1", [], "devices localhost:1"),
+    ("", 2, 8, "", [], "2 of 8 devices"),
+])
+def test_devices_are_the_first_visible_ones_unless_named(
+    monkeypatch, visible, number, available, include, flags, text
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert chosen(number, available, include) == (
+        flags and ["--num_gpus=-1", "--num_nodes=-1", *flags], text)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == (None if flags else visible)
 
 
 @pytest.mark.parametrize(("visible", "number", "message"), [
@@ -224,4 +206,4 @@ def test_explicit_devices_are_left_to_the_runner(monkeypatch: pytest.MonkeyPatch
 def test_impossible_devices_are_refused(monkeypatch, visible, number, message):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ValueError, match=message):
-        my_deepspeed.choose_devices(options(num_gpus=number), available=2)
+        chosen(number, 2)

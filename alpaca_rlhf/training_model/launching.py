@@ -1,143 +1,243 @@
-"""DeepSpeed's launchers for many machines, mended where words or settings are lost on the way.
+"""Launch decisions that DeepSpeed's launcher leaves open: port, devices, cores, several hosts.
 
-pdsh hands one line to a shell on each node, so every word is quoted for it; ending a launch there
-ends that launch, not every launch of the same interpreter. mpirun and srun use no shell, so nothing
-is quoted; they number the ranks themselves (`distributed.initialize` reads that), and are given the
-address of rank 0, which DeepSpeed leaves to an MPI library. `install` puts these in DeepSpeed's
-place; the runner chooses among them by `--launcher` as ever.
+For several hosts the launcher's commands are completed, because words and settings get lost on the
+way. pdsh hands one line to a shell on each host, so every word is quoted for it, and ending a
+launch ends that launch, not every launch of the same interpreter. mpirun and srun use no shell;
+they number the ranks themselves, which `distributed.initialize` reads, and are given the address of
+rank 0, which DeepSpeed leaves to an MPI library.
 """
 
+import importlib.util
 import os
+import random
 import shlex
 import shutil
+import socket
 import sys
 from argparse import Namespace
-from typing import Any
+from types import ModuleType
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.launcher import runner
 from deepspeed.launcher.multinode_runner import OpenMPIRunner, PDSHRunner, SlurmRunner
 
-# Beginnings of the names of variables that every node gets, beside those that DeepSpeed forwards
-# (PYTHON…, NCCL…). No token: these words stand in the process list of every node.
+from alpaca_rlhf.utils import distributed
+
+# Below the range from which the kernel serves outgoing connections: no other program is given such
+# a port in the seconds between this check and the moment when rank 0 listens on it.
+PORTS = range(20_000, 32_000)
+NO_SSH_PORT = 29_500  # hosts that are started one by one must agree without communicating
+DEFAULT_HOSTFILE = "/job/hostfile"  # the runner's; it need not exist
+
+# Programs that a launcher needs on this host, and their packages in Debian and Ubuntu.
+PROGRAMS = {"pdsh": {"pdsh": "pdsh", "ssh": "openssh-client"},
+            "openmpi": {"mpirun": "openmpi-bin", "ompi_info": "openmpi-bin"},
+            "slurm": {"srun": "slurm-client", "sinfo": "slurm-client"}}
+
+# Prefixes of the variables that every host gets, besides DeepSpeed's own (PYTHON, NCCL, ...). No
+# token: the process list of every host shows these values.
 FORWARDED = (
     "OMP_NUM_THREADS", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "GLOO_", "TORCH_NCCL_",
     "ALPACA_RLHF_", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_", "XDG_CACHE_HOME",
 )
 
-# Programs that a launcher needs here, and the packages of Debian and Ubuntu that have them.
-PROGRAMS = {"pdsh": {"pdsh": "pdsh", "ssh": "openssh-client"},
-            "openmpi": {"mpirun": "openmpi-bin", "ompi_info": "openmpi-bin"},
-            "slurm": {"srun": "slurm-client", "sinfo": "slurm-client"}}
+
+def is_free(port: int) -> bool:
+    """Return whether rank 0 could listen on `port` of this host now."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
-def remote(word: str) -> str:
-    """A word for the remote shell; pdsh itself reads % as the start of a placeholder."""
-    return shlex.quote(word).replace("%", "%%")
+def choose_port(asked: int) -> int:
+    """Return the port asked for (0: none) if it is free, else a free one.
+
+    It is drawn at random, so that two launches at the same time use different ports.
+    """
+    candidates = random.SystemRandom().sample(PORTS, 100)
+    return next(port for port in [asked, *candidates] if port and is_free(port))
 
 
-class Pdsh(PDSHRunner):
-    """One line for the shell of each node."""
-
-    def add_export(self, key: str, var: str) -> None:
-        """Set a variable on every node."""
-        self.exports[key.strip()] = remote(var.strip())
-
-    def parse_user_args(self) -> list[str]:
-        """The script's flags."""
-        return [remote(word) for word in self.args.user_args]
-
-    def get_cmd(
-        self, environment: dict[str, str], active_resources: dict[str, list[int]]
-    ) -> tuple[list[str], list[str], dict[str, str]]:
-        """The command that starts the workers, the one that ends them, and their environment."""
-        self.user_script = remote(self.args.user_script)
-        self.exports["PATH"] = remote(os.path.dirname(sys.executable)) + ':"$PATH"'
-        command, kill, environment = super().get_cmd(environment, active_resources)
-        here = os.path.abspath(".")
-        bare = {f"cd {here};": f"cd {remote(here)};", sys.executable: remote(sys.executable)}
-        # The brackets keep the pattern from matching the line that it stands in.
-        pattern = (f"deepspeed.launcher.launc[h] --world_info={self.world_info_base64} "
-                   f".*--master_port={self.args.master_port}")
-        # Of the runner's flags this one alone does not reach the launchers.
-        place = command.index(f"--master_port={self.args.master_port}")
-        command.insert(place, f"--log_level={self.args.log_level}")
-        return [bare.get(word, word) for word in command], [
-            *kill[:-2], f"pkill -f {remote(pattern)}"], environment
-
-
-def rendezvous(args: Namespace) -> dict[str, str]:
-    """Where rank 0 listens, for ranks that no launcher of DeepSpeed's own starts."""
-    return {"MASTER_ADDR": args.master_addr, "MASTER_PORT": str(args.master_port)}
-
-
-class OpenMpi(OpenMPIRunner):
-    """Words of mpirun."""
-
-    exports: dict[str, str]
-
-    def __init__(self, args: Namespace, *rest: Any) -> None:
-        super().__init__(args, *rest)
-        self.exports |= rendezvous(args)
-
-    def add_export(self, key: str, var: str) -> None:
-        """Set a variable on every node."""
-        self.exports[key.strip()] = var.strip()
-
-
-class Slurm(SlurmRunner):
-    """Words of srun, which hands on its whole environment, commas and all."""
-
-    exports: dict[str, str]
-
-    def add_export(self, key: str, var: str) -> None:
-        """Set a variable on every node."""
-        self.exports[key.strip()] = var.strip()
-
-    def get_cmd(
-        self, environment: dict[str, str], active_resources: dict[str, list[int]]
-    ) -> list[str]:
-        """The command that starts the workers; its variables go into `environment`."""
-        environment.update(self.exports, **rendezvous(self.args))
-        self.exports = {}
-        return super().get_cmd(environment, active_resources)
-
-
-def install() -> None:
-    """Let DeepSpeed's runner use these."""
-    runner.PDSHRunner, runner.OpenMPIRunner, runner.SlurmRunner = Pdsh, OpenMpi, Slurm
-    runner.EXPORT_ENVS = [*dict.fromkeys([*runner.EXPORT_ENVS, *FORWARDED])]
-
-
-def describe(options: Namespace) -> tuple[list[str], dict[str, int]]:
-    """What the flags of a launch over the hosts of `--hostfile` leave open.
+def choose(options: Namespace) -> tuple[list[str], str]:
+    """Choose hosts, devices, cores and port.
 
     Args:
-        options: the runner's flags, parsed.
+        options: the runner's flags.
 
     Returns:
-        Flags for the runner, and the slots of each host.
+        Flags for the runner, to follow the user's, and the text of the start-up line.
 
     Raises:
-        ValueError: the hostfile is broken, `--no_ssh` lacks what each node must be told, or the
+        ValueError: flags that cannot be followed, in one line.
+    """
+    if os.path.isfile(options.hostfile):
+        return choose_hosts(options)
+    if options.hostfile != DEFAULT_HOSTFILE:
+        raise ValueError(f"--hostfile {options.hostfile}: no such file")
+    if options.no_ssh:
+        raise ValueError("--no_ssh: needs --hostfile FILE, the same on every node")
+    if distributed.on_cpu():
+        flags, text = choose_cpu(options)
+    else:
+        flags, text = choose_devices(options, get_accelerator().device_count())
+    port = choose_port(options.master_port)
+    if options.master_port not in (0, port):
+        text += f", port {options.master_port} is taken"
+    return [*flags, f"--master_port={port}"], f"{text}, port {port}"
+
+
+def choose_cpu(options: Namespace) -> tuple[list[str], str]:
+    """Start the number of ranks asked for, or one (the runner: one per NUMA node)."""
+    count_given = options.num_gpus > 0
+    ranks = options.num_gpus if count_given else 1
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the runner would read it as a list of CPUs
+    text = f"{ranks} rank(s) on the CPU, {share_cores(ranks)}"
+    return [] if count_given or options.include or options.exclude else ["--num_gpus=1"], text
+
+
+def share_cores(ranks: int) -> str:
+    """Give each rank on this CPU its share of the cores, unless the user has set it; describe it.
+
+    The workers inherit OMP_NUM_THREADS, and DS_ACCELERATOR, which saves them a warning.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    share = max(1, distributed.usable_cores() // ranks)
+    return f"OMP_NUM_THREADS={os.environ.setdefault('OMP_NUM_THREADS', str(share))}"
+
+
+def choose_devices(options: Namespace, available: int) -> tuple[list[str], str]:
+    """Take the first --num_gpus of CUDA_VISIBLE_DEVICES (the runner: of the host's devices)."""
+    if options.include or options.exclude:
+        return [], f"devices {options.include or 'all but ' + options.exclude}"
+    count = options.num_gpus if options.num_gpus > 0 else available
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if count > available:
+        among = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
+        raise ValueError(f"--num_gpus {count}: there are {available} devices here{among}")
+    if not visible:
+        return [], f"{count} of {available} devices"
+    devices = [name.strip() for name in visible.split(",")][:count]
+    if not all(name.isdigit() for name in devices):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: the launcher takes device numbers only")
+    del os.environ["CUDA_VISIBLE_DEVICES"]  # the flag holds it now; the runner would warn
+    include = "localhost:" + ",".join(devices)
+    return ["--num_gpus=-1", "--num_nodes=-1", f"--include={include}"], f"devices {include}"
+
+
+def choose_hosts(options: Namespace) -> tuple[list[str], str]:
+    """Complete the flags of a launch over --hostfile; with --no_ssh each host does it by itself.
+
+    Raises:
+        ValueError: the hostfile is broken, --no_ssh lacks what each host must be told, or the
             launcher is not installed.
     """
     hosts = dict(runner.fetch_hostfile(options.hostfile))
+    launcher = options.launcher.lower()
     if options.no_ssh and not (options.master_addr and 0 <= options.node_rank < len(hosts)):
         raise ValueError(
             "--no_ssh: start it on every node, with --master_addr ADDRESS (of the first host) and "
             f"--node_rank N (0 to {len(hosts) - 1}, its place in {options.hostfile})"
         )
     if not options.no_ssh and (len(hosts) > 1 or options.force_multi):
-        for program, package in PROGRAMS.get(options.launcher.lower(), {}).items():
+        for program, package in PROGRAMS.get(launcher, {}).items():
             if shutil.which(program) is None:
                 raise ValueError(
                     f"--launcher {options.launcher}: there is no {program} here; install it "
                     f"(Debian and Ubuntu: apt-get install {package}), or start each node by itself "
                     "with --no_ssh")
-    flags = []
-    if options.launcher.lower() in ("openmpi", "slurm"):
-        # Neither needs ssh to all nodes, by which the runner would ask the first for its address.
-        flags.append("--no_ssh_check")
-        if not options.master_addr:
-            flags.append(f"--master_addr={next(iter(hosts))}")
-    return flags, hosts
+    text = f"{len(hosts)} hosts of {options.hostfile}"
+    if distributed.on_cpu():
+        ranks = options.num_gpus if options.num_gpus > 0 else max(hosts.values())
+        text += f", {ranks} rank(s) on each CPU, {share_cores(ranks)}"
+    port = options.master_port or (NO_SSH_PORT if options.no_ssh else choose_port(0))
+    flags = [f"--master_port={port}"]
+    if launcher in ("openmpi", "slurm"):
+        # The runner would ask the first host for its address by ssh, which these do not need.
+        flags += ["--no_ssh_check", f"--master_addr={options.master_addr or next(iter(hosts))}"]
+    return flags, f"{text}, port {port}"
+
+
+def runner_for_hosts() -> ModuleType:
+    """Return a copy of DeepSpeed's runner module that uses the launchers below."""
+    spec = importlib.util.find_spec(runner.__name__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vars(module).update(PDSHRunner=Pdsh, OpenMPIRunner=OpenMpi, SlurmRunner=Slurm,
+                        EXPORT_ENVS=[*runner.EXPORT_ENVS, *FORWARDED])
+    return module
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for the shell of another host; pdsh reads % as the start of a placeholder."""
+    return shlex.quote(word).replace("%", "%%")
+
+
+class Pdsh(PDSHRunner):
+    """Command line of pdsh: one line for the shell of each host."""
+
+    def add_export(self, key: str, var: str) -> None:
+        """Set a variable on every host."""
+        self.exports[key.strip()] = _quoted(var.strip())
+
+    def parse_user_args(self) -> list[str]:
+        """Return the flags of the script."""
+        return [_quoted(word) for word in self.args.user_args]
+
+    def get_cmd(
+        self, environment: dict[str, str], active_resources: dict[str, list[int]]
+    ) -> tuple[list[str], list[str], dict[str, str]]:
+        """Return the command that starts the workers, the one that ends them, their environment."""
+        self.user_script = _quoted(self.args.user_script)
+        self.exports["PATH"] = _quoted(os.path.dirname(sys.executable)) + ':"$PATH"'
+        command, kill, environment = super().get_cmd(environment, active_resources)
+        here, port = os.path.abspath("."), f"--master_port={self.args.master_port}"
+        bare = {f"cd {here};": f"cd {_quoted(here)};", sys.executable: _quoted(sys.executable)}
+        # The only flag of the runner that DeepSpeed does not pass on here.
+        command.insert(command.index(port), f"--log_level={self.args.log_level}")
+        # The brackets keep the pattern from matching the command line that contains it.
+        pattern = f"deepspeed.launcher.launc[h] --world_info={self.world_info_base64} .*{port}"
+        return [bare.get(word, word) for word in command], [
+            *kill[:-2], f"pkill -f {_quoted(pattern)}"], environment
+
+
+class _Unquoted:
+    """Variables without quotes: mpirun and srun use no shell."""
+
+    args: Namespace
+    exports: dict[str, str]
+
+    def add_export(self, key: str, var: str) -> None:
+        """Set a variable on every host."""
+        self.exports[key.strip()] = var.strip()
+
+    def rendezvous(self) -> dict[str, str]:
+        """Return where rank 0 listens."""
+        return {"MASTER_ADDR": self.args.master_addr, "MASTER_PORT": str(self.args.master_port)}
+
+
+class OpenMpi(_Unquoted, OpenMPIRunner):
+    """Command line of mpirun."""
+
+    def get_cmd(
+        self, environment: dict[str, str], active_resources: dict[str, list[int]]
+    ) -> list[str]:
+        """Return the command that starts the workers."""
+        self.exports |= self.rendezvous()
+        return super().get_cmd(environment, active_resources)
+
+
+class Slurm(_Unquoted, SlurmRunner):
+    """Command line of srun, which passes on its whole environment, commas and all."""
+
+    def get_cmd(
+        self, environment: dict[str, str], active_resources: dict[str, list[int]]
+    ) -> list[str]:
+        """Return the command that starts the workers; their variables go into `environment`."""
+        environment.update(self.exports, **self.rendezvous())
+        self.exports = {}
+        return super().get_cmd(environment, active_resources)

@@ -6,9 +6,11 @@ Everything works the same in a single plain process: it becomes rank 0 of a worl
 import contextlib
 import datetime
 import functools
+import importlib.util
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +20,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from alpaca_rlhf.utils import console, debugging
+from alpaca_rlhf.utils import console
 from alpaca_rlhf.utils.errors import UserError
+
+# Set by `my_deepspeed.py --debug_ranks N,N --debug_port N`; the launcher passes them to each host.
+DEBUG_RANKS, DEBUG_PORT = "ALPACA_RLHF_DEBUG_RANKS", "ALPACA_RLHF_DEBUG_PORT"
+NO_DEBUGPY = "--debug_ranks needs debugpy: pip install debugpy"
 
 
 def initialize(seed: int, timeout: int = 1800) -> None:
@@ -36,7 +42,7 @@ def initialize(seed: int, timeout: int = 1800) -> None:
             waited for.
     """
     take_place()
-    debugging.wait_for_client()
+    wait_for_debugger()
     import deepspeed
 
     console.quiet_libraries()
@@ -86,6 +92,37 @@ def take_place() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def wait_for_debugger() -> None:
+    """Wait until a debugger is attached, if `my_deepspeed.py --debug_ranks` names this rank.
+
+    The rank listens on this host only, because a debugger may run any code; a worker of another
+    host is reached through `ssh -L`.
+
+    Raises:
+        UserError: debugpy is not installed here, or the port is taken.
+    """
+    rank = os.environ["RANK"]
+    if rank not in os.environ.get(DEBUG_RANKS, "").split(","):
+        return
+    if importlib.util.find_spec("debugpy") is None:
+        raise UserError(NO_DEBUGPY)
+    # Else debugpy warns at each start about frozen modules, where we set no breakpoint.
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    import debugpy
+
+    port = int(os.environ[DEBUG_PORT]) + int(rank)
+    try:
+        debugpy.listen(("127.0.0.1", port))
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"--debug_port {os.environ[DEBUG_PORT]}: rank {rank} cannot listen on port {port} "
+            f"({' '.join(str(error).split())}); give another"
+        ) from error
+    sys.stdout.write(f"rank {rank} waits for a debugger on 127.0.0.1:{port}\n")
+    sys.stdout.flush()
+    debugpy.wait_for_client()
 
 
 def on_cpu() -> bool:
