@@ -1,19 +1,18 @@
-"""Is this machine, or each of these machines, fit to train on?
+"""Check whether this machine, or each of several, is ready for training.
 
     python -m alpaca_rlhf.doctor [--output_dir DIR] [--data_output_path DIR]
     python alpaca_rlhf/training_model/my_deepspeed.py --hostfile HOSTS --module alpaca_rlhf.doctor
 
-A row for each thing that training needs: as it should be (OK), no hindrance yet (WARN), or in the
-way (FAIL), with what to do about it. It looks at versions, devices, compiler, ports, shared memory,
-disks and the network, then tests on the device that the maths comes out as worked out by hand and
-that a reply does not depend on the batch it is written in. Through the launcher it looks at every
-machine, and has the ranks meet. Exit code: 1 if anything is a FAIL, else 0.
+Each row of the table is OK, a warning (WARN: training is possible) or an error (FAIL), with what to
+do about it: versions, devices, memory, compiler, ports, shared memory, disks and the hub; then two
+computations on the device, PPO's maths against values worked out by hand, and greedy responses in a
+padded batch against the same prompts one by one. Started by the launcher, every machine prints its
+table, and the ranks add up a tensor. The exit code is 1 if any row is a FAIL, else 0.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -25,16 +24,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 GB = 10**9
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
+PROMPTS = [[5, 9, 2, 7, 3, 11, 6], [8, 4], [12, 3, 3, 10, 5]]
 
 
 class Row(NamedTuple):
-    """What was looked at, how it stands, what was found and what to do."""
+    """One finding, and what to do about it."""
 
     name: str
     status: str
@@ -43,7 +44,7 @@ class Row(NamedTuple):
 
 
 def tested_versions() -> dict[str, str]:
-    """The versions that the tests run with: of requirements.txt, in a clone or as installed."""
+    """Return the versions of requirements.txt, from the file or from the installed package."""
     if REQUIREMENTS.exists():
         lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     else:
@@ -54,10 +55,8 @@ def tested_versions() -> dict[str, str]:
 
 
 def versions() -> list[Row]:
-    """Python and the libraries, against the tested versions."""
-    rows = []
-    install = "pip install -r requirements.txt"
-    tested = tested_versions()
+    """Compare Python and the libraries with the tested versions."""
+    rows, install, tested = [], "pip install -r requirements.txt", tested_versions()
     for name, pin in tested.items():
         try:
             version = importlib.metadata.version(name)
@@ -74,9 +73,10 @@ def versions() -> list[Row]:
 
 
 def devices() -> list[Row]:
-    """Accelerators and memory."""
+    """Join the other ranks, if there are any; describe accelerators and memory."""
     from alpaca_rlhf.utils import distributed
 
+    distributed.initialize(0)
     device, host = distributed.free_memory()
     rows = [Row("devices", OK, distributed.describe_devices())]
     if distributed.on_cpu() and Path("/dev/nvidiactl").exists():
@@ -90,29 +90,23 @@ def devices() -> list[Row]:
 
 
 def compiler() -> list[Row]:
-    """What --offload compiles its optimizer with, and the hybrid engine its loops."""
+    """Look for the compiler of --offload's optimizer and of the hybrid engine's loops."""
     from alpaca_rlhf.utils.optimizer import missing_build_tools
 
     missing = missing_build_tools()
     if missing:
-        found = f"no {' and no '.join(missing)}"
-        return [Row("compiler", WARN, found,
+        return [Row("compiler", WARN, f"no {' and no '.join(missing)}",
                     "needed for --offload, and on a CPU the compiler for fast decoding")]
     return [Row("compiler", OK, "C++ compiler and ninja")]
 
 
 def ports() -> list[Row]:
-    """Whether ranks could listen here, and whether this machine knows its own name."""
-    from alpaca_rlhf.training_model.launching import NO_SSH_PORT, choose_port, is_free
+    """Check the default port of --no_ssh, and that this machine's own name has an address."""
+    from alpaca_rlhf.training_model.launching import NO_SSH_PORT, is_free
 
-    port = choose_port(0)
-    with socket.socket() as listener:
-        listener.bind(("", port))
-        listener.listen()
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    default = "free" if is_free(NO_SSH_PORT) else "taken"
-    rows = [Row("port", OK, f"port {port} takes connections; {NO_SSH_PORT}, the default, is "
-                            f"{default}")]
+    rows = [Row("port", OK, f"{NO_SSH_PORT} is free")]
+    if not is_free(NO_SSH_PORT):
+        rows = [Row("port", WARN, f"{NO_SSH_PORT} is taken", "with --no_ssh give --master_port")]
     try:
         socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -122,7 +116,7 @@ def ports() -> list[Row]:
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> list[Row]:
-    """What ranks of one machine, and workers that load data, talk through."""
+    """Check the memory through which the ranks of one machine communicate."""
     if not folder.exists():
         return [Row("shared memory", OK, f"no {folder} on this system")]
     free = shutil.disk_usage(folder).free
@@ -131,29 +125,21 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> list[Row]:
                 "1 GB or more; in a container --shm-size=8g or --ipc=host" if few else "")]
 
 
-def disks(places: dict[str, Path]) -> list[Row]:
-    """Whether each folder can be written, and how much goes into it.
-
-    Args:
-        places: a name for the table, and the folder; it need not exist.
-    """
-    rows = []
-    for name, folder in places.items():
-        there = next(f for f in [folder.absolute(), *folder.absolute().parents] if f.exists())
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                free = shutil.disk_usage(there).free
-        except OSError as error:
-            rows.append(Row(name, FAIL, f"{folder}: {error.strerror}", "give another folder"))
-            continue
-        few = free < 10 * GB
-        rows.append(Row(name, WARN if few else OK, f"{folder}: {free / GB:.1f} GB free",
-                        "a 7B model is 14 GB; free some, or give another" if few else ""))
-    return rows
+def disk(name: str, folder: Path) -> list[Row]:
+    """Check that a folder, which need not exist, can be written, and how much fits into it."""
+    there = next(f for f in [folder.absolute(), *folder.absolute().parents] if f.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
+    except OSError as error:
+        return [Row(name, FAIL, f"{folder}: {error.strerror}", "give another folder")]
+    few = free < 10 * GB
+    return [Row(name, WARN if few else OK, f"{folder}: {free / GB:.1f} GB free",
+                "a 7B model is 14 GB; free some, or give another" if few else "")]
 
 
 def hub() -> list[Row]:
-    """Whether models and data sets can come from the Hugging Face hub."""
+    """Check that models and data sets can be downloaded from the Hugging Face hub."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -161,7 +147,7 @@ def hub() -> list[Row]:
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=3).close()  # by a proxy, if one is set
     except urllib.error.HTTPError:
-        pass  # an answer
+        pass  # it has answered
     except OSError as error:
         return [Row("hub", WARN, f"{constants.ENDPOINT} cannot be reached ({error})",
                     "set HF_HUB_OFFLINE=1 and give folders; else every look-up waits")]
@@ -169,75 +155,122 @@ def hub() -> list[Row]:
 
 
 def maths() -> list[Row]:
-    """The losses and PPO's maths, on the device."""
-    from alpaca_rlhf.utils import self_test
+    """Compute losses and advantages on the device; compare with values worked out by hand."""
+    import torch
+    from torch import Tensor
 
-    return _tested("maths", self_test.maths(), f"{len(self_test.CASES)} numbers as by hand")
+    from alpaca_rlhf.utils import distributed, losses, rl_math
+
+    def row(*values: float) -> Tensor:
+        return torch.tensor([values], dtype=torch.float32, device=distributed.device())
+
+    one, zero, log = row(1.0), row(0.0), math.log
+    mask = row(1, 1, 1, 0)  # a response of three tokens; the fourth must not count
+    advantages = rl_math.gae(row(0, 0, 1, 7), row(0.5, 0.5, 0.5, 7), mask, 1.0, 0.95)[0]
+    cases = {
+        # log 2 + log(1 + e^-2)
+        "pairwise loss": (losses.pairwise_loss(row(0, 2)[0], row(0, 0)[0]), [0.8200752]),
+        # One token with ratio 1.5, which is clipped at 1.2.
+        "policy loss": (losses.policy_loss(row(log(1.5)), zero, one, one, 0.2)[0], [-1.2]),
+        # Half the larger of (1 - 2)^2 and, clipped, (0.2 - 2)^2.
+        "value loss": (losses.value_loss(one, zero, 2 * one, one, 0.2)[0], [1.62]),
+        # Backwards: 1 - 0.5; 0.95 x 0.5; 0.95 x 0.475.
+        "advantages": (advantages, [0.45125, 0.475, 0.5, 0.0]),
+        "log-probability": (rl_math.token_logprobs(row(0, log(3))[None], row(1).long()),
+                            [log(0.75)]),
+        # p = 0.5 against q = 0.25: k1 = log 2, k3 = 1/2 - 1 + log 2.
+        "KL": (torch.stack(rl_math.kl_estimates(row(log(0.5)), row(log(0.25)), one)),
+               [0.6931472, 0.1931472]),
+    }
+    wrong = [f"{name}: {result.flatten().tolist()}, by hand {by_hand}"
+             for name, (result, by_hand) in cases.items()
+             if not torch.allclose(result.flatten(), row(*by_hand)[0], rtol=0, atol=1e-5)]
+    return [_computed("maths", wrong, f"{len(cases)} results as by hand")]
 
 
 def generation() -> list[Row]:
-    """Greedy replies in a padded batch and alone, on the device."""
-    from alpaca_rlhf.utils import self_test
+    """Compare the greedy responses of a small random LLaMA in a padded batch and one by one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _tested("generation", self_test.generation(),
-                   f"{len(self_test.PROMPTS)} replies in a batch as alone")
+    from alpaca_rlhf.utils import distributed
+    from alpaca_rlhf.utils.data import batches
+    from alpaca_rlhf.utils.generation.decoder import Decoder, RolloutRequest, SamplingConfig
+
+    device = distributed.device()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # Wide weights: where two tokens are nearly as likely, rounding decides between them.
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+        )).to(device).eval()
+
+    def responses(prompts: list[list[int]]) -> list[list[int]]:
+        ids, mask = (part.to(device) for part in batches.pad(prompts, 0, left=True))
+        made = Decoder(model).generate(
+            RolloutRequest(ids, mask), SamplingConfig(12, temperature=0),
+            torch.tensor([1], device=device), 0)
+        tokens = made.input_ids[:, -made.response_mask.shape[1] :].tolist()
+        lengths = made.response_mask.sum(-1).tolist()
+        return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+
+    together, alone = responses(PROMPTS), [responses([prompt])[0] for prompt in PROMPTS]
+    wrong = [f"prompt {i}: {a} in a batch, {b} alone"
+             for i, (a, b) in enumerate(zip(together, alone, strict=True)) if a != b]
+    return [_computed("generation", wrong, f"{len(PROMPTS)} responses in a batch as alone")]
 
 
-def _tested(name: str, wrong: list[str], right: str) -> list[Row]:
+def _computed(name: str, wrong: list[str], right: str) -> Row:
     if wrong:
-        return [Row(name, FAIL, "; ".join(wrong), "do not train here; install the tested versions")]
-    return [Row(name, OK, right)]
+        return Row(name, FAIL, "; ".join(wrong), "do not train here; install the tested versions")
+    return Row(name, OK, right)
 
 
-def meeting() -> list[Row]:
-    """Whether the ranks add up, and how fast, when there are several."""
+def ranks() -> list[Row]:
+    """Sum a tensor over the ranks, if there are several, and measure the speed."""
     import torch
 
     from alpaca_rlhf.utils import distributed
 
-    ranks = distributed.world_size()
-    if ranks == 1:
+    count = distributed.world_size()
+    if count == 1:
         return []
     numbers = torch.full((4_000_000,), float(distributed.rank() + 1), device=distributed.device())
     distributed.barrier()
     start = time.perf_counter()
     total = distributed.sum_over_ranks(numbers)[-1].item()
     speed = numbers.nbytes / GB / (time.perf_counter() - start)
-    right = total == ranks * (ranks + 1) / 2
+    right = total == count * (count + 1) / 2
     return [Row("ranks", OK if right else FAIL,
-                f"{ranks} ranks add up to {total:g}, {speed:.2f} GB/s",
+                f"{count} ranks add up to {total:g}, {speed:.2f} GB/s",
                 "" if right else "look at the network between the machines")]
 
 
-def look(name: str, check: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a check; if it breaks down, that is the finding."""
-    try:
-        return check()
-    except Exception as error:  # whatever is wrong with this machine, the other rows are wanted
-        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return [Row(name, FAIL, found, "see docs/launching.md")]
-
-
-def start() -> list[Row]:
-    """Join the other ranks, if there are any."""
-    from alpaca_rlhf.utils import distributed
-
-    distributed.initialize(0)
-    return []
-
-
 def examine(places: dict[str, Path]) -> list[Row]:
-    """All rows of this rank's machine."""
+    """Run all checks on this rank's machine; a check that raises is a finding, too.
+
+    Args:
+        places: folders for the disk rows, by name.
+    """
     checks: dict[str, Callable[[], list[Row]]] = {
-        "versions": versions, "start": start, "devices": devices, "compiler": compiler,
-        "port": ports, "shared memory": shared_memory, "disk": lambda: disks(places), "hub": hub,
-        "maths": maths, "generation": generation, "ranks": meeting,
+        "versions": versions, "devices": devices, "compiler": compiler, "port": ports,
+        "shared memory": shared_memory,
+        **{name: partial(disk, name, folder) for name, folder in places.items()},
+        "hub": hub, "maths": maths, "generation": generation, "ranks": ranks,
     }
-    return [row for name, check in checks.items() for row in look(name, check)]
+    rows = []
+    for name, check in checks.items():
+        try:
+            rows += check()
+        except Exception as error:  # whatever is wrong with this machine, the other rows are wanted
+            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            rows.append(Row(name, FAIL, found, "see docs/launching.md"))
+    return rows
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned, a remedy below its row."""
+    """Align rows; the remedy is below its row."""
     lines = []
     for row in rows:
         lines.append(f"{row.status:<5} {row.name:<14} {row.found}")
@@ -247,41 +280,36 @@ def table(rows: list[Row]) -> str:
 
 
 def of_all_machines(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows of each machine, by its name; every rank calls it."""
+    """Return name and rows of each machine; every rank calls it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return [(socket.gethostname(), rows)]
     from alpaca_rlhf.utils import distributed
 
     first_here = int(os.environ["LOCAL_RANK"]) == 0
-    mine = (socket.gethostname(), [tuple(row) for row in rows])
-    gathered = distributed.gather_rows([mine] if first_here else [])
-    return [(host, [Row(*row) for row in found]) for host, found in gathered]
+    return distributed.gather_rows([(socket.gethostname(), rows)] if first_here else [])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look at everything, print the table; return the exit code."""
+    """Run all checks, print the tables; return the exit code."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alpaca_rlhf"
     parser = argparse.ArgumentParser(
         "doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("output"),
-                        help="where results are to go (default: output)")
+                        help="folder for results (default: output)")
     parser.add_argument("--data_output_path", type=Path, default=cache,
-                        help="the cache of models and data (default: %(default)s)")
+                        help="cache of models and data (default: %(default)s)")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     options = parser.parse_args(argv)
     began = time.perf_counter()
     machines = of_all_machines(examine(
         {"output": options.output_dir, "cache": options.data_output_path}))
-    counts = dict.fromkeys((OK, WARN, FAIL), 0)
-    for host, rows in machines:
-        for row in rows:
-            counts[row.status] += 1
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{host}\n{table(rows)}\n")
+    statuses = [row.status for _, rows in machines for row in rows]
     if os.environ.get("RANK", "0") == "0":
-        print(", ".join(f"{n} {status}" for status, n in counts.items())
+        for host, rows in machines:
+            print(f"{host}\n{table(rows)}\n")
+        print(", ".join(f"{statuses.count(status)} {status}" for status in (OK, WARN, FAIL))
               + f" ({time.perf_counter() - began:.0f} s)")
-    return 1 if counts[FAIL] else 0
+    return 1 if FAIL in statuses else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ FLOORS = {
     "utils/engine.py": 2,
     "utils/memory_plan.py": 2,
     "utils/preflight.py": 2,
-    "utils/self_test.py": 2,
     "utils/run": 2,
     "utils/generation": 2,
     "utils/data/prepare.py": 2,

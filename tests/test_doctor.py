@@ -1,4 +1,4 @@
-"""The doctor: what it finds on a machine that lacks something, and that wrong numbers are seen."""
+"""The doctor: findings on a machine that lacks something, or that computes wrong results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -15,51 +16,46 @@ import pytest
 import torch
 
 from alpaca_rlhf import doctor
-from alpaca_rlhf.utils import losses, optimizer, rl_math, self_test
+from alpaca_rlhf.training_model import launching
+from alpaca_rlhf.utils import distributed, losses, optimizer, rl_math
+from alpaca_rlhf.utils.data import batches
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Usage = namedtuple("Usage", "total used free")
-
-
-def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return subprocess.run(
-        [sys.executable, *words, "--output_dir", str(tmp_path), "--data_output_path",
-         str(tmp_path / "new")],
-        env={**kept, "HF_HUB_OFFLINE": "1"}, cwd=REPOSITORY, text=True, capture_output=True,
-        timeout=200)
 
 
 NAMES = ["versions", "devices", "memory", "compiler", "port", "shared memory", "output", "cache",
          "hub", "maths", "generation"]
 
 
-def test_every_thing_has_its_row(group, tmp_path, monkeypatch):
-    from alpaca_rlhf.utils import distributed
-
-    monkeypatch.setattr(distributed, "initialize", lambda seed: None)  # the group is there
+def test_every_check_has_its_row(group, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "initialize", lambda seed: None)  # there is a group
     rows = doctor.examine({"output": tmp_path, "cache": tmp_path / "new"})
-    found = {row.name: row.status for row in rows}
-    assert [name for name in found if name in NAMES] == NAMES
-    assert found["maths"] == found["generation"] == found["port"] == "OK"
+    assert [row.name for row in rows if row.name in NAMES] == NAMES
+    found = {row.name: (row.status, row.found) for row in rows}
+    assert found["maths"] == ("OK", "6 results as by hand")
+    assert found["generation"] == ("OK", "3 responses in a batch as alone")
 
 
 @pytest.mark.slow
 def test_the_ranks_of_a_launch_meet_and_each_machine_has_its_table(tmp_path):
-    done = run(tmp_path, "alpaca_rlhf/training_model/my_deepspeed.py", "--num_gpus", "2",
-               "--module", "alpaca_rlhf.doctor")
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run(
+        [sys.executable, "alpaca_rlhf/training_model/my_deepspeed.py", "--num_gpus", "2",
+         "--module", "alpaca_rlhf.doctor", "--output_dir", tmp_path, "--data_output_path",
+         tmp_path / "new"],
+        env={**kept, "HF_HUB_OFFLINE": "1"}, cwd=REPOSITORY, text=True, capture_output=True,
+        timeout=200, check=False)
     assert done.returncode == 0, (done.stdout, done.stderr)
     rows = re.findall(r"^(?:OK|WARN)\s+(\w+(?: \w+)?)  +(.*)$", done.stdout, re.MULTILINE)
     found = dict(rows)
     assert [name for name in found if name in (*NAMES, "ranks")] == [*NAMES, "ranks"]
-    assert len(rows) == len(found), "one table a machine, not one a rank"
-    assert found["maths"] == f"{len(self_test.CASES)} numbers as by hand"
-    assert found["generation"] == "3 replies in a batch as alone"
+    assert len(rows) == len(found), "one table per machine, not one per rank"
     assert found["ranks"].startswith("2 ranks add up to 3, ")
 
 
-def test_what_is_in_the_way_is_exit_code_1(monkeypatch, capsys):
+def test_an_error_is_exit_code_1_and_shows_its_remedy(monkeypatch, capsys):
     rows = [doctor.Row("disk", doctor.FAIL, "full", "free some"), doctor.Row("hub", doctor.OK, "x")]
     monkeypatch.setattr(doctor, "examine", lambda places: rows)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -126,13 +122,24 @@ def test_shared_memory_of_a_container(monkeypatch, tmp_path, free, status):
     assert (row.status, bool(row.remedy)) == (status, status == "WARN")
 
 
-def test_disks(monkeypatch, tmp_path):
+def test_a_disk_with_little_space_and_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 5 * 10**9))
-    rows = doctor.disks({"output": tmp_path / "not" / "yet", "cache": tmp_path / "file" / "x"})
-    assert [(row.name, row.status) for row in rows] == [("output", "WARN"), ("cache", "FAIL")]
-    assert rows[0].found == f"{tmp_path}/not/yet: 5.0 GB free"
+    [full] = doctor.disk("output", tmp_path / "not" / "yet")
+    assert full[:3] == ("output", "WARN", f"{tmp_path}/not/yet: 5.0 GB free")
     assert not (tmp_path / "not").exists()
+    [impossible] = doctor.disk("cache", tmp_path / "file" / "x")
+    assert impossible[:2] == ("cache", "FAIL")
+
+
+def test_a_taken_port_and_a_host_name_without_an_address(monkeypatch):
+    def unknown(name: str) -> str:
+        raise OSError("no such host")
+
+    monkeypatch.setattr(launching, "is_free", lambda port: False)
+    monkeypatch.setattr(socket, "gethostbyname", unknown)
+    assert [(row.name, row.status) for row in doctor.ports()] == [
+        ("port", "WARN"), ("host name", "WARN")]
 
 
 def test_a_network_that_is_not_there(monkeypatch):
@@ -148,12 +155,16 @@ def test_a_network_that_is_not_there(monkeypatch):
     assert "HF_HUB_OFFLINE=1" in row.remedy
 
 
-def test_a_check_that_breaks_down_is_a_finding_and_the_others_go_on():
+def test_a_check_that_raises_is_a_finding_and_the_others_are_still_made(monkeypatch, group):
     def broken() -> list[doctor.Row]:
         raise ImportError("libcudart.so: cannot\nopen")
 
-    assert doctor.look("devices", broken) == [doctor.Row(
-        "devices", "FAIL", "ImportError: libcudart.so: cannot open", "see docs/launching.md")]
+    for name in ("versions", "devices", "maths", "generation"):
+        monkeypatch.setattr(doctor, name, broken if name == "devices" else list)
+    rows = doctor.examine({})
+    assert rows[0] == doctor.Row(
+        "devices", "FAIL", "ImportError: libcudart.so: cannot open", "see docs/launching.md")
+    assert [row.name for row in rows[1:3]] == ["compiler", "port"]
 
 
 def test_reading_the_doctor_needs_none_of_the_libraries():
@@ -161,47 +172,29 @@ def test_reading_the_doctor_needs_none_of_the_libraries():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
-# --- wrong numbers -------------------------------------------------------------------------------
+# --- wrong results -------------------------------------------------------------------------------
 
 
-def test_right_maths_and_generation_are_no_finding(group):
-    assert self_test.maths() == []
-    assert self_test.generation() == []
-
-
-def wrong_gae(rewards, values, mask, gamma, lam):
-    """Lets what stands behind a reply into its advantages."""
-    return RIGHT_GAE(rewards, values, torch.ones_like(mask), gamma, lam)
-
-
-RIGHT_GAE = rl_math.gae
-
-
-@pytest.mark.parametrize(("room", "name", "wrong", "finding"), [
-    (rl_math, "gae", wrong_gae, "advantages"),
-    (rl_math, "whiten", lambda values, mask, moments: values * mask, "whitening"),
+@pytest.mark.parametrize(("module", "name", "wrong", "finding"), [
+    # The pad behind a response is counted.
+    (rl_math, "gae", lambda rewards, values, mask, gamma, lam, gae=rl_math.gae: gae(
+        rewards, values, torch.ones_like(mask), gamma, lam), "advantages"),
     (losses, "pairwise_loss", lambda chosen, rejected: (rejected - chosen).sum(), "pairwise loss"),
+    (losses, "policy_loss", lambda *_: (torch.tensor(-1.5), {}), "policy loss"),
 ])
-def test_wrong_maths_is_a_finding(group, monkeypatch, room, name, wrong, finding):
-    monkeypatch.setattr(room, name, wrong)
-    row = doctor.maths()[0]
+def test_wrong_maths_is_a_finding(group, monkeypatch, module, name, wrong, finding):
+    monkeypatch.setattr(module, name, wrong)
+    [row] = doctor.maths()
     assert row.status == "FAIL"
     assert f"{finding}: [" in row.found
 
 
-def test_a_reply_that_depends_on_its_batch_is_a_finding(group, monkeypatch):
-    """Positions counted over the pads are the classic mistake."""
-    monkeypatch.setattr(rl_math, "position_ids", lambda mask: torch.arange(
-        mask.shape[1]).expand(mask.shape))
-    monkeypatch.setattr(self_test, "_left_padded", padded_without_mask)
-    row = doctor.generation()[0]
+def test_a_response_that_depends_on_its_batch_is_a_finding(group, monkeypatch):
+    def without_mask(*given, pad=batches.pad, **options):
+        ids, mask = pad(*given, **options)
+        return ids, torch.ones_like(mask)
+
+    monkeypatch.setattr(batches, "pad", without_mask)
+    [row] = doctor.generation()
     assert row.status == "FAIL"
     assert "in a batch, [" in row.found
-
-
-def padded_without_mask(prompts):
-    ids, mask = LEFT_PADDED(prompts)
-    return ids, torch.ones_like(mask)
-
-
-LEFT_PADDED = self_test._left_padded
