@@ -12,13 +12,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.utils import arguments, console
-from alpaca_rlhf.utils.configs import DataConfig, SFTConfig
+from alpaca_rlhf.utils.configs import Step1Config, Step2Config, Step3Config
 from alpaca_rlhf.utils.data import audit, prepare, sources
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.split import Split
@@ -26,14 +26,14 @@ from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenize
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
 
-PARSE = {1: arguments.parse_step1, 2: arguments.parse_step2, 3: arguments.parse_step3}
+STEPS = {1: Step1Config, 2: Step2Config, 3: Step3Config}
 _GREEN, _RED, _FAINT, _PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
 
 
 def main() -> None:
     """Parse, prepare, show rows and lengths, audit."""
     own, rest = parse(sys.argv[1:])
-    args = PARSE[own.step](rest)
+    args: Any = arguments.parse(STEPS[own.step], rest)
     form = ChatFormat(tokenizer_of(args))
     console.say(describe(form.tokenizer))
     data = prepared(args, form)
@@ -81,8 +81,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def tokenizer_of(args: Any) -> Any:
     """The tokenizer that the step would use."""
-    third = isinstance(args, arguments.Step3Arguments)
-    path = args.actor.actor_model_name_or_path if third else args.model.model_name_or_path
+    third = isinstance(args, Step3Config)
+    path = args.actor.model_name_or_path if third else args.model.model_name_or_path
     path = path or tiny_llama.shared(prepare.cache_home(args.data.data_output_path))
     return load_tokenizer(
         args.loading.tokenizer_name_or_path or path, args.data.chat_template,
@@ -92,28 +92,28 @@ def tokenizer_of(args: Any) -> Any:
 
 def prepared(args: Any, chat: ChatFormat) -> Prepared:
     """The data of the step, prepared just as the step does."""
-    data, seed = DataConfig(**asdict(args.data)), args.run.seed
+    data, seed = args.data, args.run.seed
     if args.step == 3:
         limit = args.rollout.max_prompt_seq_len
         return prepare.prepare_prompts(data, seed=seed, max_prompt_seq_len=limit, chat=chat)
     limit = args.batches.max_seq_len
     if args.step == 2:
         return prepare.prepare_pairs(data, seed=seed, max_seq_len=limit, chat=chat)
-    sft = SFTConfig(**asdict(args.sft))
+    sft = args.sft
     return prepare.prepare_sft(data, sft, seed=seed, max_seq_len=limit, chat=chat)
 
 
 def sources_of(args: Any) -> list[sources.Source]:
     """The data sets of the step."""
-    data = DataConfig(**asdict(args.data))
+    data = args.data
     if args.step == 1:
-        return prepare.sft_sources(data, SFTConfig(**asdict(args.sft)))
+        return prepare.sft_sources(data, args.sft)
     return sources.open_sources(data.data_path)
 
 
 def split_of(args: Any) -> Split:
     """How the step shares out its prompts."""
-    data = DataConfig(**asdict(args.data))
+    data = args.data
     return Split(args.step, data.shares, args.run.seed, tuple(data.lang))
 
 

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from alpaca_rlhf.utils.configs import (
+    AdapterConfig,
+    EngineConfig,
+    LoadingConfig,
+    PPOConfig,
+    RewardConfig,
+    RoleConfig,
+    SamplingConfig,
+    ScheduleConfig,
+)
 
 # Started in the background, a shell's jobs ignore Ctrl-C, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -102,81 +113,86 @@ class Small:
         return ChatFormat(self.tokenizer)
 
     def config(self, stage: int = 0) -> dict[str, Any]:
-        """DeepSpeed's, for loading alone."""
+        """DeepSpeed's configuration, as far as loading needs it."""
         return {"zero_optimization": {"stage": stage}}
 
     def causal_lm(self, **options: Any) -> Any:
         """The actor, plain, in evaluation mode."""
-        from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
+        from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 
-        return load_causal_lm(
-            self.actor, self.tokenizer, LoadOptions(**options), self.config()
-        ).eval()
+        role = RoleConfig(model_name_or_path=self.actor, **options)
+        return load_causal_lm(role, LoadingConfig(), self.config(), self.tokenizer).eval()
 
     def reward_model(self, **options: Any) -> Any:
         """The critic, plain, in evaluation mode."""
-        from alpaca_rlhf.utils.model.causal_lm import LoadOptions
         from alpaca_rlhf.utils.model.reward_model import load_reward_model
 
-        return load_reward_model(
-            self.critic, self.tokenizer, LoadOptions(**options), self.config()
-        ).eval()
+        role = RoleConfig(model_name_or_path=self.critic, **options)
+        return load_reward_model(role, LoadingConfig(), self.config(), self.tokenizer).eval()
 
-    def settings(self, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
-        """How either model is trained."""
-        from alpaca_rlhf.utils.engine import ModelSettings
-        from alpaca_rlhf.utils.model.causal_lm import LoadOptions
+    def role(self, name: str, stage: int = 0, lora: int = 0, **changes: Any) -> RoleConfig:
+        """How the actor or the critic is trained."""
+        rates = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3}
+        return RoleConfig(**{
+            "model_name_or_path": getattr(self, name), "zero_stage": stage, "lora_dim": lora,
+            **rates, **changes,
+        })
 
-        changes = {"overrides": self.overrides, **changes}
-        made = ModelSettings(
-            load=LoadOptions(), zero_stage=stage, offload=False, overrides=None,
-            learning_rate=1e-3, lora_learning_rate=1e-3, weight_decay=0.0, lora_rank=lora,
-            lora_alpha=None, lora_dropout=0.0, lora_modules=None, lora_flag="--lora_module_name",
-            only_lora=True,
-        )
-        return replace(made, **changes)
+    def training(
+        self, *, accumulation: int = 1, lora_dropout: float = 0.0, only_lora: bool = True,
+        overrides: str | None = None, adam_eps: float | None = None,
+    ) -> dict[str, Any]:
+        """Arguments of `build_trained` besides the model: a constant learning rate."""
+        made: dict[str, Any] = {
+            "loading": LoadingConfig(),
+            "adapters": AdapterConfig(lora_dropout=lora_dropout, only_optimize_lora=only_lora),
+            "engine": EngineConfig(deepspeed_config=overrides or self.overrides),
+            "schedule": ScheduleConfig(
+                lr_scheduler_type="constant", gradient_accumulation_steps=accumulation
+            ),
+            "micro_batch_size": 2, "total_steps": 100,
+        }
+        return made if adam_eps is None else {**made, "adam_eps": adam_eps}
 
-    def schedule(self, micro: int = 2, accumulation: int = 1) -> Any:
-        """A constant learning rate."""
-        from alpaca_rlhf.utils.engine import Schedule
-
-        return Schedule(micro, accumulation, "constant", 0, 100)
-
-    def trained(self, role: str, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
+    def trained(self, name: str, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
         """A DeepSpeed engine of the actor or of the critic."""
         from alpaca_rlhf.utils.engine import build_trained
         from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
         from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model
 
-        settings = self.settings(stage, lora, **changes)
-        if role == "actor":
-            load, wrap = partial(load_causal_lm, self.actor, self.tokenizer), None
-        else:
-            load, wrap = partial(load_reward_model, self.critic, self.tokenizer), TokenScorer
-        return build_trained(settings, self.schedule(), load, wrap)[0]
+        training = {key: changes.pop(key) for key in TRAINING & changes.keys()}
+        load, wrap = (load_causal_lm, None) if name == "actor" else (load_reward_model, TokenScorer)
+        return build_trained(
+            partial(load, tokenizer=self.tokenizer), self.role(name, stage, lora, **changes),
+            wrap=wrap, **self.training(**training),
+        )[0]
 
     def roles(self, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
         """The four roles of step 3."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 
         needs = changes.pop("needs_reward_model", True)
-        settings = self.settings(stage, lora, **changes)
+        training = {key: changes.pop(key) for key in TRAINING & changes.keys()}
+        training = {"adam_eps": 1e-8, **training}
+        actor, critic = (self.role(name, stage, lora, **changes) for name in ("actor", "critic"))
         return RLHFEngine(
-            self.actor, settings, self.critic, settings, self.schedule(), self.tokenizer, needs
+            actor, critic, self.tokenizer, needs_reward_model=needs, **self.training(**training)
         )
 
     def maker(
         self, engine: Any, hybrid: bool = False, tokens: int = 6, temperature: float = 1.0,
         seed: int = 7, reward_function: Any = None,
     ) -> Any:
-        """Draws and scores rollouts."""
+        """Generates and scores rollouts."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RolloutMaker
-        from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
         return RolloutMaker(
-            engine, HybridEngine(engine.actor, hybrid, slots=3), self.form,
-            SamplingConfig(tokens, temperature), seed, 60, reward_function,
+            engine,
+            HybridEngine(engine.actor, hybrid, slots=3),
+            self.form,
+            sampling=SamplingConfig(max_new_tokens=tokens, temperature=temperature), seed=seed,
+            scoring_tokens=60, reward_function=reward_function,
         )
 
     def prompts(self, count: int = 4) -> Any:
@@ -186,49 +202,42 @@ class Small:
         ids = [self.form.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
         return collate_prompts([{"prompt_ids": row} for row in ids[:count]], self.form.pad_id)
 
-    def reward_settings(self, **changes: Any) -> Any:
-        """As step 3's defaults have it."""
-        from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RewardSettings
-
-        made = RewardSettings(clip=5.0, missing_eos_penalty=1.0, gamma=1.0, lam=0.95, whiten=True)
-        return replace(made, **changes)
-
     def experience(self, maker: Any, count: int = 4, kl_coef: float = 0.05) -> tuple[Any, Any]:
-        """What one round gives to learn from, and its metrics."""
+        """The experience of one PPO iteration, and its metrics."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
             ScoreNormalizer,
             make_experience,
         )
 
         scored = maker.score(maker.generate(self.prompts(count)))
-        return make_experience(
-            scored, ScoreNormalizer("none"), self.reward_settings(), kl_coef
-        )
+        reward = RewardConfig(reward_normalization="none")
+        return make_experience(scored, ScoreNormalizer(reward, ""), reward, PPOConfig(), kl_coef)
 
-    def ppo(self, **changes: Any) -> Any:
-        """Settings of an update."""
-        from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOSettings
-
-        made = PPOSettings(
-            epochs=1, micro_batch_size=2, accumulation_steps=1, temperature=1.0, clip=0.2,
-            clip_value=0.2, entropy_coef=0.0, unsup_coef=0.0, critic_warmup_steps=0, seed=3,
-        )
-        return replace(made, **changes)
-
-    def trainer(self, engine: Any, settings: Any, ema: Any = None, most: int = 10) -> Any:
-        """Learns, keeps no batch that was skipped, and skips `most` in a row at most."""
+    def trainer(
+        self, engine: Any, most: int = 10, accumulation: int = 1, temperature: float = 1.0,
+        **ppo: Any,
+    ) -> Any:
+        """A trainer that saves no skipped batch and skips at most `most` consecutive steps."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
         from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 
-        guard = NonFiniteGuard(None, most, "lower the learning rate")
-        return PPOTrainer(engine, settings, guard, ema)
+        micro = ppo.pop("micro", 2)
+        return PPOTrainer(
+            engine, PPOConfig(per_device_training_batch_size=micro, **ppo),
+            accumulation_steps=accumulation, temperature=temperature, seed=3,
+            guard=NonFiniteGuard(None, most, "lower the learning rate"),
+        )
+
+
+# Arguments of `Small.training`; others are the roles'.
+TRAINING = {"accumulation", "lora_dropout", "only_lora", "overrides", "adam_eps"}
 
 
 def learn(trainer: Any, experience: Any, number: int = 0, *more: Any) -> dict[str, float]:
-    """All updates of a round with this experience; the metrics of the updates alone."""
-    from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import Round
+    """All updates on this experience; the metrics of the updates alone."""
+    from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import Iteration
 
-    return trainer.learn(Round(experience, {}), number, *more)
+    return trainer.update(Iteration(experience, {}), number, *more)
 
 
 def snapshot(model: Any) -> dict[str, Any]:

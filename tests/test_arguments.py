@@ -3,27 +3,31 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 
-from alpaca_rlhf.utils.arguments import (
-    NO_EFFECT,
+from alpaca_rlhf.utils import arguments
+from alpaca_rlhf.utils.arguments import notices, split_shares, to_config
+from alpaca_rlhf.utils.configs import (
+    FILE_TRACKERS,
     TRACKERS,
-    TRACKERS_OF_FILES,
-    UNAVAILABLE,
-    notices,
-    parse_step1,
-    parse_step2,
-    parse_step3,
-    split_shares,
-    to_config,
-    trackers,
+    SamplingConfig,
+    Step1Config,
+    Step2Config,
+    Step3Config,
+    group,
+    option,
 )
 from alpaca_rlhf.utils.errors import UserError
 
-PARSE = {1: parse_step1, 2: parse_step2, 3: parse_step3}
+RECORDS = {1: Step1Config, 2: Step2Config, 3: Step3Config}
+OPTIONS = {option.flag: option for option in arguments.options(Step3Config)}
+NO_EFFECT = {flag for flag, option in OPTIONS.items() if option.metadata["no_effect"]}
+UNAVAILABLE = {flag for flag, option in OPTIONS.items() if option.metadata["unavailable"]}
 MODELS = ["--actor_model_name_or_path", "out/actor", "--critic_model_name_or_path", "out/critic"]
 NEEDED = {1: [], 2: [], 3: MODELS}
 
@@ -173,10 +177,14 @@ LINES = [(step, line) for block, steps in (
     for line in block.strip().splitlines() for step in steps]
 
 
+def parse(step: int, argv: list[str] | None = None):
+    return arguments.parse(RECORDS[step], argv)
+
+
 def refusal(step: int, *argv: str) -> str:
     """The one line that these arguments end in."""
     with pytest.raises(UserError) as caught:
-        PARSE[step]([*NEEDED[step], *argv])
+        parse(step, [*NEEDED[step], *argv])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -192,52 +200,52 @@ def test_every_flag_of_the_contract_parses_or_is_not_available(step, line, tmp_p
     if argv[0][2:] in UNAVAILABLE:
         assert ": not available in this version: " in refusal(step, *argv)
     else:
-        given = PARSE[step]([*NEEDED[step], *argv]).given
+        given = parse(step, [*NEEDED[step], *argv]).given
         assert given - {"actor_model_name_or_path", "critic_model_name_or_path"}
 
 
 def test_first_old_command_line_parses():
-    args = parse_step1("--gradient_accumulation_steps 2 --lora_dim 128 --zero_stage 0 --deepspeed "
+    args = parse(1, "--gradient_accumulation_steps 2 --lora_dim 128 --zero_stage 0 --deepspeed "
                        "--output_dir OUT/actor --local_rank=0".split())
     assert (args.model.lora_dim, args.run.output_dir, args.run.local_rank) == (128, "OUT/actor", 0)
 
 
 def test_second_old_command_line_parses():
-    args = parse_step2("--num_padding_at_beginning 0 --gradient_accumulation_steps 2 --zero_stage 0"
+    args = parse(2, "--num_padding_at_beginning 0 --gradient_accumulation_steps 2 --zero_stage 0"
                        " --deepspeed --output_dir OUT/critic --local_rank=0".split())
-    assert args.optimization.gradient_accumulation_steps == 2
+    assert args.schedule.gradient_accumulation_steps == 2
 
 
 def test_third_old_command_line_parses():
-    args = parse_step3(
+    args = parse(3,
         "--actor_model_name_or_path OUT/actor --critic_model_name_or_path OUT/critic "
         "--actor_zero_stage 0 --critic_zero_stage 0 --num_padding_at_beginning 0 "
         "--gradient_accumulation_steps 2 --deepspeed --actor_lora_dim 128 --enable_hybrid_engine "
         "--actor_gradient_checkpointing --output_dir OUT/final --local_rank=0".split())
-    assert args.actor.actor_lora_dim == 128
-    assert args.critic.critic_lora_dim == 0
-    assert args.rollout.enable_hybrid_engine is True
+    assert args.actor.lora_dim == 128
+    assert args.critic.lora_dim == 0
+    assert args.hybrid.enable_hybrid_engine is True
 
 
 def test_no_arguments_are_enough_for_step_1():
-    args = parse_step1([])
+    args = parse(1, [])
     assert (args.data.data_path, args.model.model_name_or_path) == ([], None)
     assert (args.run.seed, args.run.local_rank, args.data.data_split) == (1234, -1, "2,4,4")
 
 
 def test_argv_defaults_to_the_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--seed", "5"])
-    assert parse_step1().run.seed == 5
+    assert parse(1).run.seed == 5
 
 
 def test_no_other_file_beside_the_script_is_read(monkeypatch, tmp_path):
     (tmp_path / "main.args").write_text("--seed 99")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "main.py")])
-    assert parse_step1().run.seed == 1234
+    assert parse(1).run.seed == 1234
 
 
 def test_a_mini_batch_may_span_generated_batches():
-    args = parse_step3([*MODELS, "--generation_batches", "2",
+    args = parse(3, [*MODELS, "--generation_batches", "2",
                         "--per_device_training_batch_size", "32"])
     assert args.ppo.per_device_training_batch_size == 32
 
@@ -246,46 +254,46 @@ def test_a_mini_batch_may_span_generated_batches():
     (["--offload"], True), (["--offload", "true"], True), (["--offload=false"], False), ([], False)
 ])
 def test_booleans_are_bare_or_valued(words, value):
-    assert parse_step1(["--zero_stage", "2", *words]).optimization.offload is value
+    assert parse(1, ["--zero_stage", "2", *words]).engine.offload is value
 
 
 def test_a_flag_may_be_spelt_with_hyphens():
-    assert parse_step1(["--max-seq-len", "64"]).batches.max_seq_len == 64
+    assert parse(1, ["--max-seq-len", "64"]).batches.max_seq_len == 64
 
 
 @pytest.mark.parametrize("flag", [
     "--per_device_generation_batch_size", "--per_device_train_batch_size",
     "--per-device-train-batch-size"])
 def test_generation_batch_size_has_the_old_name_too(flag):
-    assert parse_step3([*MODELS, flag, "32"]).rollout.per_device_generation_batch_size == 32
+    assert parse(3, [*MODELS, flag, "32"]).rollout.per_device_generation_batch_size == 32
 
 
 @pytest.mark.parametrize("flag", [
     "--per_device_training_batch_size", "--per_device_mini_train_batch_size"])
 def test_training_batch_size_has_the_old_name_too(flag):
-    assert parse_step3([*MODELS, flag, "4"]).ppo.per_device_training_batch_size == 4
+    assert parse(3, [*MODELS, flag, "4"]).ppo.per_device_training_batch_size == 4
 
 
 @pytest.mark.parametrize("flag", ["--generation_batches", "--generation_batch_numbers"])
 def test_generation_batches_has_the_old_name_too(flag):
-    assert parse_step3([*MODELS, flag, "3"]).rollout.generation_batches == 3
+    assert parse(3, [*MODELS, flag, "3"]).rollout.generation_batches == 3
 
 
 # --- learning rates and other dependent defaults -------------------------------------------------
 
 
-@pytest.mark.parametrize(("parse", "words", "rates"), [
-    (parse_step1, "", (2e-5, None)),
-    (parse_step2, "", (1e-5, None)),
-    (parse_step1, "--lora_dim 8", (3e-4, 3e-4)),
-    (parse_step2, "--lora_dim 8", (1e-4, 1e-4)),
-    (parse_step1, "--learning_rate 1e-3", (1e-3, None)),
-    (parse_step1, "--lora_dim 8 --learning_rate 1e-3", (1e-3, 1e-3)),
-    (parse_step1, "--lora_dim 8 --lora_learning_rate 1e-3", (3e-4, 1e-3)),
-    (parse_step2, "--lora_dim 8 --learning_rate 0 --lora_learning_rate 1e-3", (0.0, 1e-3)),
+@pytest.mark.parametrize(("step", "words", "rates"), [
+    (1, "", (2e-5, None)),
+    (2, "", (1e-5, None)),
+    (1, "--lora_dim 8", (3e-4, 3e-4)),
+    (2, "--lora_dim 8", (1e-4, 1e-4)),
+    (1, "--learning_rate 1e-3", (1e-3, None)),
+    (1, "--lora_dim 8 --learning_rate 1e-3", (1e-3, 1e-3)),
+    (1, "--lora_dim 8 --lora_learning_rate 1e-3", (3e-4, 1e-3)),
+    (2, "--lora_dim 8 --learning_rate 0 --lora_learning_rate 1e-3", (0.0, 1e-3)),
 ])
-def test_learning_rates_of_steps_1_and_2(parse, words, rates):
-    model = parse(words.split()).model
+def test_learning_rates_of_steps_1_and_2(step, words, rates):
+    model = parse(step, words.split()).model
     assert (model.learning_rate, model.lora_learning_rate) == rates
 
 
@@ -297,28 +305,28 @@ def test_learning_rates_of_steps_1_and_2(parse, words, rates):
     ("--critic_lora_dim 8 --critic_lora_learning_rate 2e-4", (9.65e-6, None, 5e-6, 2e-4)),
 ])
 def test_learning_rates_of_step_3(words, rates):
-    args = parse_step3([*MODELS, *words.split()])
-    assert rates == (args.actor.actor_learning_rate, args.actor.actor_lora_learning_rate,
-                     args.critic.critic_learning_rate, args.critic.critic_lora_learning_rate)
+    args = parse(3, [*MODELS, *words.split()])
+    assert rates == (args.actor.learning_rate, args.actor.lora_learning_rate,
+                     args.critic.learning_rate, args.critic.lora_learning_rate)
 
 
 @pytest.mark.parametrize(("words", "value"), [
     ("", False), ("--lora_dim 8", True), ("--lora_dim 8 --only_optimize_lora false", False)])
 def test_only_optimize_lora_is_on_with_lora(words, value):
-    assert parse_step1(words.split()).lora.only_optimize_lora is value
+    assert parse(1, words.split()).lora.only_optimize_lora is value
 
 
 def test_lora_of_one_role_is_lora():
-    args = parse_step3([*MODELS, "--critic_lora_dim", "8", "--lora_alpha", "4"])
+    args = parse(3, [*MODELS, "--critic_lora_dim", "8", "--lora_alpha", "4"])
     assert (args.lora.only_optimize_lora, args.lora.lora_alpha) == (True, 4.0)
 
 
 def test_ppo_defaults():
-    args = parse_step3(MODELS)
+    args = parse(3, MODELS)
     assert (args.reward.kl_coef, args.ppo.gamma, args.ppo.lam, args.ppo.cliprange) == (
         0.05, 1.0, 0.95, 0.2)
     assert (args.reward.clip_reward_value, args.reward.missing_eos_penalty) == (5.0, 1.0)
-    assert (args.rollout.temperature, args.rollout.top_p, args.rollout.top_k) == (1.0, 1.0, 0)
+    assert (args.sampling.temperature, args.sampling.top_p, args.sampling.top_k) == (1.0, 1.0, 0)
 
 
 # --- what each mistake says ----------------------------------------------------------------------
@@ -361,7 +369,7 @@ def test_ppo_defaults():
     (3, "--save_total_limit 0", "--save_total_limit 0: must be 1 or more"),
     (1, "--collective_timeout 0", "--collective_timeout 0: must be 1 or more"),
     (3, "--offload_reference_model", "--offload_reference_model: not available in this version: "
-        "the reference stays on the device; remove the flag"),
+        "the reference model stays on the device; remove the flag"),
     (1, "--data_split 2,4", "--data_split 2,4: must be three numbers of 0 or more, not all 0, "
         "such as 2,4,4"),
     (2, "--data_split 10,0,0", "--data_split 10,0,0: leaves no data for step 2; give its share, "
@@ -379,8 +387,8 @@ def test_ppo_defaults():
         "3, or remove the flag"),
     (1, "--deepspeed_config no.json", "--deepspeed_config no.json: no such file"),
     (3, "--per_device_training_batch_size 5", "--per_device_training_batch_size 5: must divide the "
-        "16 rollouts of a round (--per_device_generation_batch_size 16 x --generation_batches 1); "
-        "try 4 or 8"),
+        "16 rollouts of a PPO iteration (--per_device_generation_batch_size 16 x "
+        "--generation_batches 1); try 4 or 8"),
     (3, "--num_generations 3", "--num_generations 3: must divide --per_device_generation_batch_size"
         " 16, which counts rollouts; try 2 or 4"),
     (3, "--reward_function length", "--reward_function length: must be module:name, such as "
@@ -389,6 +397,9 @@ def test_ppo_defaults():
         "it, and 0 would stay 0; give a start above 0, such as 0.05"),
     (3, "--disable_actor_dropout --actor_dropout 0.1", "--actor_dropout 0.1: contradicts "
         "--disable_actor_dropout; remove one of the two"),
+    (3, "--hybrid_engine_backend deepspeed", "--hybrid_engine_backend deepspeed: DeepSpeed's own "
+        "kernels leave LoRA adapters out and do not follow today's LLaMA; take native, or remove "
+        "the flag"),
     (3, "--unsupervised_dataset_config_name v1", "--unsupervised_dataset_config_name v1: needs "
         "--unsupervised_dataset_name; give it or remove the flag"),
 ])
@@ -414,7 +425,7 @@ def test_a_value_with_a_line_break_still_ends_in_one_line():
 ])
 def test_step_3_requires_both_models(words, message):
     with pytest.raises(UserError) as caught:
-        parse_step3(words.split())
+        parse(3, words.split())
     assert str(caught.value) == message
 
 
@@ -451,7 +462,7 @@ def recipe(tmp_path: Path, text: str, name: str = "recipe.yaml") -> str:
 def test_a_config_file_sets_flags(tmp_path):
     path = recipe(tmp_path, "lora_dim: 8\nlearning_rate: 1e-3\ndata_path: [a, b]\n"
                             "train_on_prompt: true\noutput_dir: null\n")
-    args = parse_step1(["--config", path])
+    args = parse(1, ["--config", path])
     assert (args.model.lora_dim, args.model.learning_rate) == (8, 1e-3)
     assert (args.data.data_path, args.sft.train_on_prompt) == (["a", "b"], True)
     assert args.run.output_dir is None
@@ -459,23 +470,23 @@ def test_a_config_file_sets_flags(tmp_path):
 
 def test_a_config_file_may_be_json(tmp_path):
     path = recipe(tmp_path, '{\n\t"seed": 9,\n\t"data_path": ["a"]}', "recipe.json")
-    args = parse_step1(["--config", path])
+    args = parse(1, ["--config", path])
     assert (args.run.seed, args.data.data_path) == (9, ["a"])
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
     path = recipe(tmp_path, "seed: 9\nzero_stage: 2\noffload: true\n")
-    args = parse_step1(["--seed", "3", "--config", path, "--offload", "false"])
-    assert (args.run.seed, args.model.zero_stage, args.optimization.offload) == (3, 2, False)
+    args = parse(1, ["--seed", "3", "--config", path, "--offload", "false"])
+    assert (args.run.seed, args.model.zero_stage, args.engine.offload) == (3, 2, False)
 
 
 def test_a_key_may_be_an_alias(tmp_path):
     path = recipe(tmp_path, "generation_batch_numbers: 4\n")
-    assert parse_step3([*MODELS, "--config", path]).rollout.generation_batches == 4
+    assert parse(3, [*MODELS, "--config", path]).rollout.generation_batches == 4
 
 
 def test_an_empty_config_file_sets_nothing(tmp_path):
-    assert parse_step1(["--config", recipe(tmp_path, "# nothing\n")]) == parse_step1(
+    assert parse(1, ["--config", recipe(tmp_path, "# nothing\n")]) == parse(1,
         ["--config", recipe(tmp_path, "")])
 
 
@@ -525,10 +536,10 @@ def test_a_missing_config_file_is_refused():
         "2 --generation_batch_numbers 3 --reward_normalization none"),
 ])
 def test_saved_arguments_give_back_equal_arguments(step, words, suffix, tmp_path):
-    args = PARSE[step]([*NEEDED[step], *words.split()])
+    args = parse(step, [*NEEDED[step], *words.split()])
     dump = yaml.safe_dump if suffix == "yaml" else json.dumps
     path = recipe(tmp_path, dump(to_config(args)), f"saved.{suffix}")
-    again = PARSE[step](["--config", path, "--local_rank", str(args.run.local_rank)])
+    again = parse(step, ["--config", path, "--local_rank", str(args.run.local_rank)])
     saved_run = {**vars(args.run), "config": path}
     assert saved_run == vars(again.run)
     for name in vars(args).keys() - {"run", "given"}:
@@ -536,7 +547,7 @@ def test_saved_arguments_give_back_equal_arguments(step, words, suffix, tmp_path
 
 
 def test_saved_arguments_hold_resolved_values_and_no_launch():
-    config = to_config(parse_step1(["--lora_dim", "8", "--local_rank", "0"]))
+    config = to_config(parse(1, ["--lora_dim", "8", "--local_rank", "0"]))
     assert (config["learning_rate"], config["only_optimize_lora"]) == (3e-4, True)
     assert not config.keys() & {"local_rank", "config", "max_tokens_per_micro_batch", "deepspeed"}
 
@@ -545,47 +556,47 @@ def test_saved_arguments_hold_resolved_values_and_no_launch():
 
 
 def test_flags_of_old_scripts_are_noticed():
-    args = parse_step3([*MODELS, "--num_padding_at_beginning", "0", "--deepspeed"])
+    args = parse(3, [*MODELS, "--num_padding_at_beginning", "0", "--deepspeed"])
     assert notices(args) == [
         "--deepspeed has no effect: the trainers are always DeepSpeed's",
         "--num_padding_at_beginning has no effect: the score is read at the last real token"]
 
 
 def test_a_flag_of_the_config_file_is_noticed(tmp_path):
-    args = parse_step1(["--config", recipe(tmp_path, "print_loss: true\n")])
+    args = parse(1, ["--config", recipe(tmp_path, "print_loss: true\n")])
     assert notices(args) == ["--print_loss has no effect: the console always shows the loss"]
 
 
 def test_module_names_without_lora_are_noticed():
-    args = parse_step3([*MODELS, "--actor_lora_module_name", "layers."])
+    args = parse(3, [*MODELS, "--actor_lora_module_name", "layers."])
     assert notices(args) == ["--actor_lora_module_name has no effect: --actor_lora_dim is 0"]
 
 
 def test_allowing_changes_without_resuming_is_noticed():
-    assert notices(parse_step1(["--allow_changed_args"])) == [
+    assert notices(parse(1, ["--allow_changed_args"])) == [
         "--allow_changed_args has no effect: nothing is resumed"]
 
 
 def test_nothing_given_is_nothing_noticed():
-    assert notices(parse_step1(["--seed", "1"])) == []
+    assert notices(parse(1, ["--seed", "1"])) == []
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_help_says_a_default_for_every_flag(step, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as caught:
-        PARSE[step](["--help"])
+        parse(step, ["--help"])
     flags = capsys.readouterr().out.split("\n  --")[1:]
     assert caught.value.code == 0
     assert len(flags) > 40
-    assert [flag for flag in flags if "(default: " not in flag and "required: " not in flag] == []
+    assert [flag for flag in flags if "(default" not in flag] == []
 
 
 @pytest.mark.parametrize("flag", sorted(NO_EFFECT | UNAVAILABLE))
 def test_help_says_what_has_no_effect_or_is_not_available(flag, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
-        parse_step3(["--help"])
+        parse(3, ["--help"])
     text = capsys.readouterr().out.split(f"  --{flag} ")[1].split("  --")[0]
     assert ("has no effect: " if flag in NO_EFFECT else "not available in this version: ") in text
 
@@ -609,31 +620,28 @@ def test_arguments_import_no_torch():
         (["--enable_cuda_graph", "--enable_hybrid_engine", "--unpin_actor_parameters",
           "--actor_zero_stage", "3"],
          "--enable_cuda_graph has no effect: with --unpin_actor_parameters weights come and go"),
-        (["--hybrid_engine_backend", "deepspeed"],
-         "--hybrid_engine_backend deepspeed has no effect: without --enable_hybrid_engine no such "
-         "engine is used"),
     ],
 )
 def test_a_flag_of_the_hybrid_engine_that_changes_nothing_is_noticed(flags, line):
-    assert line in notices(parse_step3([*MODELS, *flags]))
+    assert line in notices(parse(3, [*MODELS, *flags]))
 
 
 def test_the_flags_of_the_hybrid_engine_go_together_without_a_notice():
     given = ["--enable_hybrid_engine", "--unpin_actor_parameters", "--actor_zero_stage", "3",
-             "--hybrid_engine_backend", "deepspeed", "--repetition_penalty", "1.1"]
-    args = parse_step3([*MODELS, *given])
+             "--hybrid_engine_backend", "native", "--repetition_penalty", "1.1"]
+    args = parse(3, [*MODELS, *given])
     assert notices(args) == []
-    assert args.rollout.repetition_penalty == 1.1
+    assert args.sampling.repetition_penalty == 1.1
 
 
 # --- trackers ------------------------------------------------------------------------------------
 
 
 def test_trackers_are_named_by_either_flag_each_once():
-    assert trackers(parse_step1([])) == []
-    assert trackers(parse_step1(["--enable_tensorboard"])) == ["tensorboard"]
-    assert trackers(parse_step1(
-        ["--tracker", "wandb", "tensorboard", "--enable_tensorboard"])) == ["wandb", "tensorboard"]
+    both = ["--tracker", "wandb", "tensorboard", "--enable_tensorboard"]
+    for words, expected in ([], []), (["--enable_tensorboard"], ["tensorboard"]), (
+            both, ["wandb", "tensorboard"]):
+        assert parse(1, words).tracking.trackers == expected
 
 
 def test_an_unknown_tracker_is_refused():
@@ -645,11 +653,45 @@ def test_the_trackers_are_all_of_accelerates():
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     assert set(TRACKERS) == set(LOGGER_TYPE_TO_CLASS)
-    assert set(TRACKERS_OF_FILES) == {
+    assert set(FILE_TRACKERS) == {
         name for name, made in LOGGER_TYPE_TO_CLASS.items() if made.requires_logging_directory}
 
 
 def test_a_folder_for_logs_without_a_tracker_that_writes_there_is_noticed():
     line = "--logging_dir has no effect: no tracker that writes files is asked for"
-    assert line in notices(parse_step1(["--tensorboard_path", "tb", "--tracker", "wandb"]))
-    assert notices(parse_step1(["--tensorboard_path", "tb", "--enable_tensorboard"])) == []
+    assert line in notices(parse(1, ["--tensorboard_path", "tb", "--tracker", "wandb"]))
+    assert notices(parse(1, ["--tensorboard_path", "tb", "--enable_tensorboard"])) == []
+
+
+# --- other programs ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Own:
+    """The options of a program."""
+
+    title: ClassVar[str] = "own"
+
+    path: str = option("", "folder of a model", required=True)
+    limit: int = option(0, "most prompts; 0: all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Groups of a program that is no step."""
+
+    own: Own = group(limit=256)
+    sampling: SamplingConfig = group(temperature=0.7, max_new_tokens=None)
+
+
+def test_a_program_has_its_own_groups_and_defaults():
+    args = arguments.parse(Program, ["--path", "p", "--top_k", "5"])
+    assert (args.own.path, args.own.limit) == ("p", 256)
+    assert (args.sampling.temperature, args.sampling.max_new_tokens) == (0.7, None)
+    assert arguments.parse(Program, ["--path", "p", "--max_new_tokens", "9"]).sampling == (
+        SamplingConfig(temperature=0.7, max_new_tokens=9))
+
+
+def test_a_required_option_must_be_given():
+    with pytest.raises(UserError, match="^--path is required: folder of a model$"):
+        arguments.parse(Program, [])

@@ -10,17 +10,17 @@ import torch
 
 from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference.chat_model import ChatModel, End
+from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import SamplingConfig
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 
 GREEDY = SamplingConfig(8, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
 def policy(small):
-    return saved.open_policy(small.actor, LoadOptions())
+    return saved.open_policy(small.actor, LoadingConfig())
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from alpaca_rlhf.evaluation.statistics import wilson_interval
 from alpaca_rlhf.training_model.step1_supervised_finetuning import prompt_eval
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import rw_eval
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import win_rate
+from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 
 PAIRS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}" + "!" * (i % 3),
           "rejected": "No" + "." * (i % 4)} for i in range(40)]
@@ -137,7 +137,7 @@ def test_pairs_are_scored_as_step_2_reads_them(small, pairs, tmp_path):
         "--policy", small.actor, "--best_of", 4, "--best_of_prompts", 5, "--max_new_tokens", 6,
         "--output", output)
     results = json.loads(output.read_text())
-    scorer = saved.open_scorer(small.critic, LoadOptions())
+    scorer = saved.open_scorer(small.critic, LoadingConfig())
     right = 0
     for row in PAIRS:
         prompt = scorer.form.prompt_ids([{"role": "user", "content": row["prompt"]}])

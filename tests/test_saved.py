@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from alpaca_rlhf.evaluation import saved
+from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 from alpaca_rlhf.utils.run import export
 
-OPTIONS = LoadOptions()
+OPTIONS = LoadingConfig()
 QUESTIONS = [[user_turn(text)] for text in ("What is ice?", "Hi.", "Who wrote Faust?")]
 
 

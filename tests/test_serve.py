@@ -12,10 +12,10 @@ import pytest
 
 from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference.chat_model import ChatModel
+from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import SamplingConfig
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GREEDY = {"model": "actor", "temperature": 0, "max_tokens": 8}
@@ -50,7 +50,7 @@ def client(address):
 @pytest.fixture(scope="module")
 def expected(small):
     """The end and the pieces of the reply to a text, drawn in this process."""
-    chat = ChatModel(saved.open_policy(small.actor, LoadOptions()))
+    chat = ChatModel(saved.open_policy(small.actor, LoadingConfig()))
 
     def reply(text):
         *pieces, end = chat.stream([user_turn(text)], SamplingConfig(8, temperature=0.0))

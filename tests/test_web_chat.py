@@ -16,8 +16,8 @@ from alpaca_rlhf.inference import web_chat
 from alpaca_rlhf.inference.chat_model import ChatModel
 from alpaca_rlhf.inference.votes import VoteBook
 from alpaca_rlhf.inference.web_chat import Site, launch
+from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.generation.decoder import SamplingConfig
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 
 CHROMIUM = shutil.which("chromium")
 SAMPLING = SamplingConfig(12, temperature=0.0)  # what is drawn could be empty, or alike
@@ -36,7 +36,8 @@ def models(small, tmp_path_factory):
     torch.manual_seed(11)
     LlamaForCausalLM(small_config(small.tokenizer)).save_pretrained(other)
     small.tokenizer.save_pretrained(other)
-    made = [ChatModel(saved.open_policy(str(path), LoadOptions())) for path in (small.actor, other)]
+    paths = str(small.actor), str(other)
+    made = [ChatModel(saved.open_policy(path, LoadingConfig())) for path in paths]
     yield made
     for model in made:
         model.close()

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrain
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import console, distributed
+from alpaca_rlhf.utils.configs import RoleConfig
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 
@@ -68,6 +69,13 @@ class Recipe:
     warmup_share: float = 0.05
     weight_decay: float = 0.05
     seed: int = 0
+
+
+def or_embedded(role: RoleConfig, cache_home: Path) -> RoleConfig:
+    """Return the role, with the embedded model if it names none."""
+    if role.model_name_or_path:
+        return role
+    return replace(role, model_name_or_path=shared(cache_home))
 
 
 def shared(cache_home: Path) -> str:

@@ -1,8 +1,8 @@
 """Any saved model, opened for use: a folder that a step wrote, an adapter alone, or a hub id.
 
-    policy = open_policy("output/actor", LoadOptions())
+    policy = open_policy("output/actor", LoadingConfig())
     replies = policy.replies([policy.form.prompt_ids(messages)], SamplingConfig(64), seed=0)
-    scorer = open_scorer("output/critic", LoadOptions())
+    scorer = open_scorer("output/critic", LoadingConfig())
     scorer.score([prompt + reply.ids for …])
 
 An adapter is loaded onto the model it was made for and merged, so all that follows knows whole
@@ -22,11 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from alpaca_rlhf.utils import distributed, preflight
+from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.data.batches import pad
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import Decoder, RolloutRequest, SamplingConfig
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
+from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import (
     TokenScorer,
     is_reward_model,
@@ -153,7 +154,7 @@ class Scorer:
         return found
 
 
-def open_policy(path: str, options: LoadOptions) -> Policy:
+def open_policy(path: str, options: LoadingConfig) -> Policy:
     """A causal LM from a whole model's folder, an adapter's, or the hub.
 
     Raises:
@@ -166,7 +167,7 @@ def open_policy(path: str, options: LoadOptions) -> Policy:
     )
 
 
-def open_scorer(path: str, options: LoadOptions) -> Scorer:
+def open_scorer(path: str, options: LoadingConfig) -> Scorer:
     """A reward model from a whole model's folder, an adapter's, or the hub.
 
     Raises:
@@ -177,19 +178,19 @@ def open_scorer(path: str, options: LoadOptions) -> Scorer:
     return Scorer(path, TokenScorer(model).eval(), form, context)
 
 
-Load = Callable[[str, PreTrainedTokenizerBase, LoadOptions, dict[str, Any]], PreTrainedModel]
+Load = Callable[..., PreTrainedModel]
 
 
 def _open(
-    path: str, options: LoadOptions, load: Load, scorer: bool
+    path: str, options: LoadingConfig, load: Load, scorer: bool
 ) -> tuple[PreTrainedModel, ChatFormat]:
     preflight.require_cached(path)
     config = _adapter_config(path)
     if config is None:
-        if is_reward_model(path, options) != scorer:
+        if is_reward_model(RoleConfig(model_name_or_path=path), options) != scorer:
             raise UserError(_other_kind(path, scorer))
         tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
-        model = load(path, tokenizer, options, _WHOLE)
+        model = load(RoleConfig(model_name_or_path=path), options, _WHOLE, tokenizer)
     else:
         adapter = read_json(Path(config), f"no adapter in {path}")
         if scorer and "score" not in (adapter.get("modules_to_save") or []):
@@ -198,7 +199,7 @@ def _open(
         tokenizer = load_tokenizer(
             _tokenizer_of(path, base), trust_remote_code=options.trust_remote_code
         )
-        model = _merged(path, load(base, tokenizer, options, _WHOLE))
+        model = _merged(path, load(RoleConfig(model_name_or_path=base), options, _WHOLE, tokenizer))
     return model.to(distributed.device()).eval(), ChatFormat(tokenizer)
 
 

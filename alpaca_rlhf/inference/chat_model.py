@@ -4,7 +4,7 @@ One thread owns the model. It takes up to `at_once` chats from the queue, in the
 and gives each of them a token in turn, so that all of them stream; the others wait. What a reply is
 drawn with is a generator of its own, so it does not depend on who else is talking.
 
-    chat = ChatModel(open_policy("output/actor", LoadOptions()))
+    chat = ChatModel(open_policy("output/actor", LoadingConfig()))
     for piece in chat.stream(messages, SamplingConfig(256, temperature=0.7)):
         …
 """

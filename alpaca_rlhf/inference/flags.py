@@ -18,8 +18,8 @@ from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
     from alpaca_rlhf.evaluation.held_out import Chosen
+    from alpaca_rlhf.utils.configs import LoadingConfig
     from alpaca_rlhf.utils.generation.decoder import SamplingConfig
-    from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 
 DATA_SPLIT = "2,4,4"
 SEED = 1234
@@ -149,13 +149,12 @@ def choose_samples(
     return chosen
 
 
-def load_options(args: argparse.Namespace) -> "LoadOptions":
+def load_options(args: argparse.Namespace) -> "LoadingConfig":
     """From `add_loading`."""
-    from alpaca_rlhf.utils import distributed
-    from alpaca_rlhf.utils.model.causal_lm import LoadOptions
+    from alpaca_rlhf.utils.configs import LoadingConfig
 
-    return LoadOptions(
-        distributed.resolve_dtype(args.dtype), args.attn_implementation,
+    return LoadingConfig(
+        dtype=args.dtype, attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
     )
 

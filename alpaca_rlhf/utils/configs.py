@@ -8,8 +8,8 @@ record gives to a group: actor and critic are two `RoleConfig`s. Imports no torc
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
@@ -158,7 +158,7 @@ class RoleConfig:
     title: ClassVar[str] = "model"
 
     model_name_or_path: str = option(
-        "", "hub id or folder; in step 3 the folders that steps 1 and 2 wrote (default in steps "
+        None, "hub id or folder; in step 3 the folders that steps 1 and 2 wrote (default in steps "
         "1 and 2: the embedded tiny LLaMA)")
     learning_rate: NonNegative = option(
         None, "learning rate, also of the adapters unless --{prefix}lora_learning_rate is given "
@@ -199,7 +199,7 @@ class LoadingConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class AdapterConfig:
     """Options that all adapters of a run share; rank and modules belong to the role."""
 
     title: ClassVar[str] = "LoRA"
@@ -508,7 +508,7 @@ class StepConfig:
 
     data: DataConfig = group()
     loading: LoadingConfig = group()
-    lora: LoraConfig = group()
+    lora: AdapterConfig = group()
     schedule: ScheduleConfig = group()
     engine: EngineConfig = group()
     run: RunConfig = group()
@@ -563,17 +563,59 @@ class Step3Config(StepConfig):
     report: ReportConfig = group()
 
 
+# --- all options of a program --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a program.
+
+    Attributes:
+        group: name of its group in the program's record.
+        name: of the field.
+        flag: without dashes, prefix included.
+        hint: the field's type, bounds included.
+        default: its value when it is not given.
+        metadata: what `option` declares.
+    """
+
+    group: str
+    name: str
+    flag: str
+    hint: Any
+    default: Any
+    metadata: Any
+
+
+def groups(record: type) -> Iterator[tuple[str, type, dict[str, Any]]]:
+    """Yield name, class and declaration (`prefix`, `defaults`) of each group of a record."""
+    hints = get_type_hints(record)
+    for entry in fields(record):
+        if "prefix" in entry.metadata:
+            yield entry.name, hints[entry.name], dict(entry.metadata)
+
+
+def options(record: type) -> Iterator[Option]:
+    """Yield the options of a program's record, in the order of --help."""
+    for name, group, declared in groups(record):
+        hints = get_type_hints(group, include_extras=True)
+        for entry in fields(group):
+            if "help" not in entry.metadata:
+                continue
+            default = entry.default
+            if entry.default_factory is not MISSING:
+                default = entry.default_factory()
+            yield Option(
+                group=name, name=entry.name,
+                flag=declared["prefix"] + (entry.metadata["flag"] or entry.name),
+                hint=hints[entry.name],
+                default=declared["defaults"].get(entry.name, default),
+                metadata=entry.metadata,
+            )
+
+
 @cache
 def on_resume() -> dict[str, OnResume]:
     """Return for each flag of the steps what a change means when a run is resumed."""
-    kinds: dict[str, OnResume] = {}
-    for step in (Step1Config, Step2Config, Step3Config):
-        hints = get_type_hints(step)
-        for part in fields(step):
-            if "prefix" not in part.metadata:
-                continue
-            for entry in fields(hints[part.name]):
-                if "on_resume" in entry.metadata:
-                    flag = part.metadata["prefix"] + (entry.metadata["flag"] or entry.name)
-                    kinds[flag] = entry.metadata["on_resume"]
-    return kinds
+    return {option.flag: option.metadata["on_resume"]
+            for step in (Step1Config, Step2Config, Step3Config) for option in options(step)}

@@ -1,4 +1,4 @@
-"""ZeRO stage, offload, precision and batch sizes -> DeepSpeed's configuration."""
+"""DeepSpeed's configuration from ZeRO stage, offloading, precision and batch sizes."""
 
 import json
 from pathlib import Path
@@ -21,15 +21,15 @@ def make(
     offload: bool = False,
     overrides: str | None = None,
 ) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize`.
+    """Return the dict for `deepspeed.initialize`.
 
     Args:
         zero_stage: 0 to 3.
-        dtype: precision of the weights that compute.
-        micro_batch_size: rows a rank takes through one backward pass.
-        accumulation_steps: backward passes of an optimizer step.
+        dtype: precision of the weights.
+        micro_batch_size: rows of a micro-batch on each rank.
+        accumulation_steps: micro-batches of an optimizer step.
         world_size: number of ranks.
-        offload: optimizer state, and under ZeRO-3 the weights, in host memory.
+        offload: keep optimizer states, and under ZeRO-3 the weights, in host memory.
         overrides: path of a JSON file merged over the result.
 
     Raises:

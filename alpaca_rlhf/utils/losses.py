@@ -11,7 +11,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# exp of a larger log-ratio is no policy gradient but an accident; what is clamped is counted.
+# exp of a larger log-ratio would be an accident, not a gradient; clamped tokens are counted.
 MAX_LOG_RATIO = 20.0
 
 
@@ -32,8 +32,8 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Sum over pairs of -log sigmoid(chosen - rejected) (Ouyang et al. 2022, eq. 1).
 
     Args:
-        chosen: [B] scores of the preferred replies.
-        rejected: [B] scores of the others.
+        chosen: [B] scores of the preferred responses.
+        rejected: [B] scores of the other responses.
     """
     return -F.logsigmoid(chosen.float() - rejected.float()).sum()
 
@@ -44,8 +44,8 @@ def policy_loss(
     """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), summed over the mask.
 
     Args:
-        logprobs: [B, R] under the policy that is trained.
-        old_logprobs: [B, R] under the policy that sampled.
+        logprobs: [B, R] under the policy that is trained, nats.
+        old_logprobs: [B, R] under the policy that sampled, nats.
         advantages: [B, R].
         mask: [B, R], 1 on response tokens.
         clip: epsilon.
@@ -76,20 +76,22 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the larger of the plain and the clipped squared error, summed over the mask.
 
+    PPO's value loss with clipping (Schulman et al. 2017; "N implementation details", 2023).
+
     Args:
         values: [B, R] of the critic that is trained.
         old_values: [B, R] of the rollout.
         returns: [B, R].
         mask: [B, R].
-        clip: how far a value may move from the rollout's before its error is held.
+        clip: most that a value may differ from the rollout's in the clipped error.
 
     Returns:
         The sum, and the sum over the mask of `clip_fraction`.
     """
     mask = mask.float()
     values, old_values = values.float(), old_values.float()
-    held = old_values + (values - old_values).clamp(-clip, clip)
+    moved = old_values + (values - old_values).clamp(-clip, clip)
     plain = (values - returns).square()
-    clipped = (held - returns).square()
+    clipped = (moved - returns).square()
     stats = {"clip_fraction": ((clipped > plain) * mask).sum().detach()}
     return 0.5 * (torch.maximum(plain, clipped) * mask).sum(), stats

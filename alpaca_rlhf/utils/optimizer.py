@@ -17,9 +17,9 @@ BETAS = (0.9, 0.95)
 def parameter_groups(
     model: nn.Module, learning_rate: float, lora_learning_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups of what trains: adapters with their own rate, matrices with decay, the rest without.
+    """Group the trainable parameters: adapters, other matrices, and the rest without decay.
 
-    Biases and norm weights (one dimension) are never decayed. Empty groups are left out.
+    Biases and norm weights (one dimension) have no weight decay. Empty groups are left out.
     """
     groups: dict[str, dict[str, Any]] = {
         "lora": {"lr": lora_learning_rate, "weight_decay": weight_decay, "params": []},
@@ -37,12 +37,12 @@ def parameter_groups(
 
 
 def missing_build_tools() -> list[str]:
-    """What this machine lacks to compile an extension, each with how to get it."""
+    """Return the tools that this machine lacks to compile an extension, with their remedies."""
     missing = []
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         missing.append(f"C++ compiler ({compiler}; Debian and Ubuntu: apt-get install g++)")
-    # Of an environment that is not active, too.
+    # Also where the virtual environment is not active.
     path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)])
     if shutil.which("ninja", path=path) is None:
         missing.append("ninja (pip install ninja)")
@@ -50,10 +50,10 @@ def missing_build_tools() -> list[str]:
 
 
 def require_offloading() -> None:
-    """See to it that the optimizer for offloaded state can be had, before anything else is done.
+    """Check that the optimizer for offloaded states can be built.
 
     Raises:
-        UserError: it would have to be compiled, and cannot be.
+        UserError: it would have to be compiled, and tools are missing.
     """
     from deepspeed.git_version_info import installed_ops
 
@@ -71,7 +71,7 @@ def require_offloading() -> None:
 def create_optimizer(
     groups: list[dict[str, Any]], offload: bool = False, eps: float = 1e-8
 ) -> torch.optim.Optimizer:
-    """AdamW with betas (0.9, 0.95): torch's fused one, or DeepSpeed's for offloaded state."""
+    """Build AdamW with betas (0.9, 0.95): torch's fused one, or DeepSpeed's for offloading."""
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -82,7 +82,7 @@ def create_optimizer(
 def create_scheduler(
     optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A schedule counted in optimizer steps."""
+    """Build a learning-rate schedule counted in optimizer steps."""
     return get_scheduler(
         kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max(1, total_steps)
     )

@@ -1,46 +1,102 @@
-"""What would otherwise fail late, checked before the data is read and models are loaded."""
+"""What would otherwise fail late, checked before data are read and models are loaded.
+
+The memory plan counts weights, gradients and optimizer states of one rank from the models'
+configurations: a lower bound, since activations, logits and the KV cache come on top. Sources:
+Rajbhandari et al. 2020 (ZeRO), section 3, for the bytes per parameter; Hu et al. 2021 (LoRA) for
+the adapters.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from alpaca_rlhf.utils import console, memory_plan, optimizer
+from alpaca_rlhf.utils import console, distributed, optimizer
+from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging import tracker
-from alpaca_rlhf.utils.memory_plan import Planned
+from alpaca_rlhf.utils.model import lora
+from alpaca_rlhf.utils.model.causal_lm import load_config
+
+GB = 1e9
+MOMENTS, MASTER_COPY = 8, 4  # bytes per trained parameter: Adam's two in fp32; weights in fp32
 
 
-def check(
-    models: Sequence[Planned], tokenizer: str | None = None, trackers: Sequence[str] = ()
-) -> None:
-    """See to it that models can be had, optimizers and trackers built, and that all of it fits.
+@dataclass(frozen=True)
+class Planned:
+    """A model that a run trains.
+
+    Attributes:
+        role, loading, adapters, engine: how it is loaded and trained.
+        scores: loaded as a sequence classifier with one label instead of a causal LM.
+        needs_frozen_copy: whether the model as it was loaded is needed too (the reference model,
+            the reward model).
+    """
+
+    role: RoleConfig
+    loading: LoadingConfig
+    adapters: AdapterConfig
+    engine: EngineConfig
+    scores: bool = False
+    needs_frozen_copy: bool = False
+
+    @property
+    def path(self) -> str:
+        """Folder or hub id."""
+        return self.role.model_name_or_path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return distributed.resolve_dtype(self.loading.dtype)
+
+
+class Size(NamedTuple):
+    """Number of parameters of a model: all, and the trained ones."""
+
+    total: int
+    trained: int
+
+
+class Need(NamedTuple):
+    """Bytes of one rank on its device and in host memory; `weights` are part of these."""
+
+    device: float
+    host: float
+    weights: float
+
+
+def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
+    """Check that models can be found, optimizers and trackers built, and that all of it fits.
 
     Args:
-        models: those that the run trains.
-        tokenizer: hub id or folder, if it isn't a model's own.
-        trackers: that metrics go to.
+        models: the models that the run trains.
+        trackers: names of the trackers that receive metrics.
 
     Raises:
-        UserError: a hub model is not in the cache and there is to be no network; a compiler or a
+        UserError: a hub model is not in the cache and there is no network; a compiler or a
             tracker's package is missing; the weights do not fit. A folder that is no model is left
             to its loader.
     """
     tracker.require_packages(trackers)
-    for path in [*(model.path for model in models), tokenizer]:
+    for path in [*(m.path for m in models), models[0].loading.tokenizer_name_or_path]:
         if path is not None:
             require_cached(path)
-    if any(model.settings.offload for model in models):
+    if any(model.engine.offload for model in models):
         optimizer.require_offloading()
     if all(_is_hub_id(m.path) or (Path(m.path) / "config.json").exists() for m in models):
-        warning = memory_plan.check(models)
+        warning = memory_warning(models)
         if warning:
             console.say(warning)
 
 
 def require_cached(path: str) -> None:
-    """Refuse a hub id that is not in the cache when HF_HUB_OFFLINE says there is no network.
+    """Refuse a hub id that is not in the cache when HF_HUB_OFFLINE is set.
 
     Raises:
         UserError: names the cache, and how to fill it.
@@ -59,3 +115,131 @@ def require_cached(path: str) -> None:
 
 def _is_hub_id(path: str) -> bool:
     return not Path(path).exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def size(model: Planned) -> Size:
+    """Count a model's parameters without allocating them.
+
+    Raises:
+        UserError: there is no such model, or `--lora_module_name` matches nothing in it.
+    """
+    config = load_config(model.role, model.loading)
+    auto_class: Any = AutoModelForCausalLM
+    if model.scores:
+        auto_class, config.num_labels = AutoModelForSequenceClassification, 1
+    with torch.device("meta"):
+        made = auto_class.from_config(config, trust_remote_code=model.loading.trust_remote_code)
+    total = sum(weight.numel() for weight in made.parameters())
+    if not model.role.lora_dim:
+        return Size(total, total)
+    targets = lora.match_modules(made, model.role)
+    sides = (made.get_submodule(name).weight.shape for name in targets)
+    adapter = sum(model.role.lora_dim * sum(side) for side in sides)
+    return Size(total + adapter, adapter if model.adapters.only_optimize_lora else total + adapter)
+
+
+def need(models: Sequence[Planned], ranks: int) -> Need:
+    """Return what the models need on one of `ranks` ranks."""
+    device = host = weights = 0.0
+    for model in models:
+        count, stage, width = size(model), model.role.zero_stage, model.dtype.itemsize
+        frozen = lora.base_is_frozen(model.role, model.adapters)
+        copies = 2 if model.needs_frozen_copy and not frozen else 1
+        held = copies * count.total * width / (ranks if stage == 3 else 1)
+        gradients = count.trained * width / (ranks if stage >= 2 else 1)
+        state = MOMENTS + (MASTER_COPY if width < MASTER_COPY else 0)
+        states = count.trained * state / (ranks if stage >= 1 else 1)
+        moved = (states + (held if stage == 3 else 0)) if model.engine.offload else 0.0
+        device += held + gradients + states - moved
+        host += moved
+        weights += held
+    return Need(device, host, weights)
+
+
+def fits(wanted: Need) -> bool:
+    """Return whether a rank has that much free memory."""
+    device, host = distributed.free_memory()
+    if distributed.on_cpu():
+        return wanted.device + wanted.host <= host
+    return wanted.device <= device and wanted.host <= host
+
+
+# A saving of memory: its flags, and the model with them. Cheapest first.
+Saving = Callable[[Planned, int], tuple[str, Planned] | None]
+
+
+def _in_bf16(model: Planned, ranks: int) -> tuple[str, Planned] | None:
+    if model.dtype != torch.float32 or not distributed.has_bf16():
+        return None
+    return "--dtype bf16", replace(model, loading=replace(model.loading, dtype="bf16"))
+
+
+def _sharded(model: Planned, ranks: int) -> tuple[str, Planned] | None:
+    if ranks == 1 or model.role.zero_stage == 3:
+        return None
+    flags = f"{model.role.flag('zero_stage')} 3"
+    return flags, replace(model, role=replace(model.role, zero_stage=3))
+
+
+def _with_adapter(model: Planned, ranks: int) -> tuple[str, Planned] | None:
+    if model.role.lora_dim:
+        return None
+    return f"{model.role.flag('lora_dim')} 16", replace(
+        model, role=replace(model.role, lora_dim=16),
+        adapters=replace(model.adapters, only_optimize_lora=True),
+    )
+
+
+def _offloaded(model: Planned, ranks: int) -> tuple[str, Planned] | None:
+    if model.engine.offload or distributed.on_cpu():
+        return None
+    # Below stage 3 the weights stay on the device, and stage 0 cannot offload.
+    stage = "" if model.role.zero_stage == 3 else f" {model.role.flag('zero_stage')} 3"
+    return f"--offload{stage}", replace(
+        model, role=replace(model.role, zero_stage=3), engine=replace(model.engine, offload=True)
+    )
+
+
+SAVINGS: tuple[Saving, ...] = (_in_bf16, _sharded, _with_adapter, _offloaded)
+
+
+def remedy(models: Sequence[Planned], ranks: int) -> str:
+    """Return the flags with which the models would fit."""
+    now = list(models)
+    flags: list[str] = []
+    for saving in SAVINGS:
+        for i, model in enumerate(now):
+            changed = saving(model, ranks)
+            if changed is not None:
+                flags.append(changed[0])
+                now[i] = changed[1]
+        if flags and fits(need(now, ranks)):
+            return f"try {' '.join(dict.fromkeys(flags))}"
+    return "take a smaller model, or more ranks and --zero_stage 3"
+
+
+def memory_warning(models: Sequence[Planned]) -> str | None:
+    """Return a warning with a remedy if the models will not fit, else None.
+
+    Raises:
+        UserError: not even the weights fit.
+    """
+    ranks = distributed.world_size()
+    wanted = need(models, ranks)
+    if fits(wanted):
+        return None
+    device, host = distributed.free_memory()
+    free = f"{device / GB:.1f} GB are free"
+    if not distributed.on_cpu():
+        free += f" on the device and {host / GB:.1f} GB in host memory"
+    if wanted.weights > (host if distributed.on_cpu() else device + host):
+        raise UserError(f"the weights alone take {wanted.weights / GB:.1f} GB on each rank, and "
+                        f"{free}; {remedy(models, ranks)}")
+    takes = f"{wanted.device / GB:.1f} GB"
+    if wanted.host:
+        takes += f" and {wanted.host / GB:.1f} GB of host memory"
+    return (f"warning: weights, gradients and optimizer take {takes} on each rank, activations "
+            f"not counted, and {free}; {remedy(models, ranks)}")

@@ -1,4 +1,4 @@
-"""The mathematics of PPO on language: tensors in, tensors out, no state, no configuration.
+"""The mathematics of PPO for language models: tensors in, tensors out, no state, no options.
 
 Shapes: B rollouts, P prompt tokens (left-padded), R response tokens (right-padded), V vocabulary.
 """
@@ -20,16 +20,16 @@ def last_token_index(attention_mask: Tensor) -> Tensor:
 
 
 def gather_last(values: Tensor, attention_mask: Tensor) -> Tensor:
-    """values [B, T] -> [B]: each row's value at its last real token."""
+    """Return [B] of values [B, T]: each row's value at its last real token."""
     return values.gather(-1, last_token_index(attention_mask).unsqueeze(-1)).squeeze(-1)
 
 
 def response_mask(tokens: Tensor, eos_ids: Tensor) -> Tensor:
-    """1 up to and including the first eos of each row, by position.
+    """Mask of 1 up to and including the first eos of each row, by position.
 
     Args:
-        tokens: [B, R] generated ids; what stands after the first eos is of no account.
-        eos_ids: [E] ids that end a reply.
+        tokens: [B, R] generated ids; those after the first eos are ignored.
+        eos_ids: [E] ids that end a response.
 
     Returns:
         [B, R], int64.
@@ -40,20 +40,20 @@ def response_mask(tokens: Tensor, eos_ids: Tensor) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities [B, R] of tokens [B, R], in fp32, logits [B, R, V] over temperature."""
+    """Log-probabilities [B, R], nats, in fp32, of tokens [B, R]; logits [B, R, V] / temperature."""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy [B, R] in nats of the distributions of logits [B, R, V] over temperature."""
+    """Entropy [B, R], nats, of the distributions of logits [B, R, V] / temperature."""
     logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimates k1 and k3 of KL(policy || reference), each [B], in nats a sequence.
+    """Estimates k1 and k3 of KL(policy || reference), each [B], in nats per sequence.
 
     k1 sums log p/q, k3 sums (q/p - 1) - log q/p, which is never negative
     (J. Schulman, "Approximating KL divergence", 2020). All arguments [B, R].
@@ -70,7 +70,7 @@ def token_rewards(
 
     Args:
         logprobs, ref_logprobs, mask: [B, R].
-        score: [B], normalised and clipped.
+        score: [B], normalized and clipped.
 
     Returns:
         [B, R], zero outside the mask.
@@ -84,11 +84,11 @@ def token_rewards(
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over masked tokens (Schulman et al. 2015, eq. 16).
+    """Generalized advantage estimation over masked tokens (Schulman et al. 2015, eq. 16).
 
     Args:
-        rewards, values, mask: [B, R]; the mask is a prefix of each row. What stands outside it is
-            taken as zero, so nothing after eos can change an advantage.
+        rewards, values, mask: [B, R]; the mask is a prefix of each row. Outside it
+            they count as zero, so nothing after eos can change an advantage.
 
     Returns:
         advantages and returns = advantages + values, [B, R], zero outside the mask.
@@ -106,7 +106,7 @@ def gae(
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> Tensor:
-    """[count, sum, sum of squares] over the mask, in fp64: add them over ranks, then whiten."""
+    """[count, sum, sum of squares] of values over the mask, in fp64, to be summed over ranks."""
     kept = values.double() * mask
     return torch.stack([mask.double().sum(), kept.sum(), (kept * kept).sum()])
 
@@ -120,13 +120,16 @@ def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten(values: Tensor, mask: Tensor, moments: Tensor) -> Tensor:
-    """(values - mean) / deviation over the mask, zero outside; `moments` of all ranks."""
+    """(values - mean) / std over the mask, zero outside; values and mask [B, R].
+
+    `moments` are those of `masked_moments`, summed over ranks.
+    """
     mean, std = mean_and_std(moments)
     return ((values - mean) / (std + 1e-8) * mask).to(values.dtype)
 
 
 def repetition(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Share [B] of a reply's tokens whose pair with the one before occurred earlier in it."""
+    """Share [B] of bigrams of each response that occurred earlier in it; tokens, mask [B, R]."""
     rows = []
     for row, real in zip(tokens.tolist(), mask.sum(-1).tolist(), strict=True):
         pairs = list(zip(row[: int(real)], row[1 : int(real)], strict=False))

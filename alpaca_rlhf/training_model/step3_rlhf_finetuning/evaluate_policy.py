@@ -1,39 +1,54 @@
-"""What the policy writes on held-out prompts: measured alike before and after PPO."""
+"""Evaluation of the policy on held-out prompts, before and after PPO, and samples for people."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from alpaca_rlhf.demo import assistant_world
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience, ScoredRollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RolloutMaker
-from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils import console, distributed, rl_math
 from alpaca_rlhf.utils.data.batches import collate_prompts, covering_batches
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 
 Gold = Callable[[dict[str, Any], str], float]
 Record = dict[str, Any]
+SAMPLES = 4  # rollouts in a table, and in samples.jsonl for each iteration
+DIGITS = 4
+PROMPT_TOKENS = 64  # of a sample's prompt, the last ones
+
+
+def gold_rule(data_path: Sequence[str]) -> Gold | None:
+    """Return the embedded data's own rule for the quality of a response, if that data is used.
+
+    It maps an encoded row and a response to [0, 1]; it is measured and never trained on.
+    """
+    def gold(row: dict[str, Any], response: str) -> float:
+        return assistant_world.gold_score(json.loads(row["messages"]), response)
+
+    return None if data_path else gold
 
 
 def evaluate(
-    maker: RolloutMaker,
-    rows: Sequence[dict[str, Any]],
-    seed: int,
-    gold: Gold | None = None,
+    maker: RolloutMaker, rows: Sequence[dict[str, Any]], seed: int, gold: Gold | None = None
 ) -> list[Record]:
-    """A sampled reply to each held-out prompt, and what is thought of it.
+    """Sample and score a response to each held-out prompt.
 
     Args:
-        maker: draws and scores.
-        rows: held-out prompts; all ranks hold the same.
-        seed: the same before and after, so that only the policy differs.
-        gold: the data set's own rule, row and reply -> [0, 1], where there is one.
+        maker: generates and scores.
+        rows: held-out prompts, the same on all ranks.
+        seed: of the sampler; the same before and after, so that only the policy differs.
+        gold: the data set's own rule, if it has one.
 
     Returns:
         For each prompt `prompt`, `reply`, `score`, `k1`, `k3` (nats), `length` (tokens), `eos`
         and, with a rule, `gold`; the same list on every rank, in the order of the prompts.
     """
     maker.reseed(seed)
-    records: list[tuple[int, Record]] = []
-    # As many rows on every rank; what only fills up does not count.
+    # The same number of rows on every rank; rows that only fill up are not counted.
     mine = [
         (i, counts)
         for indices, counts in covering_batches(
@@ -44,28 +59,39 @@ def evaluate(
     if not mine:
         return []
     chosen = [rows[i] for i, _ in mine]
-    prompts = collate_prompts(chosen, maker.form.pad_id).to(distributed.device())
+    prompts = collate_prompts(chosen, maker.chat.pad_id).to(distributed.device())
     scored = maker.score(maker.generate(prompts))
+    found = [
+        (i, record)
+        for (i, counts), record in zip(mine, _records(maker, scored, chosen, gold), strict=True)
+        if counts
+    ]
+    found = sorted(distributed.gather_rows(found), key=lambda pair: pair[0])
+    records = [record for _, record in found]
+    console.say(f"policy: {describe(summarize(records))}")
+    return records
+
+
+def _records(
+    maker: RolloutMaker, scored: ScoredRollout, rows: Sequence[dict[str, Any]], gold: Gold | None
+) -> list[Record]:
     k1, k3 = rl_math.kl_estimates(scored.logprobs, scored.ref_logprobs, scored.response_mask)
-    columns = zip(
-        mine, chosen, *maker.texts(scored), scored.score.tolist(), k1.tolist(), k3.tolist(),
-        scored.response_mask.sum(-1).tolist(), scored.has_eos.tolist(), strict=True,
-    )
-    for (i, counts), row, prompt, reply, score, one, three, length, eos in columns:
-        record = {
-            "prompt": prompt, "reply": reply, "score": score, "k1": one, "k3": three,
-            "length": length, "eos": eos,
-        }
+    columns = {
+        "score": scored.score, "k1": k1, "k3": k3, "length": scored.response_mask.sum(-1),
+        "eos": scored.has_eos,
+    }
+    numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
+    records = []
+    for row, prompt, response, values in zip(rows, *maker.texts(scored), numbers, strict=True):
+        record = {"prompt": prompt, "reply": response, **dict(zip(columns, values, strict=True))}
         if gold is not None:
-            record["gold"] = gold(row, reply)
-        if counts:
-            records.append((i, record))
-    ordered = sorted(distributed.gather_rows(records), key=lambda pair: pair[0])
-    return [record for _, record in ordered]
+            record["gold"] = gold(row, response)
+        records.append(record)
+    return records
 
 
 def summarize(records: Sequence[Record]) -> dict[str, float]:
-    """Means over the records, and the standard deviation of the score."""
+    """Return means over the records, and the standard deviation of the score."""
     if not records:
         return {}
     means = {
@@ -77,12 +103,92 @@ def summarize(records: Sequence[Record]) -> dict[str, float]:
 
 
 def describe(summary: dict[str, float]) -> str:
-    """A summary for people."""
+    """Return the summary as one line for the console."""
     if not summary:
-        return "nothing held out to measure on"
+        return "no held-out prompts to evaluate on"
     gold = f", gold {summary['gold']:.3f}" if "gold" in summary else ""
     return (
         f"score {summary['score']:.3f} ± {summary['score_std']:.3f}{gold}, length "
         f"{summary['length']:.1f}, eos rate {summary['eos']:.3f}, KL {summary['k3']:.3f} nats "
         f"on {summary['prompts']} held-out prompts"
     )
+
+
+def results(data: dict[str, Any], before: list[Record], after: list[Record]) -> dict[str, Any]:
+    """Return what results.json holds: summaries, and the dialogues before and after."""
+    return {
+        "step": 3, "before": summarize(before), "after": summarize(after), "data": data,
+        "dialogues": [
+            {"prompt": old["prompt"], "before": old, "after": new}
+            for old, new in zip(before, after, strict=True)
+        ],
+    }
+
+
+# --- samples -------------------------------------------------------------------------------------
+
+
+def table(maker: RolloutMaker, scored: ScoredRollout) -> str:
+    """Return some rollouts as a table for the console."""
+    prompts, responses = maker.texts(scored.rows(range(min(SAMPLES, len(scored)))))
+    rows = zip(prompts, responses, scored.score.tolist(), strict=False)
+    return console.table(["prompt", "response", "score"],
+                         [[p, r, f"{s:.2f}"] for p, r, s in rows])
+
+
+def token_records(
+    experience: Experience, rewards: Tensor, chat: ChatFormat, rows: int = SAMPLES
+) -> list[Record]:
+    """Return the first rollouts of an iteration, token by token, as samples.jsonl holds them.
+
+    Args:
+        experience: of the iteration.
+        rewards: [B, R].
+        chat: decodes the tokens.
+        rows: number of rollouts.
+
+    Returns:
+        For each rollout `prompt`, `reply`, `score`, `eos`, `padding` (columns of the batch after
+        the response) and `tokens`: the texts of the prompt's last tokens and the response's, with,
+        for those of the response, where `mask` is 1, `logprob`, `kl` (estimate k1 against the
+        reference model, nats), `value`, `advantage` and `reward`.
+    """
+    records = []
+    start = experience.input_ids.shape[1] - experience.response_length
+    columns = {
+        "logprob": experience.logprobs,
+        "kl": experience.logprobs - experience.ref_logprobs,
+        "value": experience.values,
+        "advantage": experience.advantages,
+        "reward": rewards,
+    }
+    for i in range(min(rows, len(experience))):
+        ids, real = experience.input_ids[i], experience.attention_mask[i].bool()
+        prompt = ids[:start][real[:start]].tolist()
+        kept = int(experience.response_mask[i].sum())
+        response = experience.responses[i, :kept].tolist()
+        shown = prompt[-PROMPT_TOKENS:]
+        records.append({
+            "prompt": chat.decode(prompt),
+            "reply": chat.decode(response),
+            "score": round(experience.score[i].item(), DIGITS),
+            "eos": bool(experience.has_eos[i]),
+            "padding": experience.response_length - kept,
+            "tokens": {
+                "text": [*_pieces(shown, chat), *_pieces(response, chat)],
+                "mask": [0] * len(shown) + [1] * kept,
+                **{name: [round(x, DIGITS) for x in column[i, :kept].tolist()]
+                   for name, column in columns.items()},
+            },
+        })
+    return records
+
+
+def _pieces(ids: list[int], chat: ChatFormat) -> list[str]:
+    """Return the text that each token adds to the text before it."""
+    pieces, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = chat.tokenizer.decode(ids[:end])
+        pieces.append(text[len(before) :])
+        before = text
+    return pieces

@@ -1,8 +1,8 @@
-"""The update phase: `ppo_epochs` passes over a round's experience, actor and critic in step."""
+"""The update phase: epochs of optimizer steps of critic and actor over the experience."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,6 +12,13 @@ from torch import Tensor
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.utils import distributed, losses, rl_math
+from alpaca_rlhf.utils.configs import (
+    PPOConfig,
+    ReportConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ScheduleConfig,
+)
 from alpaca_rlhf.utils.data.batches import TokenBatch, shuffled
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
 from alpaca_rlhf.utils.model.ema import Ema
@@ -24,77 +31,72 @@ from alpaca_rlhf.utils.training_loop import (
 )
 
 
-@dataclass(frozen=True)
-class PPOSettings:
-    """Of the update.
-
-    Attributes:
-        epochs: passes over a round's experience.
-        micro_batch_size: rollouts of a backward pass.
-        accumulation_steps: backward passes of an optimizer step; a step never spans two rounds.
-        temperature: of the sampler, so that ratios compare like with like.
-        clip, clip_value: of the policy's ratio and of the value.
-        entropy_coef: weight of the entropy bonus.
-        unsup_coef: weight of the language-modelling loss (ptx), when there is text for it.
-        critic_warmup_steps: optimizer steps at the beginning that train the critic alone.
-        seed: of the order of the mini-batches.
-    """
-
-    epochs: int
-    micro_batch_size: int
-    accumulation_steps: int
-    temperature: float
-    clip: float
-    clip_value: float
-    entropy_coef: float
-    unsup_coef: float
-    critic_warmup_steps: int
-    seed: int
-
-
-def steps_per_round(rollouts: int, settings: PPOSettings) -> int:
-    """Optimizer steps that a round with so many rollouts on each rank takes."""
-    micro_batches = math.ceil(rollouts / settings.micro_batch_size)
-    return settings.epochs * math.ceil(micro_batches / settings.accumulation_steps)
-
-
-class AdaptiveKLController:
-    """Moves the KL coefficient toward a target (Ziegler et al. 2019, section 2.2).
+class Plan:
+    """PPO iterations of a run, and the prompts of each.
 
     Args:
-        coef: at the start.
-        target: KL to aim at, nats a sequence; None keeps the coefficient fixed.
-        horizon: episodes over which it moves.
+        schedule: epochs, limit of steps and gradient accumulation.
+        rollout, sampling: rollouts of an iteration.
+        ppo: epochs and micro-batches of the update.
+        report: the short test run.
+        seed: of the order of prompts.
+        prompts: number of prompts to train on.
     """
 
-    def __init__(self, coef: float, target: float | None = None, horizon: int = 10_000) -> None:
-        self.coef = coef
-        self._target = target
-        self._horizon = horizon
+    def __init__(
+        self, schedule: ScheduleConfig, rollout: RolloutConfig, sampling: SamplingConfig,
+        ppo: PPOConfig, report: ReportConfig, *, seed: int, prompts: int,
+    ) -> None:
+        self.rollouts = rollout.per_device_generation_batch_size * rollout.generation_batches
+        self._size = self.rollouts // sampling.num_generations * distributed.world_size()
+        self._prompts, self._seed = prompts, seed
+        self._per_epoch = max(1, prompts // self._size)
+        micro_batches = math.ceil(self.rollouts / ppo.per_device_training_batch_size)
+        steps = math.ceil(micro_batches / schedule.gradient_accumulation_steps)
+        self._steps = ppo.ppo_epochs * steps
+        self.count = self._per_epoch * schedule.num_train_epochs
+        if schedule.max_steps:
+            self.count = min(self.count, math.ceil(schedule.max_steps / self._steps))
+        if report.enable_test_mode:
+            self.count = min(self.count, report.test_stop_step + 1)
+        self.total_steps = self.count * self._steps
 
-    def state_dict(self) -> dict[str, float]:
-        """The coefficient."""
-        return {"coef": self.coef}
+    def complete(self, steps: int) -> int:
+        """Return the number of iterations that are complete after so many optimizer steps."""
+        return steps // self._steps
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from there."""
-        self.coef = state["coef"]
+    def ends_epoch(self, number: int) -> bool:
+        """Return whether an iteration, counted from 1, ends an epoch other than the last."""
+        return number % self._per_epoch == 0 and number < self.count
 
-    def update(self, kl: float, episodes: int) -> None:
-        """After a round of so many episodes with a mean KL."""
-        if self._target is not None:
-            error = min(max(kl / self._target - 1.0, -0.2), 0.2)
-            self.coef *= 1.0 + error * episodes / self._horizon
+    def describe(self) -> str:
+        """Return one line for the console."""
+        return (
+            f"{self.count} PPO iterations of {self.rollouts} rollouts on each of "
+            f"{distributed.world_size()} ranks, {self.total_steps} optimizer steps"
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this rank's prompts, by index, for each iteration."""
+        order: list[int] = []
+        for number in range(self.count):
+            epoch, place = divmod(number, self._per_epoch)
+            if place == 0:
+                # Each epoch has its own order; too few prompts for an iteration are repeated.
+                once = shuffled(self._prompts, self._seed, epoch)
+                order = once * math.ceil(self._size / len(once))
+            start = place * self._size
+            yield order[start + distributed.rank() : start + self._size : distributed.world_size()]
 
 
 @dataclass
-class Round:
-    """A round under way: its experience, and how far learning from it is.
+class Iteration:
+    """A PPO iteration: its experience, and the optimizer steps taken on it so far.
 
     Attributes:
-        experience: of this rank; every rank has as many rows.
+        experience: of this rank; every rank has the same number of rows.
         metrics: of the rollout phase.
-        records: of the updates taken so far.
+        records: metrics of each optimizer step taken.
     """
 
     experience: Experience
@@ -103,87 +105,92 @@ class Round:
 
 
 class PPOTrainer:
-    """Learns from experience.
+    """Updates actor and critic from experience.
 
     Args:
         engine: the four roles.
-        settings: of the update.
-        guard: counts the non-finite steps.
-        ema: average of the actor, moved after each of its steps.
+        ppo: hyperparameters of the update.
+        accumulation_steps: micro-batches of an optimizer step, which never spans two iterations.
+        temperature: of the sampler, for the log-probabilities.
+        seed: of the order of rows.
+        guard: counts the non-finite optimizer steps.
     """
 
     def __init__(
-        self, engine: RLHFEngine, settings: PPOSettings, guard: NonFiniteGuard,
-        ema: Ema | None = None,
+        self, engine: RLHFEngine, ppo: PPOConfig, *, accumulation_steps: int, temperature: float,
+        seed: int, guard: NonFiniteGuard,
     ) -> None:
-        self._engine = engine
-        self._settings = settings
+        self._engine, self._ppo = engine, ppo
+        self._accumulation_steps, self._temperature, self._seed = (
+            accumulation_steps, temperature, seed
+        )
         self._guard = guard
-        self._ema = ema
+        self.ema = Ema(engine.actor.module, ppo.ema_decay) if ppo.enable_ema else None
         self.steps = 0
         self._checked = False
-        self.round: Round | None = None
+        self.iteration: Iteration | None = None
 
     @property
     def taken(self) -> int:
-        """Optimizer steps, those included that were skipped."""
+        """Optimizer steps so far, skipped ones included."""
         return self.steps + self._guard.skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, and the round under way."""
-        under_way = self.round and {
-            "experience": {f.name: getattr(self.round.experience, f.name).cpu()
+        """Return the counts, and the unfinished iteration."""
+        unfinished = self.iteration and {
+            "experience": {f.name: getattr(self.iteration.experience, f.name).cpu()
                            for f in fields(Experience)},
-            "metrics": self.round.metrics,
-            "records": self.round.records,
+            "metrics": self.iteration.metrics,
+            "records": self.iteration.records,
         }
-        return {"steps": self.steps, "checked": self._checked, "round": under_way}
+        return {"steps": self.steps, "checked": self._checked, "round": unfinished}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.steps, self._checked, under_way = state["steps"], state["checked"], state["round"]
-        if under_way is not None:
-            experience = Experience(**under_way["experience"]).to(distributed.device())
-            self.round = Round(experience, under_way["metrics"], under_way["records"])
+        """Restore the counts, and the unfinished iteration."""
+        self.steps, self._checked, unfinished = state["steps"], state["checked"], state["round"]
+        if unfinished is not None:
+            experience = Experience(**unfinished["experience"]).to(distributed.device())
+            self.iteration = Iteration(experience, unfinished["metrics"], unfinished["records"])
 
-    def learn(
-        self, under_way: Round, round_number: int, text: list[TokenBatch] | None = None,
-        between: Callable[[], None] = lambda: None,
+    def update(
+        self, iteration: Iteration, number: int, text: list[TokenBatch] | None = None,
+        before_step: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """All updates of a round that are not taken yet; returns the means of their metrics.
+        """Take all optimizer steps of an iteration that are not taken yet.
 
         Args:
-            under_way: the round.
-            round_number: decides the order of the rows, with the seed.
-            text: batches for the language-modelling loss, one for each micro-batch.
-            between: is called before each update.
+            iteration: experience and the steps taken on it.
+            number: of the iteration from 0; decides the order of the rows, with the seed.
+            text: batches for the ptx loss, one for each micro-batch.
+            before_step: is called before each optimizer step.
+
+        Returns:
+            Means of the steps' metrics (maxima of `*_max`), and those of the rollout phase.
 
         Raises:
-            FloatingPointError: too many updates in a row were not finite.
+            FloatingPointError: too many consecutive optimizer steps were non-finite.
         """
-        settings, start = self._settings, time.perf_counter()
-        self.round = under_way
+        ppo, records, start = self._ppo, iteration.records, time.perf_counter()
+        self.iteration = iteration
         self._engine.train(True)
-        place = 0
-        for epoch in range(settings.epochs):
+        step = 0
+        for epoch in range(ppo.ppo_epochs):
             order = shuffled(
-                len(under_way.experience), settings.seed, round_number * settings.epochs + epoch
+                len(iteration.experience), self._seed, number * ppo.ppo_epochs + epoch
             )
-            batches = under_way.experience.mini_batches(settings.micro_batch_size, order)
-            for i in range(0, len(batches), settings.accumulation_steps):
-                place += 1
-                if place <= len(under_way.records):
-                    continue
-                j = i + settings.accumulation_steps
-                between()
-                under_way.records.append(self._step(batches[i:j], text[i:j] if text else None))
-        self.round = None
-        names = dict.fromkeys(name for record in under_way.records for name in record)
-        means = {
-            name: _mean_or_max(name, [r[name] for r in under_way.records if name in r])
-            for name in names
-        }
-        return under_way.metrics | means | {
+            batches = iteration.experience.mini_batches(ppo.per_device_training_batch_size, order)
+            for i in range(0, len(batches), self._accumulation_steps):
+                step += 1
+                if step <= len(records):
+                    continue  # taken before the run was resumed
+                j = i + self._accumulation_steps
+                before_step()
+                records.append(self._step(batches[i:j], text[i:j] if text else None))
+        self.iteration = None
+        names = dict.fromkeys(name for record in records for name in record)
+        means = {name: _mean_or_max(name, [r[name] for r in records if name in r])
+                 for name in names}
+        return iteration.metrics | means | {
             "time/update": time.perf_counter() - start,
             "policy/skipped_steps": float(self._guard.skipped),
         }
@@ -191,79 +198,76 @@ class PPOTrainer:
     def _step(
         self, micro_batches: list[Experience], text: list[TokenBatch] | None
     ) -> dict[str, float]:
-        """One optimizer step of the critic and (after its warm-up) of the actor."""
+        """Take an optimizer step of the critic and, after its warm-up, of the actor."""
+        engine = self._engine
         weight, random_state = global_weight(micro_batches), torch.get_rng_state()
-        record: dict[str, float] = {}
-        value = optimizer_step(self._engine.critic, micro_batches, self._value_objective, weight)
+        value = optimizer_step(engine.critic, micro_batches, self._value_objective, weight)
         policy: dict[str, float] | None = {}
-        if value is not None and self.steps >= self._settings.critic_warmup_steps:
+        if value is not None and self.steps >= self._ppo.critic_warmup_steps:
             policy = self._actor_step(micro_batches, text, weight)
         if value is None or policy is None:
-            texts: list[TokenBatch | None] = [*text] if text else [None] * len(micro_batches)
-            whole = zip(micro_batches, texts, strict=True)
-            self._guard.skip(
-                self.taken + 1, [_WithText(batch, t) for batch, t in whole], random_state
-            )
-            return record
+            self._guard.skip(self.taken + 1, [*micro_batches, *(text or [])], random_state)
+            return {}
         self._guard.step_taken()
         self.steps += 1
-        for role, stats in (("value", value), ("policy", policy)):
-            record |= {f"{role}/{name}": number for name, number in stats.items()}
-        for role, engine in (("actor", self._engine.actor), ("critic", self._engine.critic)):
+        record: dict[str, float] = {}
+        for role, metrics in (("value", value), ("policy", policy)):
+            record |= {f"{role}/{name}": number for name, number in metrics.items()}
+        for role, trained in (("actor", engine.actor), ("critic", engine.critic)):
             if role == "critic" or policy:
-                record[f"grad_norm/{role}"] = gradient_norm(engine)
-                record[f"lr/{role}"] = engine.get_lr()[0]
+                record[f"grad_norm/{role}"] = gradient_norm(trained)
+                record[f"lr/{role}"] = trained.get_lr()[0]
         return record
 
     def _actor_step(
         self, micro_batches: list[Experience], text: list[TokenBatch] | None, weight: Tensor
     ) -> dict[str, float] | None:
+        """Take an optimizer step of the actor, with the ptx loss if there is text."""
         if text:
-            share = weight / global_weight(text) * self._settings.unsup_coef
-            joint = [_WithText(batch, t) for batch, t in zip(micro_batches, text, strict=True)]
+            share = weight / global_weight(text) * self._ppo.unsup_coef
             policy = optimizer_step(
-                self._engine.actor, joint, lambda b: self._joint_objective(b, share), weight
+                self._engine.actor, list(zip(micro_batches, text, strict=True)),
+                lambda pair: self._joint_objective(pair[0], pair[1], share), weight,
             )
         else:
             policy = optimizer_step(
                 self._engine.actor, micro_batches, self._policy_objective, weight
             )
         if policy is not None:
-            # Before the first update every ratio is 1: an alarm watches this one.
+            # Before the first update every ratio is 1: an alarm checks this one.
             difference = policy.pop("difference_max")
             if not self._checked:
                 policy["first_log_ratio_max"] = difference
             self._checked = True
-            if self._ema is not None:
-                self._ema.update()
+            if self.ema is not None:
+                self.ema.update()
         return policy
 
     def _policy_objective(self, batch: Experience) -> tuple[Tensor, Stats]:
-        settings = self._settings
+        ppo = self._ppo
         logits = response_logits(
             self._engine.actor, batch.input_ids, batch.attention_mask, batch.response_length
         )
-        logprobs = rl_math.token_logprobs(logits, batch.responses, settings.temperature)
+        logprobs = rl_math.token_logprobs(logits, batch.responses, self._temperature)
         loss, stats = losses.policy_loss(
-            logprobs, batch.logprobs, batch.advantages, batch.response_mask, settings.clip
+            logprobs, batch.logprobs, batch.advantages, batch.response_mask, ppo.cliprange
         )
         difference = (logprobs - batch.logprobs).detach() * batch.response_mask
         stats["difference_max"] = difference.abs().max()
-        with torch.set_grad_enabled(settings.entropy_coef != 0):
-            entropy = rl_math.entropy(logits, settings.temperature) * batch.response_mask
+        with torch.set_grad_enabled(ppo.entropy_coef != 0):
+            entropy = rl_math.entropy(logits, self._temperature) * batch.response_mask
         stats["entropy"] = entropy.sum()
-        if settings.entropy_coef:
-            loss = loss - settings.entropy_coef * entropy.sum()
+        if ppo.entropy_coef:
+            loss = loss - ppo.entropy_coef * entropy.sum()
         return loss, stats
 
-    def _joint_objective(self, pair: "_WithText", share: Tensor) -> tuple[Tensor, Stats]:
-        """The policy loss plus ptx (Ouyang et al. 2022, eq. 2), each a token mean of its own."""
-        loss, stats = self._policy_objective(pair.experience)
-        assert pair.text is not None, "the joint loss is for batches with text"
-        logits = forward_logits(
-            self._engine.actor, pair.text.input_ids, pair.text.attention_mask
-        )
-        ptx = losses.token_loss(logits, pair.text.labels) * share
+    def _joint_objective(
+        self, batch: Experience, text: TokenBatch, share: Tensor
+    ) -> tuple[Tensor, Stats]:
+        """Return the policy loss plus ptx (Ouyang et al. 2022, eq. 2), each its own token mean."""
+        loss, stats = self._policy_objective(batch)
+        logits = forward_logits(self._engine.actor, text.input_ids, text.attention_mask)
+        ptx = losses.token_loss(logits, text.labels) * share
         return loss + ptx, {**stats, "unsup_loss": ptx.detach()}
 
     def _value_objective(self, batch: Experience) -> tuple[Tensor, Stats]:
@@ -271,16 +275,8 @@ class PPOTrainer:
             batch.input_ids, batch.attention_mask, batch.response_length
         )
         return losses.value_loss(
-            values, batch.values, batch.returns, batch.response_mask, self._settings.clip_value
+            values, batch.values, batch.returns, batch.response_mask, self._ppo.cliprange_value
         )
-
-
-@dataclass(frozen=True)
-class _WithText:
-    """Experience and the text whose language-modelling loss goes with it."""
-
-    experience: Experience
-    text: TokenBatch | None
 
 
 def _mean_or_max(name: str, values: list[float]) -> float:

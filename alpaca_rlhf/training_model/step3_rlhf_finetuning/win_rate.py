@@ -20,9 +20,9 @@ from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
     from alpaca_rlhf.evaluation.saved import Reply
+    from alpaca_rlhf.utils.configs import LoadingConfig
     from alpaca_rlhf.utils.data.samples import Sample
     from alpaca_rlhf.utils.data.tokenizer import ChatFormat
-    from alpaca_rlhf.utils.model.causal_lm import LoadOptions
 
 Judged = dict[str, list[float]]  # for each judge, a number for each prompt
 Results = dict[str, Any]
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def draw(
-    path: str, options: "LoadOptions", samples: "Sequence[Sample]", seed: int,
+    path: str, options: "LoadingConfig", samples: "Sequence[Sample]", seed: int,
     args: argparse.Namespace,
 ) -> "tuple[list[Reply], ChatFormat]":
     """A reply of one policy to each prompt, and its tokenizer; the model is let go."""
@@ -109,13 +109,15 @@ def draw(
 
 
 def judge(
-    args: argparse.Namespace, options: "LoadOptions", samples: "Sequence[Sample]",
+    args: argparse.Namespace, options: "LoadingConfig", samples: "Sequence[Sample]",
     replies: "Sequence[Reply]", function: Any, embedded: bool, form: "ChatFormat",
 ) -> Judged:
     """What each judge thinks of replies."""
     from alpaca_rlhf.demo import assistant_world
     from alpaca_rlhf.evaluation.saved import open_scorer
-    from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import rate
+    from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
+        apply_reward_function as rate,
+    )
 
     found: Judged = {}
     if args.reward_model:

@@ -5,8 +5,8 @@ batch size n * b sees.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
@@ -22,14 +22,21 @@ from alpaca_rlhf.utils.losses import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
+    """A record of tensors."""
+
+    def map_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Self:
+        """Return a copy with every tensor replaced by `change(name, tensor)`."""
+        names = [field.name for field in fields(self)]
+        return replace(self, **{name: change(name, getattr(self, name)) for name in names})
+
     def to(self, device: torch.device) -> Self:
-        """Return the batch on a device."""
-        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
+        """Return a copy on another device."""
+        return self.map_tensors(lambda _, tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
-class TokenBatch(_Batch):
+class TokenBatch(Batch):
     """Sequences of step 1 and of the language-model (ptx) loss, padded right."""
 
     input_ids: Tensor  # [B, T]
@@ -42,7 +49,7 @@ class TokenBatch(_Batch):
 
 
 @dataclass(frozen=True)
-class PairBatch(_Batch):
+class PairBatch(Batch):
     """Pairs of step 2, padded right; rows 0 … B-1 are chosen, rows B … 2B-1 rejected."""
 
     input_ids: Tensor  # [2B, T]
@@ -54,7 +61,7 @@ class PairBatch(_Batch):
 
 
 @dataclass(frozen=True)
-class PromptBatch(_Batch):
+class PromptBatch(Batch):
     """Prompts of step 3, padded left, so that responses follow them directly."""
 
     input_ids: Tensor  # [B, P]

@@ -1,12 +1,10 @@
-"""Loading Hugging Face models for training, and the causal LM's forward in the form PPO needs."""
+"""Load Hugging Face models for training, and run a causal LM as the losses need it."""
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -17,43 +15,26 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from alpaca_rlhf.utils import rl_math
+from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 
-# The names that model families give to their dropout rates.
+# Names of dropout rates in the configurations of the model families.
 _DROPOUT = (
     "dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "resid_pdrop",
     "embd_pdrop", "attn_pdrop", "classifier_dropout",
 )
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a model is brought into memory.
-
-    Attributes:
-        dtype: of the weights.
-        attn_implementation: sdpa, eager or flash_attention_2.
-        dropout: put into every dropout rate of the config.
-        gradient_checkpointing: recompute activations in the backward pass.
-        trust_remote_code: allow the code of a hub repository to run.
-    """
-
-    dtype: torch.dtype = torch.float32
-    attn_implementation: str = "sdpa"
-    dropout: float = 0.0
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
-
-
-def load_config(path: str, options: LoadOptions) -> Any:
-    """The model's configuration.
+def load_config(role: RoleConfig, loading: LoadingConfig) -> Any:
+    """Load the model's configuration, with the role's dropout.
 
     Raises:
-        UserError: there is none at `path`.
+        UserError: there is none at the role's path.
     """
+    path = role.model_name_or_path
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
     except (OSError, ValueError) as error:
         if Path(path).is_dir() and not (Path(path) / "config.json").exists():
             reason = "the folder has no config.json; give a Hugging Face model folder"
@@ -64,40 +45,36 @@ def load_config(path: str, options: LoadOptions) -> Any:
         raise UserError(f"no model can be loaded from {path}: {reason}") from error
     for name in _DROPOUT:
         if getattr(config, name, None) is not None:
-            setattr(config, name, options.dropout)
+            setattr(config, name, role.dropout)
     return config
 
 
 def load_model(
-    auto_class: Any,
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    options: LoadOptions,
-    ds_config: dict[str, Any],
-    **config_changes: Any,
+    auto_class: Any, role: RoleConfig, loading: LoadingConfig, ds_config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase, **config_changes: Any,
 ) -> PreTrainedModel:
-    """`auto_class.from_pretrained`, partitioned as it loads under ZeRO-3.
+    """Load a model with `auto_class.from_pretrained`; under ZeRO-3 it is partitioned as it loads.
 
     Args:
         auto_class: AutoModelForCausalLM or AutoModelForSequenceClassification.
-        path: hub id or folder.
+        role: path, dropout and gradient checkpointing.
+        loading: precision and attention.
+        ds_config: DeepSpeed's configuration, which has the ZeRO stage.
         tokenizer: the embeddings are enlarged when it has more tokens than they have rows.
-        options: precision and the like.
-        ds_config: says whether this is ZeRO-3.
         **config_changes: attributes set on the model's configuration.
 
     Raises:
         UserError: no model there, or broken weights.
     """
-    config = load_config(path, options)
+    config, path = load_config(role, loading), role.model_name_or_path
     for name, value in config_changes.items():
         setattr(config, name, value)
     with _partitioned_loading(ds_config):
         try:
             model = auto_class.from_pretrained(
-                path, config=config, dtype=options.dtype, use_safetensors=None,
-                attn_implementation=options.attn_implementation,
-                trust_remote_code=options.trust_remote_code,
+                path, config=config, dtype=distributed.resolve_dtype(loading.dtype),
+                attn_implementation=loading.attn_implementation,
+                trust_remote_code=loading.trust_remote_code,
             )
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -107,21 +84,19 @@ def load_model(
             raise UserError(f"no model can be loaded from {path}: {_first_line(error)}") from error
         if len(tokenizer) > config.vocab_size:
             model.resize_token_embeddings(len(tokenizer))
-    if options.gradient_checkpointing:
-        # Inputs must require grad, or nothing behind a frozen embedding is trained.
+    if role.gradient_checkpointing:
+        # Inputs must require grad, or no layer after a frozen embedding is trained.
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
 
 
 def load_causal_lm(
-    path: str,
+    role: RoleConfig, loading: LoadingConfig, ds_config: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    options: LoadOptions,
-    ds_config: dict[str, Any],
 ) -> PreTrainedModel:
-    """A causal LM; see `load_model`."""
-    return load_model(AutoModelForCausalLM, path, tokenizer, options, ds_config)
+    """Load a causal LM; see `load_model`."""
+    return load_model(AutoModelForCausalLM, role, loading, ds_config, tokenizer)
 
 
 @contextlib.contextmanager
@@ -142,7 +117,7 @@ def _first_line(error: Exception) -> str:
 
 
 def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Logits [B, T, V] of ids [B, T], padding on either side."""
+    """Return logits [B, T, V] of ids and mask [B, T], padded on either side."""
     return model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -154,7 +129,7 @@ def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
 def response_logits(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int
 ) -> Tensor:
-    """Logits [B, R, V] at the state before each of the last R tokens of ids [B, P + R].
+    """Return logits [B, R, V] that predict the last R tokens of ids and mask [B, P + R].
 
     Only those positions go through the vocabulary projection.
     """

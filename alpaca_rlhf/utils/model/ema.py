@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights that train, in fp32, on every ZeRO stage."""
+"""Exponential moving average of the trainable parameters, in fp32, on every ZeRO stage."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Each rank keeps the average of what it holds: whole tensors, or its shards under ZeRO-3.
+    """Averages what each rank holds: whole tensors, or its shards under ZeRO-3.
 
     Args:
         model: its trainable parameters are averaged.
-        decay: share of the old average that stays at an update.
+        decay: share of the old average that is kept at an update.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,27 +24,27 @@ class Ema:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank keeps another part."""
+        """Whether each rank has another part of the average."""
         return any(hasattr(p, "ds_tensor") for p in self._parameters)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """What this rank keeps."""
+        """Return this rank's part."""
         return {"average": self._average}
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
-        """Go on from there."""
+        """Restore this rank's part."""
         for average, saved in zip(self._average, state["average"], strict=True):
             average.copy_(saved)
 
     @torch.no_grad()
     def update(self) -> None:
-        """average = decay * average + (1 - decay) * weight."""
+        """Set average = decay * average + (1 - decay) * weight."""
         for parameter, average in zip(self._parameters, self._average, strict=True):
             average.lerp_(_held(parameter).float(), 1.0 - self._decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The model with the averages as its weights; on leaving it has its own again."""
+        """Give the model the averages as its weights, inside the context."""
         own = [_held(p).detach().clone() for p in self._parameters]
         try:
             self._put(self._average)

@@ -1,6 +1,6 @@
-"""LoRA through peft: what is matched, what trains, and the whole model's weights again.
+"""LoRA through peft: target modules, trainable parameters, merging.
 
-An adapter that matches nothing raises; heads always train.
+Modules that match nothing raise an error; heads are always trained.
 """
 
 import contextlib
@@ -14,23 +14,22 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alpaca_rlhf.utils.configs import AdapterConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 
 ADAPTER = "default"  # peft's name for the only adapter there is
 
 
-def match_modules(model: PreTrainedModel, wanted: str | None, flag: str) -> list[str]:
-    """Full names of the linear layers that LoRA goes into.
+def match_modules(model: PreTrainedModel, role: RoleConfig) -> list[str]:
+    """Return the full names of the linear layers that get an adapter.
 
-    Args:
-        model: a Hugging Face model.
-        wanted: comma list of names or parts of names; None takes every projection of the decoder
-            (attention and MLP in the LLaMA family), never the output head.
-        flag: the flag `wanted` came from, for the message.
+    Without `lora_module_name` these are all projections of the decoder (attention and MLP in the
+    LLaMA family), never the output head.
 
     Raises:
-        UserError: one of the names matches nothing.
+        UserError: one of the names given matches nothing.
     """
+    wanted = role.lora_module_name
     heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
     linear = [
         name for name, module in model.named_modules()
@@ -42,55 +41,55 @@ def match_modules(model: PreTrainedModel, wanted: str | None, flag: str) -> list
     for part in parts:
         if not any(part in name for name in linear):
             kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UserError(f"{flag} {part}: matches no linear layer; there are {', '.join(kinds)}")
+            raise UserError(f"{role.flag('lora_module_name')} {part}: matches no linear layer; "
+                            f"there are {', '.join(kinds)}")
     return [name for name in linear if any(part in name for part in parts)]
 
 
 def add_lora(
-    model: nn.Module,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: Sequence[str],
-    only_lora: bool = True,
+    model: nn.Module, targets: Sequence[str], role: RoleConfig, adapters: AdapterConfig
 ) -> PeftModel:
-    """Wrap a model with one LoRA adapter; a `score` head is trained in full beside it.
+    """Wrap a causal LM or sequence classifier with one adapter; its `score` head trains in full.
 
     Args:
-        model: a causal LM or a sequence classifier.
-        rank, alpha, dropout: of the adapter.
+        model: the base model.
         targets: names from `match_modules`.
-        only_lora: freeze the rest of the base.
+        role: rank.
+        adapters: scale, dropout, and whether the rest of the base model is frozen.
     """
     head = ["score"] if hasattr(model, "score") else None
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets),
-        modules_to_save=head,
+        r=role.lora_dim, lora_alpha=adapters.lora_alpha or 2 * role.lora_dim,
+        lora_dropout=adapters.lora_dropout, target_modules=list(targets), modules_to_save=head,
     )
     wrapped = get_peft_model(model, config)
-    if not only_lora:
+    if not adapters.only_optimize_lora:
         for name, parameter in wrapped.named_parameters():
             parameter.requires_grad_("original_module" not in name)
     return wrapped
 
 
+def base_is_frozen(role: RoleConfig, adapters: AdapterConfig) -> bool:
+    """Return whether the model with its adapter disabled stays the model that was loaded."""
+    return role.lora_dim > 0 and adapters.only_optimize_lora
+
+
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model, LoRA layers inside it if there are any."""
+    """Return the Hugging Face model, with the LoRA layers inside it if there are any."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return cast(PreTrainedModel, base)
 
 
 @contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before the adapter (and the head as it was saved)."""
-    assert isinstance(model, PeftModel), "only a model with an adapter can turn it off"
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Disable the adapter, and use the head as it was loaded, inside the context."""
+    assert isinstance(model, PeftModel), "only a model with an adapter can disable it"
     with model.disable_adapter():
         yield
 
 
 def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
-    """How many parameters LoRA matched and how many train, by kind, in one line."""
+    """Return one line: parameters that LoRA matched, and trainable parameters by kind."""
     base = unwrapped(model)
     counts = {"lora": 0, "head": 0, "base": 0}
     total = 0
@@ -112,7 +111,7 @@ def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
 
 
 def gathered_state_dict(model: nn.Module, on_this_rank: bool) -> dict[str, Tensor]:
-    """Every weight, whole, on the host; one tensor at a time is gathered under ZeRO-3.
+    """Return all weights, whole, in host memory; ZeRO-3 gathers one tensor at a time.
 
     All ranks must call it; those with `on_this_rank` false get an empty dict.
     """
@@ -131,10 +130,12 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def merged_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the plain model, adapter added: W + (alpha / r) B A (Hu et al. 2021, eq. 3).
+    """Return the plain model's weights with the adapter merged (Hu et al. 2021, eq. 3).
+
+    Each is W + (alpha / r) B A, with W [out, in], A [r, in], B [out, r].
 
     Args:
-        model: where the scaling is read off; it is left as it is.
+        model: has the scaling; it is not changed.
         state: from `gathered_state_dict(model)`.
     """
     if not isinstance(model, PeftModel):
@@ -157,17 +158,17 @@ def merged_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """The layers that carry an adapter."""
+    """Return the layers that have an adapter."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 @contextlib.contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
-    """Adapters added into their weights, for decoding; on leaving each weight is as it was.
+    """Merge the adapters into the weights for decoding, inside the context.
 
-    The folded weight is a new tensor and the old one is put back, so nothing is lost to rounding.
-    Under ZeRO-3 the weights must be gathered. peft's layers take their short way (no adapter
-    product) while they count as merged.
+    The merged weight is a new tensor, and the old one is put back on leaving, so nothing is lost to
+    rounding. Under ZeRO-3 the weights must be gathered. peft skips the adapter's products in layers
+    that are marked as merged.
     """
     layers = [layer for layer in lora_layers(model) if not layer.merged]
     kept: list[tuple[LoraLayer, Tensor]] = []

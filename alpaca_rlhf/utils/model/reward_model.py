@@ -1,8 +1,8 @@
-"""The reward model and the critic: a sequence classifier with one label, read at every token.
+"""The reward model and the critic: a sequence classifier with one label, applied to every token.
 
 It is loaded and saved as `LlamaForSequenceClassification` (or the family's own), so any tool can
-read it; here its head is applied to every position, since the critic needs them all and the score
-is read by the mask, not by comparing ids with pad.
+read it. Here its head is applied to every position: the critic needs them all, and the score is
+found by the mask, not by comparing ids with pad.
 """
 
 import json
@@ -20,15 +20,16 @@ from transformers import (
 )
 
 from alpaca_rlhf.utils import rl_math
+from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_config, load_model
+from alpaca_rlhf.utils.model.causal_lm import load_config, load_model
 from alpaca_rlhf.utils.model.lora import unwrapped
 
 STATISTICS_FILE = "score_statistics.json"
 
 
 class TokenScorer(nn.Module):
-    """A scalar for every position of a sequence: value of the state, or score at the last token.
+    """Compute a scalar for every position: the value of a state, or the score at the last token.
 
     Args:
         model: a sequence classifier with one label, or the same with an adapter.
@@ -39,7 +40,7 @@ class TokenScorer(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values [B, T], in fp32, of ids and mask [B, T] padded on either side."""
+        """Return values [B, T], in fp32, of ids and mask [B, T] padded on either side."""
         classifier = unwrapped(self.model)
         decoder = getattr(classifier, classifier.base_model_prefix)
         hidden = decoder(
@@ -52,31 +53,29 @@ class TokenScorer(nn.Module):
 
 
 def scores(scorer: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Score [B] of whole sequences [B, T]: the value at each row's last real token."""
+    """Return scores [B] of whole sequences [B, T]: the value at each row's last real token."""
     return rl_math.gather_last(scorer(input_ids, attention_mask), attention_mask)
 
 
-def is_reward_model(path: str, options: LoadOptions) -> bool:
-    """Whether `path` holds a sequence classifier with one label."""
-    config = load_config(path, options)
+def is_reward_model(role: RoleConfig, loading: LoadingConfig) -> bool:
+    """Return whether the role's path holds a sequence classifier with one label."""
+    config = load_config(role, loading)
     names = config.architectures or [""]
     return names[0].endswith("ForSequenceClassification") and config.num_labels == 1
 
 
 def load_reward_model(
-    path: str,
+    role: RoleConfig, loading: LoadingConfig, ds_config: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    options: LoadOptions,
-    ds_config: dict[str, Any],
 ) -> PreTrainedModel:
-    """A sequence classifier with one label.
+    """Load a sequence classifier with one label; see `load_model`.
 
     From a causal LM the head is new, drawn from N(0, 1 / (d + 1)) with d the hidden size (Stiennon
     et al. 2020; "N implementation details", 2023); from a reward model it is the saved one.
     """
-    new_head = not is_reward_model(path, options)
+    new_head = not is_reward_model(role, loading)
     model = load_model(
-        AutoModelForSequenceClassification, path, tokenizer, options, ds_config,
+        AutoModelForSequenceClassification, role, loading, ds_config, tokenizer,
         num_labels=1, pad_token_id=tokenizer.pad_token_id,
     )
     if new_head:
@@ -89,13 +88,13 @@ def load_reward_model(
 
 
 def save_statistics(folder: Path, mean: float, std: float, count: int) -> None:
-    """Keep mean and deviation of the scores of held-out chosen replies beside the model."""
+    """Save mean and standard deviation of `count` held-out chosen scores beside the model."""
     record = {"mean": mean, "std": std, "count": count}
     (folder / STATISTICS_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def load_statistics(folder: str) -> tuple[float, float]:
-    """Mean and standard deviation saved with a reward model.
+    """Load the mean and standard deviation saved with a reward model.
 
     Raises:
         UserError: the file is missing or broken.
