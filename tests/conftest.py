@@ -98,9 +98,18 @@ class Small:
         """DeepSpeed's configuration for steps that are compared: clipping would hide a factor."""
         return str(self.folder / "unclipped.json")
 
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """Options of `trained` and `roles` for steps that are compared.
+
+        A large epsilon makes Adam follow the size of the gradient instead of its sign alone.
+        """
+        return {"adam_eps": 0.1, "learning_rate": 0.1, "lora_learning_rate": 0.1,
+                "overrides": self.overrides or self.unclipped}
+
     @cached_property
     def tokenizer(self) -> Any:
-        """Of both."""
+        """The tokenizer of both."""
         from alpaca_rlhf.utils.data.tokenizer import load_tokenizer
 
         return load_tokenizer(self.actor)
@@ -112,23 +121,22 @@ class Small:
 
         return ChatFormat(self.tokenizer)
 
-    def config(self, stage: int = 0) -> dict[str, Any]:
-        """DeepSpeed's configuration, as far as loading needs it."""
-        return {"zero_optimization": {"stage": stage}}
-
     def causal_lm(self, **options: Any) -> Any:
         """The actor, plain, in evaluation mode."""
         from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 
-        role = RoleConfig(model_name_or_path=self.actor, **options)
-        return load_causal_lm(role, LoadingConfig(), self.config(), self.tokenizer).eval()
+        return self._loaded(load_causal_lm, self.actor, **options)
 
-    def reward_model(self, **options: Any) -> Any:
-        """The critic, plain, in evaluation mode."""
+    def reward_model(self, path: str = "", **options: Any) -> Any:
+        """The critic, plain, in evaluation mode; or a reward model from another model."""
         from alpaca_rlhf.utils.model.reward_model import load_reward_model
 
-        role = RoleConfig(model_name_or_path=self.critic, **options)
-        return load_reward_model(role, LoadingConfig(), self.config(), self.tokenizer).eval()
+        return self._loaded(load_reward_model, path or self.critic, **options)
+
+    def _loaded(self, load: Any, path: str, dtype: str = "fp32", **role: Any) -> Any:
+        config = {"zero_optimization": {"stage": 0}}
+        role = RoleConfig(model_name_or_path=path, **role)
+        return load(role, LoadingConfig(dtype=dtype), config, self.tokenizer).eval()
 
     def role(self, name: str, stage: int = 0, lora: int = 0, **changes: Any) -> RoleConfig:
         """How the actor or the critic is trained."""
@@ -251,6 +259,20 @@ def moved(before: dict[str, Any], model: Any) -> set[str]:
     """Names of the weights that are no longer, bit for bit, what they were."""
     after = snapshot(model)
     return {name for name in after if not after[name].equal(before[name])}
+
+
+def fill_adapters(model: Any) -> Any:
+    """Fill the matrices B of the adapters, zero at first, so that an adapter changes its model."""
+    import deepspeed
+    import torch
+
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if parameter.numel():
+                    torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,100 +1,97 @@
-"""LoRA: what it matches, what trains, and that the base can always be had again."""
+"""LoRA: matched modules, trainable parameters, and the base model recovered bit for bit."""
 
 import pytest
 import torch
-from conftest import moved, snapshot
+from conftest import fill_adapters, moved, snapshot
 from torch import nn
 from torch.testing import assert_close
 
+from alpaca_rlhf.utils.configs import AdapterConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.reward_model import TokenScorer
 
+ROLES = ["actor", "critic"]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def adapted(model, wanted=None, filled=True, only_lora=True):
-    """A model with an adapter whose B, zero at first, is filled."""
-    targets = lora.match_modules(model, wanted, "--lora_module_name")
-    model = lora.add_lora(
-        model, rank=4, alpha=8, dropout=0.0, targets=targets, only_lora=only_lora
-    )
-    if filled:
-        torch.manual_seed(5)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+def load(small, role, **options):
+    return small.causal_lm(**options) if role == "actor" else small.reward_model(**options)
 
 
+def matches(model, names=None, prefix=""):
+    return lora.match_modules(model, RoleConfig(lora_module_name=names, prefix=prefix))
+
+
+def adapted(model, names=None, only_lora=True):
+    """The model with an adapter of rank 4 that changes its output."""
+    adapters = AdapterConfig(lora_alpha=8, only_optimize_lora=only_lora)
+    model = lora.add_lora(model, matches(model, names), RoleConfig(lora_dim=4), adapters)
+    return fill_adapters(model).eval()
+
+
+@torch.no_grad()
 def logits(model, batch):
-    with torch.no_grad():
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
 
 
-# ------------------------------------------------------------------- what is matched
+def merged(model):
+    return lora.merged_state_dict(model, lora.gathered_state_dict(model, on_this_rank=True))
 
 
-@pytest.mark.parametrize("wanted", ["query", "q_proj,query", "embed_tokens", "lm_head"])
-def test_a_name_that_matches_nothing_is_refused_with_the_names_there_are(small, wanted):
+# --- matched modules -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["query", "q_proj,query", "embed_tokens", "lm_head"])
+def test_a_name_that_matches_nothing_is_refused_with_the_names_there_are(small, names):
     with pytest.raises(UserError) as error:
-        lora.match_modules(small.causal_lm(), wanted, "--actor_lora_module_name")
+        matches(small.causal_lm(), names, "actor_")
     assert str(error.value) == (
-        f"--actor_lora_module_name {wanted.split(',')[-1]}: matches no linear layer; there are "
+        f"--actor_lora_module_name {names.split(',')[-1]}: matches no linear layer; there are "
         "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
 
 
-def test_by_default_every_projection_of_the_decoder_is_matched_and_no_head(small):
-    expected = {
+@pytest.mark.parametrize("role", ROLES)
+def test_by_default_every_projection_of_the_decoder_matches_and_no_head(small, role):
+    assert set(matches(load(small, role))) == {
         f"model.layers.{layer}.{'mlp' if name in PROJECTIONS[4:] else 'self_attn'}.{name}"
         for layer in (0, 1) for name in PROJECTIONS
     }
-    for model in (small.causal_lm(), small.reward_model()):
-        assert set(lora.match_modules(model, None, "--lora_module_name")) == expected
 
 
 def test_a_part_of_a_name_matches_all_that_contain_it(small):
-    given = lora.match_modules(small.causal_lm(), "layers.1.mlp, q_proj", "--lora_module_name")
-    assert set(given) == {
+    assert set(matches(small.causal_lm(), "layers.1.mlp, q_proj")) == {
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
         "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj",
         "model.layers.1.mlp.down_proj",
     }
 
 
-# ------------------------------------------------------------------- what trains
+# --- trainable parameters ------------------------------------------------------------------------
 
 
-def trained_kinds(model):
-    trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    return {"lora" if "lora_" in n else "head" if "score" in n else "base" for n in trains}
+@pytest.mark.parametrize(("role", "expected"), [("actor", {"lora"}), ("critic", {"lora", "head"})])
+def test_only_the_adapter_and_a_head_are_trainable(small, role, expected):
+    trained = [name for name, p in adapted(load(small, role)).named_parameters() if p.requires_grad]
+    kinds = {"lora" if "lora_" in n else "head" if "score" in n else "base" for n in trained}
+    assert kinds == expected
 
 
-def test_only_the_adapter_trains_and_beside_it_a_head(small):
-    assert trained_kinds(adapted(small.causal_lm())) == {"lora"}
-    assert trained_kinds(adapted(small.reward_model())) == {"lora", "head"}
-
-
-def test_without_only_lora_everything_trains_but_the_saved_head(small):
+def test_without_only_lora_all_but_the_saved_head_is_trainable(small):
     model = adapted(small.reward_model(), only_lora=False)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen == ["base_model.model.score.original_module.weight"]
 
 
-def test_the_description_counts_what_is_matched_and_what_trains(small):
+def test_the_description_counts_matched_and_trainable_parameters(small):
     # q_proj: 32 x 32 in each of 2 layers; the adapter 4 x (32 + 32) in each.
-    model = adapted(small.causal_lm(), "q_proj")
+    model, targets = adapted(small.causal_lm(), "q_proj"), matches(small.causal_lm(), "q_proj")
     total = sum(p.numel() for p in model.parameters())
-    assert lora.describe_training(model, lora.match_modules(
-        small.causal_lm(), "q_proj", "--lora_module_name"
-    )) == (
+    assert lora.describe_training(model, targets) == (
         f"LoRA matched 2 modules with 2,048 parameters; trains 512 of {total:,} parameters "
         "(lora 512)"
     )
-
-
-def test_the_description_of_a_whole_model_says_that_lora_is_off(small):
     model = small.reward_model()
     total = sum(p.numel() for p in model.parameters())
     assert lora.describe_training(model, None) == (
@@ -102,112 +99,89 @@ def test_the_description_of_a_whole_model_says_that_lora_is_off(small):
     )
 
 
-@pytest.mark.parametrize("role", ["actor", "critic"])
-def test_every_layer_of_the_adapter_learns_under_gradient_checkpointing(small, role):
-    model = (small.causal_lm if role == "actor" else small.reward_model)(
-        gradient_checkpointing=True
-    )
-    model = adapted(model).train()
-    batch = small.prompts(2)
+@pytest.mark.parametrize("role", ROLES)
+def test_every_layer_of_the_adapter_has_a_gradient_under_gradient_checkpointing(small, role):
+    model, batch = adapted(load(small, role, gradient_checkpointing=True)), small.prompts(2)
     if role == "actor":
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        output = model.train()(input_ids=batch.input_ids).logits
     else:
-        output = TokenScorer(model)(batch.input_ids, batch.attention_mask)
+        output = TokenScorer(model).train()(batch.input_ids, batch.attention_mask)
     output.square().mean().backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert len(gradients) == 28 + (role == "critic")
-    assert all(g is not None and g.abs().max() > 0 for g in gradients.values())
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_the_critics_head_learns_and_the_adapter_off_has_the_saved_one(small):
-    plain = small.reward_model()
-    engine = small.trained("critic", lora=4)
-    batch = small.prompts(2)
+def test_the_critics_head_is_trained_and_with_the_adapter_disabled_the_saved_one_is_used(small):
+    engine, batch = small.trained("critic", lora=4), small.prompts(2)
     before = snapshot(engine.module)
     engine.backward(engine(batch.input_ids, batch.attention_mask).square().sum())
     engine.step()
     heads = [name for name in moved(before, engine.module) if "score" in name]
     assert heads == ["model.base_model.model.score.modules_to_save.default.weight"]
-    with torch.no_grad(), lora.adapter_off(engine.module.model):
-        off = engine.module(batch.input_ids, batch.attention_mask)
-    with torch.no_grad():
-        expected = TokenScorer(plain)(batch.input_ids, batch.attention_mask)
-    assert off.equal(expected)
+    with torch.no_grad(), lora.adapter_disabled(engine.module.model):
+        disabled = engine.module(batch.input_ids, batch.attention_mask)
+        expected = TokenScorer(small.reward_model())(batch.input_ids, batch.attention_mask)
+    assert disabled.equal(expected)
 
 
-# ------------------------------------------------------------------- off, merged, folded
+# --- disabled, merged, folded --------------------------------------------------------------------
 
 
-def test_the_adapter_off_gives_the_base_bit_for_bit_and_on_something_else(small):
+def test_the_disabled_adapter_gives_the_base_bit_for_bit_and_the_enabled_one_does_not(small):
     model, batch = adapted(small.causal_lm()), small.prompts(3)
     plain = logits(small.causal_lm(), batch)
-    with lora.adapter_off(model):
+    with lora.adapter_disabled(model):
         assert logits(model, batch).equal(plain)
     assert (logits(model, batch) - plain).abs().max() > 0.1
 
 
-def test_a_model_without_an_adapter_cannot_turn_one_off(small):
-    with pytest.raises(AssertionError, match="adapter"), lora.adapter_off(small.causal_lm()):
+def test_a_model_without_an_adapter_cannot_disable_one(small):
+    with pytest.raises(AssertionError, match="adapter"), lora.adapter_disabled(small.causal_lm()):
         pass
 
 
-def test_merged_weights_give_what_the_adapter_gives(small):
-    model, batch = adapted(small.causal_lm()), small.prompts(3)
-    plain = small.causal_lm()
-    plain.load_state_dict(
-        lora.merged_state_dict(model, lora.gathered_state_dict(model, on_this_rank=True))
-    )
-    assert_close(logits(plain, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("role", ["actor", "critic"])
-def test_merged_weights_are_those_of_pefts_own_merge(small, role):
-    model = adapted(small.causal_lm() if role == "actor" else small.reward_model())
+@pytest.mark.parametrize("role", ROLES)
+def test_merged_weights_are_those_of_pefts_own_merge_and_merging_changes_nothing(small, role):
+    model = adapted(load(small, role))
     if role == "critic":
         nn.init.normal_(model.get_base_model().score.modules_to_save["default"].weight)
-    ours = lora.merged_state_dict(model, lora.gathered_state_dict(model, on_this_rank=True))
+    before, ours = snapshot(model), merged(model)
+    assert moved(before, model) == set()
     theirs = model.merge_and_unload().state_dict()
     assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert_close(ours[name], weight, rtol=1e-6, atol=1e-6)
+    assert_close(ours, dict(theirs), rtol=1e-6, atol=1e-6)
 
 
-def test_merging_leaves_the_model_as_it_is(small):
-    model = adapted(small.causal_lm())
-    before = snapshot(model)
-    lora.merged_state_dict(model, lora.gathered_state_dict(model, on_this_rank=True))
-    assert moved(before, model) == set()
+def test_a_plain_model_with_the_merged_weights_gives_the_adapters_logits(small):
+    model, plain, batch = adapted(small.causal_lm()), small.causal_lm(), small.prompts(3)
+    plain.load_state_dict(merged(model))
+    assert_close(logits(plain, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_rank_that_writes_holds_the_gathered_weights(small):
     assert lora.gathered_state_dict(small.causal_lm(), on_this_rank=False) == {}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folding_gives_the_same_logits_and_leaves_every_weight_bit_for_bit(small, dtype):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_folding_gives_the_same_logits_and_restores_every_weight_bit_for_bit(small, dtype):
     model, batch = adapted(small.causal_lm(dtype=dtype)), small.prompts(3)
     before, expected = snapshot(model), logits(model, batch)
     with lora.folded(model):
         inside, changed = logits(model, batch), moved(before, model)
-    assert (inside - expected).abs().mean() < (1e-5 if dtype == torch.float32 else 0.05)
+        with lora.folded(model):  # once more adds nothing
+            assert logits(model, batch).equal(inside)
+        assert logits(model, batch).equal(inside)
+    assert (inside - expected).abs().mean() < (1e-5 if dtype == "fp32" else 0.05)
     assert len(changed) == 14
     assert moved(before, model) == set()
     assert logits(model, batch).equal(expected)
 
 
-def test_folding_is_taken_back_after_an_exception(small):
+def test_folding_is_undone_after_an_exception(small):
     model = adapted(small.causal_lm())
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="in the midst"), lora.folded(model):
-        raise RuntimeError("in the midst")
+    with pytest.raises(RuntimeError, match="inside"), lora.folded(model):
+        raise RuntimeError("inside")
     assert moved(before, model) == set()
     assert not any(layer.merged for layer in lora.lora_layers(model))
-
-
-def test_folding_within_folding_adds_the_adapter_once(small):
-    model, batch = adapted(small.causal_lm()), small.prompts(2)
-    with lora.folded(model):
-        once = logits(model, batch)
-        with lora.folded(model):
-            assert logits(model, batch).equal(once)
-        assert logits(model, batch).equal(once)

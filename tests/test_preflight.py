@@ -1,11 +1,10 @@
-"""What is refused, or said, before data and models are loaded: memory, compiler, precision."""
+"""What is refused or warned of before data and models are loaded: memory, compiler, precision."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import types
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from alpaca_rlhf.utils import distributed, memory_plan, optimizer, preflight
+from alpaca_rlhf.utils import distributed, optimizer, preflight
+from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.memory_plan import Planned
+from alpaca_rlhf.utils.preflight import Planned
 
 GB = 10**9
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Gives the machine so many ranks, bytes and precisions."""
+    """Gives the machine this number of ranks, bytes and precisions."""
 
     def make(device: float, host: float, ranks: int = 1, cpu: bool = False, bf16: bool = False):
         monkeypatch.setattr(distributed, "free_memory", lambda: (device, host))
@@ -35,7 +35,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="module")
 def billion(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the configuration of a LLaMA of 10^9 parameters, nearly, and no weights."""
+    """A folder with the configuration of a LLaMA of nearly 10^9 parameters, without weights."""
     folder = tmp_path_factory.mktemp("billion")
     LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=19, num_attention_heads=32,
@@ -47,76 +47,84 @@ def billion(tmp_path_factory: pytest.TempPathFactory) -> str:
 BILLION = 902_379_520  # 32000 x 2048 + 19 x (attention 9,437,184 + MLP 34,603,008 + norms) + norm
 
 
-def need(small, machine, path, ranks=1, **changes):
-    machine(GB, GB, ranks)
-    twin = changes.pop("has_twin", False)
-    dtype = changes.pop("dtype", torch.float32)
-    settings = small.settings(**changes)
-    settings = replace(settings, load=replace(settings.load, dtype=dtype))
-    return memory_plan.need([Planned(path, settings, has_twin=twin)], ranks)
+def planned(path, *, stage=0, lora=0, dtype="fp32", offload=False, prefix="", **needs):
+    return Planned(
+        RoleConfig(model_name_or_path=path, zero_stage=stage, lora_dim=lora, prefix=prefix),
+        LoadingConfig(dtype=dtype), AdapterConfig(only_optimize_lora=lora > 0),
+        EngineConfig(offload=offload), **needs,
+    )
 
 
-def test_parameters_are_counted_without_making_them(small, billion):
-    assert memory_plan.size(Planned(billion, small.settings())) == (
-        memory_plan.Size(BILLION, BILLION))
+# --- memory that is needed -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scores", [False, True])
-def test_the_count_is_that_of_the_loaded_model(small, scores):
-    path = small.critic if scores else small.actor
-    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+def test_the_parameters_counted_are_those_of_the_loaded_model(small, billion, scores):
+    path, auto = ((small.critic, AutoModelForSequenceClassification) if scores
+                  else (small.actor, AutoModelForCausalLM))
     count = sum(weight.numel() for weight in auto.from_pretrained(path).parameters())
-    assert memory_plan.size(Planned(path, small.settings(), scores=scores)).total == count
+    assert preflight.size(planned(path, scores=scores)) == (count, count)
+    assert preflight.size(planned(billion)) == (BILLION, BILLION)
 
 
 def test_adapters_are_counted_as_peft_makes_them(small):
-    engine = small.trained("actor", lora=4)
-    trained = sum(w.numel() for w in engine.module.parameters() if w.requires_grad)
-    assert memory_plan.size(Planned(small.actor, small.settings(lora=4))).trained == trained
+    weights = list(small.trained("actor", lora=4).module.parameters())
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    total = sum(weight.numel() for weight in weights)
+    assert preflight.size(planned(small.actor, lora=4)) == (total, trained)
 
 
 @pytest.mark.parametrize(("changes", "device", "host"), [
     ({}, 4 + 4 + 8, 0),
-    ({"has_twin": True}, 2 * 4 + 4 + 8, 0),
-    ({"dtype": torch.bfloat16}, 2 + 2 + 8 + 4, 0),
+    ({"needs_frozen_copy": True}, 2 * 4 + 4 + 8, 0),
+    ({"dtype": "bf16"}, 2 + 2 + 8 + 4, 0),
     ({"ranks": 4, "stage": 1}, 4 + 4 + 8 / 4, 0),
     ({"ranks": 4, "stage": 2}, 4 + 4 / 4 + 8 / 4, 0),
     ({"ranks": 4, "stage": 3}, 4, 0),
     ({"ranks": 4, "stage": 2, "offload": True}, 4 + 4 / 4, 8 / 4),
-    ({"stage": 3, "offload": True, "dtype": torch.bfloat16}, 2, 2 + 8 + 4),
+    ({"stage": 3, "offload": True, "dtype": "bf16"}, 2, 2 + 8 + 4),
 ])
-def test_bytes_a_parameter(small, machine, billion, changes, device, host):
-    wanted = need(small, machine, billion, **changes)
+def test_bytes_per_parameter(machine, billion, changes, device, host):
+    ranks = changes.get("ranks", 1)
+    machine(GB, GB, ranks, bf16=True)
+    options = {name: value for name, value in changes.items() if name != "ranks"}
+    wanted = preflight.need([planned(billion, **options)], ranks)
     assert (wanted.device / BILLION, wanted.host / BILLION) == pytest.approx((device, host))
 
 
-def test_with_an_adapter_only_it_has_gradients_and_state_and_no_twin_is_held(
-    small, machine, billion
-):
-    wanted = need(small, machine, billion, lora=8, has_twin=True)
-    count = memory_plan.size(Planned(billion, small.settings(lora=8)))
-    assert count.trained < BILLION / 100
-    assert wanted.device == pytest.approx(4 * count.total + 12 * count.trained)
+def test_with_an_adapter_only_it_has_gradients_and_states_and_no_frozen_copy(machine, billion):
+    machine(GB, GB)
+    model = planned(billion, lora=8, needs_frozen_copy=True)
+    total, trained = preflight.size(model)
+    assert trained < BILLION / 100
+    assert preflight.need([model], 1).device == pytest.approx(4 * total + 12 * trained)
 
 
-def test_what_fits_is_not_mentioned(small, machine, billion):
+def test_what_fits_is_not_mentioned(machine, billion):
     machine(16.1 * BILLION, GB)
-    assert memory_plan.check([Planned(billion, small.settings())]) is None
+    assert preflight.memory_warning([planned(billion)]) is None
 
 
-def test_weights_that_fit_without_the_rest_are_a_warning(small, machine, billion):
+def test_weights_that_fit_without_the_rest_are_a_warning_and_no_model_is_left_to_its_loader(
+    machine, billion, capsys, tmp_path
+):
     machine(10 * GB, 40 * GB)
-    assert memory_plan.check([Planned(billion, small.settings())]) == (
+    preflight.check([planned(billion)])
+    assert capsys.readouterr().out == (
         "warning: weights, gradients and optimizer take 14.4 GB on each rank, activations not "
-        "counted, and 10.0 GB are free on the device and 40.0 GB in host memory; try --lora_dim 16")
+        "counted, and 10.0 GB are free on the device and 40.0 GB in host memory; try --lora_dim "
+        "16\n")
+    preflight.check([planned(str(tmp_path))])
+    assert capsys.readouterr().out == ""
 
 
-def test_weights_that_do_not_fit_are_refused(small, machine, billion):
+def test_weights_that_do_not_fit_are_refused(machine, billion):
     machine(3 * GB, 3 * GB, cpu=True)
-    with pytest.raises(UserError, match=(
-            r"^the weights alone take 3.6 GB on each rank, and 3.0 GB are free; take a smaller "
-            r"model, or more ranks and --zero_stage 3$")):
-        memory_plan.check([Planned(billion, small.settings())])
+    with pytest.raises(UserError) as refused:
+        preflight.check([planned(billion)])
+    assert str(refused.value) == (
+        "the weights alone take 3.6 GB on each rank, and 3.0 GB are free; take a smaller model, "
+        "or more ranks and --zero_stage 3")
 
 
 @pytest.mark.parametrize(("device", "host", "ranks", "bf16", "flags"), [
@@ -127,39 +135,31 @@ def test_weights_that_do_not_fit_are_refused(small, machine, billion):
     (1, 9, 2, False, "--actor_zero_stage 3 --actor_lora_dim 16 --offload"),
     (0.1, 9, 1, False, "--actor_lora_dim 16 --offload --actor_zero_stage 3"),
 ])
-def test_the_flags_that_help_are_named(
-    small, machine, billion, device, host, ranks, bf16, flags
-):
+def test_the_flags_that_help_are_named(machine, billion, device, host, ranks, bf16, flags):
     machine(device * BILLION, host * BILLION, ranks, bf16=bf16)
-    models = [Planned(billion, small.settings(), "actor_", has_twin=True)]
-    assert memory_plan.remedy(models, ranks) == f"try {flags}"
-
-
-def test_preflight_says_the_warning_and_leaves_what_is_no_model_to_its_loader(
-    small, machine, billion, capsys, tmp_path
-):
-    machine(10 * GB, 40 * GB)
-    preflight.check([Planned(billion, small.settings())])
-    assert capsys.readouterr().out.startswith("warning: weights, gradients and optimizer take 14")
-    preflight.check([Planned(str(tmp_path), small.settings())])
-    assert capsys.readouterr().out == ""
+    models = [planned(billion, prefix="actor_", needs_frozen_copy=True)]
+    assert preflight.remedy(models, ranks) == f"try {flags}"
 
 
 # --- memory that is there ------------------------------------------------------------------------
 
 
-def test_a_containers_limit_counts_and_ranks_share_the_host(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(("folder", "limit", "used"), [
+    ("", "memory.max", "memory.current"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+])
+def test_a_containers_limit_counts_and_ranks_share_the_host(
+    tmp_path: Path, monkeypatch, folder, limit, used
+):
     monkeypatch.setenv("LOCAL_SIZE", "4")
-    for version in ("", "memory"):
-        groups = tmp_path / f"v{version}"
-        limit, used = (("memory.limit_in_bytes", "memory.usage_in_bytes") if version
-                       else ("memory.max", "memory.current"))
-        (groups / version).mkdir(parents=True)
-        (groups / version / limit).write_text("900000\n")
-        (groups / version / used).write_text("100000\n")
-        assert distributed.free_memory(groups)[1] == 200_000
-    (tmp_path / "v" / "memory.max").write_text("max\n")
-    assert distributed.free_memory(tmp_path / "v")[1] > 200_000
+    groups = tmp_path / "groups"
+    (groups / folder).mkdir(parents=True)
+    (groups / folder / limit).write_text("900000\n")
+    (groups / folder / used).write_text("100000\n")
+    assert distributed.free_memory(groups)[1] == 200_000
+    if limit == "memory.max":
+        (groups / limit).write_text("max\n")
+        assert distributed.free_memory(groups)[1] > 200_000
 
 
 # --- a compiler ----------------------------------------------------------------------------------
@@ -169,12 +169,12 @@ def test_offloading_without_compiler_and_ninja_says_what_to_install(small, monke
     machine(GB, GB)
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(UserError) as refused:
-        preflight.check([Planned(small.actor, small.settings(stage=2, offload=True))])
+        preflight.check([planned(small.actor, stage=2, offload=True)])
     assert str(refused.value) == (
         "--offload: DeepSpeed compiles its CPU optimizer at first use, and there is no C++ "
         "compiler (c++; Debian and Ubuntu: apt-get install g++) and no ninja (pip install ninja); "
         "install it, or leave --offload out")
-    preflight.check([Planned(small.actor, small.settings(stage=2))])
+    preflight.check([planned(small.actor, stage=2)])
 
 
 def test_the_ninja_of_an_environment_that_is_not_active_is_found(monkeypatch, tmp_path):
@@ -188,6 +188,11 @@ def test_the_ninja_of_an_environment_that_is_not_active_is_found(monkeypatch, tm
     optimizer.require_offloading()
     assert shutil.which("ninja") == str(tmp_path / "venv" / "ninja")
     assert os.environ["PATH"].startswith(str(tmp_path / "usr"))
+
+
+def test_a_tracker_without_its_package_is_refused():
+    with pytest.raises(UserError, match="^--tracker aim: its package is not installed; pip "):
+        preflight.check([], ["aim"])
 
 
 # --- a GPU without bf16 --------------------------------------------------------------------------
@@ -213,8 +218,3 @@ def test_auto_on_a_gpu_without_bf16_is_fp32_and_says_so_once(old_gpu, capsys):
 def test_bf16_on_a_gpu_that_only_emulates_it_is_refused(old_gpu):
     with pytest.raises(UserError, match="^--dtype bf16: this accelerator has no bf16; take fp16"):
         distributed.resolve_dtype("bf16")
-
-
-def test_a_tracker_without_its_package_is_refused_before_anything_is_loaded():
-    with pytest.raises(UserError, match="^--tracker aim: its package is not installed; pip "):
-        preflight.check([], None, ["aim"])
