@@ -248,6 +248,15 @@ def learn(trainer: Any, experience: Any, number: int = 0, *more: Any) -> dict[st
     return trainer.update(Iteration(experience, {}), number, *more)
 
 
+def with_adapter(model: Any, rank: int = 4) -> Any:
+    """The model with a LoRA adapter on all of its projections."""
+    from alpaca_rlhf.utils.model import lora
+
+    role = RoleConfig(lora_dim=rank)
+    adapters = AdapterConfig(only_optimize_lora=True)
+    return lora.add_lora(model, lora.match_modules(model, role), role, adapters)
+
+
 def snapshot(model: Any) -> dict[str, Any]:
     """A copy of every weight, whole also under ZeRO-3."""
     from alpaca_rlhf.utils.model.lora import gathered_state_dict

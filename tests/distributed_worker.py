@@ -33,6 +33,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     make_experience,
 )
 from alpaca_rlhf.utils import console, distributed, training_loop
+from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
     collate_pairs,
@@ -97,7 +98,7 @@ def ppo_step(small: Small, stage: int, lora_rank: int, experience: Experience) -
     """One update from the same eight rollouts, dealt out over all ranks."""
     engine = small.roles(stage, lora_rank, **PLAIN)
     mine = experience.rows(list(range(8))[distributed.rank() :: distributed.world_size()])
-    learn(small.trainer(engine, small.ppo(micro_batch_size=8)), mine)
+    learn(small.trainer(engine, micro=8), mine)
     return engine
 
 
@@ -127,13 +128,14 @@ def iterations(
     """Two rounds of rollout, experience and update."""
     engine = ending_often(small.roles(stage, lora_rank, **PLAIN), small)
     maker = small.maker(engine, hybrid=hybrid, tokens=8)
-    trainer = small.trainer(engine, small.ppo(micro_batch_size=2, accumulation_steps=2))
+    trainer = small.trainer(engine, accumulation=2)
     before, tokens, records = snapshot(engine.actor.module), [], []
     for number in range(2):
         prompts = of_this_rank(small.prompts(8))
         scored = maker.score(maker.generate(prompts))
         experience, metrics = make_experience(
-            scored, ScoreNormalizer("none"), small.reward_settings(), kl_coef=0.05
+            scored, ScoreNormalizer(RewardConfig(reward_normalization="none"), ""), RewardConfig(),
+            PPOConfig(), kl_coef=0.05
         )
         metrics |= learn(trainer, experience, number)
         tokens.append(distributed.gather_rows(
@@ -326,7 +328,8 @@ def over_ranks(small: Small, experience: Experience) -> dict[str, Any]:
     maker = small.maker(engine)
     scored = maker.score(maker.generate(small.prompts(4)))
     made, metrics = make_experience(
-        scored, ScoreNormalizer("reference"), small.reward_settings(), kl_coef=0.05
+        scored, ScoreNormalizer(RewardConfig(reward_normalization="reference"), ""), RewardConfig(),
+        PPOConfig(), kl_coef=0.05
     )
     inside = made.advantages[made.response_mask.bool()].tolist()
     return {

@@ -21,7 +21,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import ScoreNormalizer
 from alpaca_rlhf.utils import arguments
-from alpaca_rlhf.utils.configs import CheckpointConfig
+from alpaca_rlhf.utils.configs import CheckpointConfig, Step1Config
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.run import checkpoints as module
@@ -58,7 +58,7 @@ class Run:
     """A run in a folder; leaving it is what a kill does to its lock."""
 
     def __init__(self, output, *words):
-        args = arguments.parse_step1(["--output_dir", str(output), *RATE, *words])
+        args = arguments.parse(Step1Config, ["--output_dir", str(output), *RATE, *words])
         run, self.config = arguments.run_config(args)
         self.how = {"config": self.config, "step": 1, "arguments": arguments.to_config(args)}
         self.folder = RunFolder(
@@ -559,7 +559,7 @@ def ppo_run(small, output, *words):
     torch.manual_seed(0)  # of the adapter
     engine = small.roles(lora=4)
     ema = Ema(engine.actor.module, decay=0.5)
-    trainer = small.trainer(engine, small.ppo(), ema)
+    trainer = small.trainer(engine)
     maker, controller = small.maker(engine), AdaptiveKLController(0.1, target=6.0)
     normalizer = ScoreNormalizer("reference")
     run = Run(output, *words)

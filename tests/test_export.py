@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import moved, small_config, snapshot
+from conftest import moved, small_config, snapshot, with_adapter
 from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
@@ -16,14 +16,12 @@ from transformers import (
 )
 
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
-from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.run.export import eos_ids, export, model_card
 from alpaca_rlhf.utils.run.run_folder import RunFolder, read_json
 
 
 def adapted(model):
-    targets = lora.match_modules(model, None, "--lora_module_name")
-    model = lora.add_lora(model, rank=4, alpha=8, dropout=0.0, targets=targets)
+    model = with_adapter(model)
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
@@ -91,7 +89,7 @@ def test_tied_embeddings_stay_tied_and_are_written_once(small, tmp_path, with_ad
 
 
 def test_an_export_keeps_the_precision_of_the_weights(small, tmp_path):
-    export(small.causal_lm(dtype=torch.bfloat16), small.tokenizer, tmp_path, "card")
+    export(small.causal_lm().bfloat16(), small.tokenizer, tmp_path, "card")
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
 
 

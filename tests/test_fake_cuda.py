@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import small_config, with_adapter
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -21,6 +21,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
     ScoredRollout,
 )
 from alpaca_rlhf.utils import losses, rl_math
+from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig
 from alpaca_rlhf.utils.data.batches import collate_pairs, collate_prompts, collate_tokens
 from alpaca_rlhf.utils.generation import decoder
 from alpaca_rlhf.utils.generation.decoder import SamplingConfig
@@ -166,8 +167,7 @@ def make(small):
         with unset_fake_temporarily():
             model = model_class(small_config(small.tokenizer, **changes))
             if with_lora:
-                targets = lora.match_modules(model, None, "--lora_module_name")
-                model = lora.add_lora(model, rank=4, alpha=8, dropout=0.0, targets=targets)
+                model = with_adapter(model)
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -246,7 +246,8 @@ def test_experience_is_made_on_the_device_of_the_rollout(small, fake, monkeypatc
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [0.0, 1.0])
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
     made, _ = room.make_experience(
-        scored, room.ScoreNormalizer("reference"), small.reward_settings(), kl_coef=0.05
+        scored, room.ScoreNormalizer(RewardConfig(reward_normalization="reference"), ""),
+        RewardConfig(), PPOConfig(), kl_coef=0.05,
     )
     assert on_gpu(*vars(made).values())
 

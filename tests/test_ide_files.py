@@ -9,14 +9,15 @@ import pytest
 
 from alpaca_rlhf.training_model import my_deepspeed
 from alpaca_rlhf.utils import arguments
+from alpaca_rlhf.utils.configs import Step1Config, Step2Config, Step3Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYCHARM = sorted(REPOSITORY.glob(".run/*.run.xml"))
 CODE = json.loads((REPOSITORY / ".vscode" / "launch.json").read_text())["configurations"]
 LAUNCHES = {entry["name"]: entry for entry in CODE if entry["request"] == "launch"}
-PARSERS = {"step1_supervised_finetuning": arguments.parse_step1,
-           "step2_reward_model_finetuning": arguments.parse_step2,
-           "step3_rlhf_finetuning": arguments.parse_step3}
+RECORDS = {"step1_supervised_finetuning": Step1Config,
+           "step2_reward_model_finetuning": Step2Config,
+           "step3_rlhf_finetuning": Step3Config}
 
 
 def pycharm(path: Path) -> tuple[str, str, list[str]]:
@@ -47,7 +48,7 @@ def starts(script: str, words: list[str], debug: bool) -> None:
     main = Path(options.user_script)
     assert main.is_file()
     assert main.is_relative_to(REPOSITORY)
-    args = PARSERS[main.parent.name](options.user_args)
+    args = arguments.parse(RECORDS[main.parent.name], options.user_args)
     assert Path(str(args.run.output_dir)).is_relative_to(REPOSITORY / "output")
 
 

@@ -104,7 +104,7 @@ def test_a_saved_batch_gives_the_step_again(small, tmp_path):
 def test_in_step_3_experience_and_text_are_saved(small, tmp_path):
     engine = small.roles()
     experience, _ = small.experience(small.maker(engine), count=4)
-    trainer = small.trainer(engine, small.ppo(micro_batch_size=4, unsup_coef=0.5))
+    trainer = small.trainer(engine, micro=4, unsup_coef=0.5)
     trainer._guard = NonFiniteGuard(tmp_path, 9, "")
     with torch.no_grad():
         engine.critic.module.model.score.weight[0, 0] = math.inf

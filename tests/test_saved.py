@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
+from conftest import with_adapter
 
 from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import SamplingConfig
-from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.run import export
 
 OPTIONS = LoadingConfig()
@@ -23,8 +23,7 @@ def exported(small, tmp_path_factory):
     """`actor` and `critic`, exported with an adapter, and what stands around them in a run."""
     folder = tmp_path_factory.mktemp("run") / "out"
     for role, model in (("actor", small.causal_lm()), ("critic", small.reward_model())):
-        targets = lora.match_modules(model, None, "")
-        adapted = lora.add_lora(model, rank=4, alpha=16, dropout=0.0, targets=targets)
+        adapted = with_adapter(model)
         torch.manual_seed(5)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():

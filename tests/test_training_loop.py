@@ -1,4 +1,4 @@
-"""The optimizer step: the gradient of one big batch from uneven micro-batches, or no step at all."""
+"""The optimizer step: the gradient of one big batch from uneven micro-batches, or no step."""
 
 import math
 from functools import partial
