@@ -245,8 +245,7 @@ def test_a_zero_stage_that_does_not_exist(command):
 
 def test_a_training_batch_that_does_not_divide_the_rollouts(command):
     assert command.refusal(3, per_device_training_batch_size=5) == (
-        "--per_device_training_batch_size 5: must divide the 16 rollouts of a PPO "
-            "iteration "
+        "--per_device_training_batch_size 5: must divide the 16 rollouts of a PPO iteration "
         "(--per_device_generation_batch_size 16 x --generation_batches 1); try 4 or 8")
 
 

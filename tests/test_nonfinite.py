@@ -7,11 +7,10 @@ import os
 import pytest
 import torch
 from conftest import learn, moved, snapshot
-from test_training_loop import actor, token_objective, tokens
+from test_training_loop import actor, step, tokens
 
 from alpaca_rlhf.utils.data.batches import TokenBatch, collate_tokens
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
-from alpaca_rlhf.utils.training_loop import global_weight, optimizer_step
 
 pytestmark = pytest.mark.usefixtures("group")
 
@@ -23,10 +22,6 @@ def skip(guard, *steps, batches=()):
 
 def saved(folder):
     return sorted(path.name for path in (folder / "nonfinite").glob("*"))
-
-
-def take_step(engine, batches):
-    return optimizer_step(engine, batches, token_objective(engine), global_weight(batches))
 
 
 def test_a_skipped_step_is_reported_and_counted_and_its_batch_saved(tmp_path, capsys):
@@ -88,7 +83,7 @@ def test_a_saved_batch_gives_the_step_again(small, tmp_path):
     batches = tokens([0, 1], [2])
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    assert take_step(broken, batches) is None
+    assert step(broken, batches) is None
     NonFiniteGuard(tmp_path, 9, "").skip(3, batches, state)
 
     record = torch.load(tmp_path / "nonfinite" / "step-00000003.pt", weights_only=True)
@@ -96,8 +91,8 @@ def test_a_saved_batch_gives_the_step_again(small, tmp_path):
     (mine,) = record["ranks"]
     assert mine["random_state"].equal(state)
     loaded = [TokenBatch(**tensors) for tensors in mine["micro_batches"]]
-    assert take_step(broken, loaded) is None
-    assert take_step(again, loaded) == take_step(expected, batches)
+    assert step(broken, loaded) is None
+    assert step(again, loaded) == step(expected, batches)
     assert moved(snapshot(expected.module), again.module) == set()
 
 
