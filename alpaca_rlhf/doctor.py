@@ -194,8 +194,9 @@ def generation() -> list[Row]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from alpaca_rlhf.utils import distributed
-    from alpaca_rlhf.utils.data import batches
-    from alpaca_rlhf.utils.generation.decoder import Decoder, RolloutRequest, SamplingConfig
+    from alpaca_rlhf.utils.configs import SamplingConfig
+    from alpaca_rlhf.utils.data.batches import PromptBatch, pad
+    from alpaca_rlhf.utils.generation.decoder import Decoder
 
     device = distributed.device()
     with torch.random.fork_rng():
@@ -207,13 +208,11 @@ def generation() -> list[Row]:
         )).to(device).eval()
 
     def responses(prompts: list[list[int]]) -> list[list[int]]:
-        ids, mask = (part.to(device) for part in batches.pad(prompts, 0, left=True))
-        made = Decoder(model).generate(
-            RolloutRequest(ids, mask), SamplingConfig(12, temperature=0),
-            torch.tensor([1], device=device), 0)
-        tokens = made.input_ids[:, -made.response_mask.shape[1] :].tolist()
-        lengths = made.response_mask.sum(-1).tolist()
-        return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        batch = PromptBatch(*pad(prompts, 0, left=True)).to(device)
+        rollout = Decoder(model).generate(
+            batch, SamplingConfig(12, temperature=0), torch.tensor([1], device=device), 0)
+        return [row[kept.bool()].tolist()
+                for row, kept in zip(rollout.responses, rollout.response_mask, strict=True)]
 
     together, alone = responses(PROMPTS), [responses([prompt])[0] for prompt in PROMPTS]
     wrong = [f"prompt {i}: {a} in a batch, {b} alone"

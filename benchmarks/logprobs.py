@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.utils import distributed, rl_math
-from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
+from alpaca_rlhf.utils.configs import HybridEngineConfig, SamplingConfig
 from alpaca_rlhf.utils.model.causal_lm import response_logits
 
 
@@ -24,9 +24,9 @@ def main() -> None:
     distributed.initialize(0)
     engine, form = build(sys.argv[1], 0, 0)
     prompts, tokens = some_prompts(form, 8), int(sys.argv[2])
-    batch = HybridEngine(engine, enabled=True, slots=8).generate(
-        RolloutRequest(prompts.input_ids, prompts.attention_mask), SamplingConfig(tokens), NEVER,
-        PAD, torch.Generator().manual_seed(0),
+    config = HybridEngineConfig(enable_hybrid_engine=True)
+    rollout = HybridEngine(engine, config, slots=8).generate(
+        prompts, SamplingConfig(tokens), NEVER, PAD, torch.Generator().manual_seed(0)
     )
     model = engine.module.eval()
 
@@ -35,12 +35,12 @@ def main() -> None:
             response_logits(model, ids, mask, tokens), ids[:, -tokens:]
         )
 
-    together = whole(batch.input_ids, batch.attention_mask)
+    together = whole(rollout.input_ids, rollout.attention_mask)
     alone = torch.cat([
         whole(ids[mask.bool()].unsqueeze(0), mask[mask.bool()].unsqueeze(0))
-        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
     ])
-    say(f"decoding and a whole pass: {(batch.logprobs - together).abs().max():.1e}; "
+    say(f"decoding and a whole pass: {(rollout.decoded_logprobs - together).abs().max():.1e}; "
         f"a whole pass batched and alone: {(together - alone).abs().max():.1e}")
 
 

@@ -15,7 +15,6 @@ leaving generation mode.
 """
 
 import argparse
-import contextlib
 import os
 import socket
 import statistics
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,12 +35,12 @@ from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.demo.tiny_llama import ensure_tiny_llama
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.configs import HybridEngineConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, collate_prompts
 from alpaca_rlhf.utils.data.prepare import cache_home
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_tokenizer
 from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
-from alpaca_rlhf.utils.generation import decoder
-from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
+from alpaca_rlhf.utils.generation.decoder import DecodingSession
 from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
 
 CASES = ("full", "varied", "zero3")
@@ -155,31 +154,19 @@ def theirs(
     model.train()
 
 
-@contextlib.contextmanager
-def ending_at(lengths: list[int]) -> Iterator[None]:
-    """The native engine's replies end at these lengths; they are drawn as ever."""
-    right = decoder._Generation._draw
-    ends = torch.tensor([*lengths, 0])
-
-    def draw(self, logits, reply, place, seen):  # type: ignore[no-untyped-def]
-        token, _ = right(self, logits, reply, place, seen)
-        return token, (place + 1 >= ends[reply]).tolist()
-
-    decoder._Generation._draw = draw  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        decoder._Generation._draw = right  # type: ignore[method-assign]
-
-
-def ours(hybrid: HybridEngine, prompts: PromptBatch, lengths: list[int], limit: int) -> None:
-    """The native engine, from entering generation mode to leaving it."""
-    with ending_at(lengths):
-        batch = hybrid.generate(
-            RolloutRequest(prompts.input_ids, prompts.attention_mask), SamplingConfig(limit),
-            NEVER, PAD, torch.Generator().manual_seed(0),
-        )
-    assert batch.response_mask.sum(-1).tolist() == lengths
+def ours(hybrid: HybridEngine, prompts: PromptBatch, slots: int, lengths: list[int]) -> None:
+    """Generate with the hybrid engine, from entering generation mode to leaving it."""
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(
+        prompts.input_ids, prompts.attention_mask, strict=True)]
+    with hybrid.generation_mode() as decoder:
+        session = DecodingSession(decoder, slots, eos_ids=[])
+        responses = [
+            session.add(row, SamplingConfig(length), seed)
+            for seed, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        ]
+        while session.busy:
+            session.step()
+    assert [len(response.tokens) for response in responses] == lengths
 
 
 # ------------------------------------------------------------------- how it is measured
@@ -204,13 +191,13 @@ def report(
     args: argparse.Namespace, synced: bool = False,
 ) -> None:
     """One line of the table; the first turn of both warms up and does not count."""
-    hybrid = HybridEngine(engine, enabled=True, slots=slots)
+    hybrid = HybridEngine(engine, HybridEngineConfig(enable_hybrid_engine=True), slots)
     limit, pairs = max(lengths), []
     for turn in range(args.repeats + 1):
         slow = took(lambda: theirs(engine, prompts, slots, lengths, limit, synced))
         if turn == 1:
             hybrid.seconds.clear()
-        fast = took(lambda: ours(hybrid, prompts, lengths, limit))
+        fast = took(lambda: ours(hybrid, prompts, slots, lengths))
         pairs.append((slow, fast))
     pairs, tokens = pairs[1:], sum(lengths) * distributed.world_size()
     slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))

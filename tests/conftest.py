@@ -192,12 +192,11 @@ class Small:
         seed: int = 7, reward_function: Any = None,
     ) -> Any:
         """Generates and scores rollouts."""
-        from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RolloutMaker
 
         return RolloutMaker(
             engine,
-            HybridEngine(engine.actor, hybrid, slots=3),
+            hybrid_engine(engine.actor, hybrid, slots=3),
             self.form,
             sampling=SamplingConfig(max_new_tokens=tokens, temperature=temperature), seed=seed,
             scoring_tokens=60, reward_function=reward_function,
@@ -239,6 +238,14 @@ class Small:
 
 # Arguments of `Small.training`; others are the roles'.
 TRAINING = {"accumulation", "lora_dropout", "only_lora", "overrides", "adam_eps"}
+
+
+def hybrid_engine(engine: Any, enabled: bool = True, slots: int = 0, **options: bool) -> Any:
+    """Return a hybrid engine around an actor's engine."""
+    from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+    from alpaca_rlhf.utils.configs import HybridEngineConfig
+
+    return HybridEngine(engine, HybridEngineConfig(enable_hybrid_engine=enabled, **options), slots)
 
 
 def learn(trainer: Any, experience: Any, number: int = 0, *more: Any) -> dict[str, float]:

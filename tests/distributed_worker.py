@@ -21,19 +21,18 @@ from typing import Any
 
 import deepspeed
 import torch
-from conftest import Small, learn, moved, snapshot
+from conftest import Small, hybrid_engine, learn, moved, snapshot
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     ScoreNormalizer,
     make_experience,
 )
 from alpaca_rlhf.utils import console, distributed, training_loop
-from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig
+from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
     collate_pairs,
@@ -42,7 +41,6 @@ from alpaca_rlhf.utils.data.batches import (
     pad,
     rank_batches,
 )
-from alpaca_rlhf.utils.generation.decoder import RolloutRequest, SamplingConfig
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import forward_logits
 from alpaca_rlhf.utils.model.ema import Ema
@@ -179,10 +177,10 @@ def gathering(small: Small) -> dict[str, Any]:
     record["hooks_before"] = sum(hooks)
     for fails in (False, True):
         with contextlib.suppress(KeyboardInterrupt), \
-                HybridEngine(engine, enabled=True).generation_mode() as inside:
-            record["whole_inside"] = whole(inside)
-            record["hooks_inside"] = sum(hook_counts(inside))
-            folded = [layer.merged for layer in lora.lora_layers(inside)]
+                hybrid_engine(engine).generation_mode():
+            record["whole_inside"] = whole(model)
+            record["hooks_inside"] = sum(hook_counts(model))
+            folded = [layer.merged for layer in lora.lora_layers(model)]
             record["folded_inside"] = all(folded)
             if fails:
                 raise KeyboardInterrupt
@@ -211,18 +209,16 @@ def greedy_replies(small: Small, stage: int, unpin: bool, lora_rank: int) -> dic
     )
     # On rank 0 nearly every reply ends at once; on rank 1 few do.
     often = 2 if distributed.rank() == 0 else 40
-    hybrid = HybridEngine(engine, enabled=True, slots=16, unpin=unpin)
+    hybrid = hybrid_engine(engine, slots=16, unpin_actor_parameters=unpin)
     before = snapshot(engine.module)
-    batch = hybrid.generate(
-        RolloutRequest(prompts.input_ids, prompts.attention_mask), SamplingConfig(12, 0),
-        torch.arange(0, len(small.tokenizer), often), 3,
+    rollout = hybrid.generate(
+        prompts, SamplingConfig(12, 0), torch.arange(0, len(small.tokenizer), often), 3
     )
-    kept = batch.response_mask.bool()
-    tokens = batch.input_ids[:, -kept.shape[1] :]
+    kept = rollout.response_mask.bool()
     return {
         "in_step": hybrid.decodes_in_step, "unmoved": not moved(before, engine.module),
         "replies": distributed.gather_rows(
-            [[row[mask].tolist() for row, mask in zip(tokens, kept, strict=True)]]
+            [[row[mask].tolist() for row, mask in zip(rollout.responses, kept, strict=True)]]
         ),
     }
 

@@ -10,10 +10,9 @@ import torch
 
 from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference.chat_model import ChatModel, End
-from alpaca_rlhf.utils.configs import LoadingConfig
+from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
 GREEDY = SamplingConfig(8, temperature=0.0)
 

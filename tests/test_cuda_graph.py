@@ -1,13 +1,12 @@
-"""Decoding by CUDA graphs, with a stand-in for what records them: it runs the same code again."""
+"""Decoding with CUDA graphs; a stand-in for the recording runs the same code again."""
 
 import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import hybrid_engine, small_config
 from transformers import (
-    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -15,31 +14,27 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from alpaca_rlhf.training_model.step3_rlhf_finetuning import main
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
-from alpaca_rlhf.utils.arguments import parse_step3
-from alpaca_rlhf.utils.generation import cuda_graph
+from alpaca_rlhf.utils.configs import SamplingConfig
+from alpaca_rlhf.utils.generation import cuda_graph, steps
 from alpaca_rlhf.utils.generation.cuda_graph import GraphStep
-from alpaca_rlhf.utils.generation.decoder import Decoder, RolloutRequest, SamplingConfig, agrees
-from alpaca_rlhf.utils.generation.kv_cache import SlotCache
+from alpaca_rlhf.utils.generation.decoder import Decoder
+from alpaca_rlhf.utils.generation.steps import agrees
 
 PAD, RECORD = 3, cuda_graph.record
-SIZES = {
-    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
-}
 FAMILY = {
     "LLaMA": lambda small: LlamaForCausalLM(small_config(small.tokenizer)),
-    "its own attention": lambda small: LlamaForCausalLM(
+    "eager attention": lambda small: LlamaForCausalLM(
         small_config(small.tokenizer, attn_implementation="eager")),
-    "norms of queries and keys": lambda small: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
-    "learnt positions": lambda small: GPT2LMHeadModel(GPT2Config(
+    "norms of queries and keys": lambda small: Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)),
+    "learned positions": lambda small: GPT2LMHeadModel(GPT2Config(
         vocab_size=60, n_embd=32, n_layer=2, n_head=2)),
 }
 
 
 class Recorder:
-    """What a graph does: the same reads and writes at the same places, at every launch."""
+    """Reads and writes the same tensors at every launch, as a graph does."""
 
     def __init__(self):
         self.recorded = 0
@@ -61,137 +56,129 @@ def recorder(monkeypatch):
     return stand_in
 
 
-def made(make, small):
+def made(small, kind="LLaMA"):
     torch.manual_seed(0)
-    return make(small).eval()
+    return FAMILY[kind](small).eval()
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_a_graph_gives_the_logits_of_the_models_own_forward_pass(small, kind):
-    model = made(FAMILY[kind], small)
-    assert agrees(model, GraphStep(model).fill())
+def test_a_graph_gives_the_logits_of_the_models_forward_pass(small, kind):
+    model = made(small, kind)
+    assert agrees(model, GraphStep(model))
 
 
-def draw(model, small, sampling, step=None, order=slice(None)):
-    prompts = small.prompts(8)
-    return Decoder(model, slots=4, step=step).generate(
-        RolloutRequest(prompts.input_ids[order], prompts.attention_mask[order]), sampling,
-        torch.arange(0, len(small.tokenizer), 5), PAD, torch.Generator().manual_seed(2),
+def generated(decoder, prompts, small, sampling):
+    return decoder.generate(
+        prompts, sampling, torch.arange(0, len(small.tokenizer), 5), PAD,
+        torch.Generator().manual_seed(2),
     )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_graphs_write_what_the_forward_pass_writes_as_rows_come_and_go(
+def test_graphs_generate_what_the_forward_pass_generates_as_rows_come_and_go(
     small, temperature, recorder
 ):
-    model = made(FAMILY["LLaMA"], small)
-    sampling = SamplingConfig(90, temperature, n_samples_per_prompt=2)
-    expected = draw(model, small, sampling)
-    batch = draw(model, small, sampling, GraphStep(model).fill())
-    assert batch.input_ids.equal(expected.input_ids)
-    torch.testing.assert_close(batch.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+    model = made(small)
+    sampling = SamplingConfig(90, temperature, num_generations=2)
+    expected = generated(Decoder(model, slots=4), small.prompts(8), small, sampling)
+    rollout = generated(
+        Decoder(model, slots=4, step=GraphStep(model)), small.prompts(8), small, sampling)
+    assert rollout.input_ids.equal(expected.input_ids)
+    torch.testing.assert_close(
+        rollout.decoded_logprobs, expected.decoded_logprobs, rtol=0, atol=1e-5)
     assert 1 <= recorder.recorded <= 3, "one graph for each number of rows: 4, 2, 1"
 
 
-def test_a_graph_knows_one_caches_buffers_alone(small):
-    model = made(FAMILY["LLaMA"], small)
-    step, sampling = GraphStep(model).fill(), SamplingConfig(4, 0)
-    draw(model, small, sampling, step)
-    other = slice(4, 8)  # a decoder, and so a cache, of its own
-    batch = draw(model, small, sampling, step, other)
-    assert batch.input_ids.equal(draw(model, small, sampling, order=other).input_ids)
-    assert not batch.input_ids.equal(draw(model, small, sampling, order=slice(4)).input_ids)
+def test_a_graph_is_recorded_again_for_another_cache_and_after_filling(small, recorder):
+    model, sampling = made(small), SamplingConfig(4, 0)
+    step = GraphStep(model)
 
+    def run(decoder, count):
+        rollout = generated(decoder, small.prompts(count), small, sampling)
+        plain = generated(Decoder(model, slots=1), small.prompts(count), small, sampling)
+        assert rollout.input_ids.equal(plain.input_ids)
+        return recorder.recorded
 
-def test_after_filling_every_graph_is_recorded_anew(small, recorder):
-    model = made(FAMILY["LLaMA"], small)
-    step, cache = GraphStep(model).fill(), SlotCache()
-    cache.begin(1, 1, 3, torch.device("cpu"))
-    prompt = DynamicCache()
-    model(input_ids=torch.tensor([[5]]), past_key_values=prompt)
-    cache.admit(prompt, [0], [0], [1])
-    for expected in (1, 1):
-        step(torch.tensor([4]), cache)
-        assert recorder.recorded == expected
-    step.fill()(torch.tensor([4]), cache)
-    assert recorder.recorded == 2
+    first = Decoder(model, slots=1, step=step)
+    assert [run(first, 2), run(first, 2)] == [1, 1]
+    assert run(Decoder(model, slots=1, step=step), 3) == 2
+    step.fill()
+    assert run(first, 2) == 3
 
 
 # ------------------------------------------------------------------- in the hybrid engine
 
 
 def rollout(hybrid, small):
-    prompts = small.prompts(4)
     return hybrid.generate(
-        RolloutRequest(prompts.input_ids, prompts.attention_mask), SamplingConfig(6),
-        torch.tensor([2]), PAD, torch.Generator().manual_seed(1),
+        small.prompts(4), SamplingConfig(6), torch.tensor([2]), PAD,
+        torch.Generator().manual_seed(1),
     ).input_ids
 
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    """No objection to graphs on this machine."""
+    """Let graphs be used on this machine."""
     monkeypatch.setattr(GraphStep, "objection", lambda model: None)
 
 
 @pytest.mark.usefixtures("anywhere")
-def test_the_hybrid_engine_decodes_by_graphs_where_they_are_asked_for(small, recorder):
+def test_the_hybrid_engine_records_graphs_at_each_visit(small, recorder):
     engine = small.trained("actor", lora=4)
-    hybrid = HybridEngine(engine, enabled=True, slots=4, graphs=True)
-    expected = rollout(HybridEngine(engine, enabled=True, slots=4), small)
-    assert rollout(hybrid, small).equal(expected)
-    first = recorder.recorded
-    assert first >= 2  # for the comparison, and for the rollout
-    assert hybrid._step is None, "a graph that knows this visit's weights outlives it"
-    assert rollout(hybrid, small).equal(expected)
-    assert recorder.recorded == first + 1
+    hybrid = hybrid_engine(engine, slots=4, enable_cuda_graph=True)
+    expected = rollout(hybrid_engine(engine, slots=4), small)
+    recorded = [recorder.recorded for _ in range(2) if rollout(hybrid, small).equal(expected)]
+    assert recorded[0] >= 2  # for the comparison and for the rollout
+    assert recorded[1] == recorded[0] + 1
+
+
+def refuses(run):
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+def scales(run):
+    launch, result = Recorder()(run)
+    return lambda: (launch(), result.mul_(1.1)), result
 
 
 @pytest.mark.usefixtures("anywhere")
-def test_what_no_graph_can_hold_is_decoded_by_the_forward_pass_and_said_once(
-    small, monkeypatch, capsys
+@pytest.mark.parametrize(("record", "reason"), [
+    (refuses, "it fails (operation not permitted when stream is capturing)"),
+    (scales, "it does not give the logits of the model's forward pass"),
+])
+def test_a_graph_that_fails_or_is_wrong_is_not_used_and_one_line_says_why(
+    small, monkeypatch, capsys, record, reason
 ):
-    def refuse(run):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(cuda_graph, "record", refuse)
+    monkeypatch.setattr(cuda_graph, "record", record)
     engine = small.trained("actor")
-    hybrid = HybridEngine(engine, enabled=True, graphs=True)
-    expected = rollout(HybridEngine(engine, enabled=False), small)
+    hybrid = hybrid_engine(engine, enable_cuda_graph=True)
+    expected = rollout(hybrid_engine(engine, enabled=False), small)
     assert all(rollout(hybrid, small).equal(expected) for _ in range(2))
     assert capsys.readouterr().out.splitlines() == [
-        "warning: the CUDA graph fails (operation not permitted when stream is capturing); "
-        "decoding goes through the model's forward pass"
-    ]
+        f"warning: the CUDA graph is not used: {reason}"]
 
 
-@pytest.mark.usefixtures("anywhere")
-def test_a_graph_that_gives_something_else_is_not_used(small, monkeypatch, capsys):
-    def wrong(run):
-        launch, result = Recorder()(run)
-        return lambda: (launch(), result.mul_(1.1)), result
-
-    monkeypatch.setattr(cuda_graph, "record", wrong)
-    engine = small.trained("actor")
-    rollout(HybridEngine(engine, enabled=True, graphs=True), small)
-    assert "the CUDA graph does not give the model's own logits" in capsys.readouterr().out
+def test_without_a_gpu_one_line_says_so_and_the_compiled_step_is_used(small, capsys):
+    step = steps.fastest(made(small), use_cuda_graph=True)
+    assert step.name == "the compiled decoding step"
+    assert capsys.readouterr().out.splitlines() == ["the CUDA graph is not used: it needs a GPU"]
 
 
-# ------------------------------------------------------------------- for which models, and how
+# ------------------------------------------------------------------- applicability and recording
 
 
-@pytest.mark.parametrize(("device", "window", "said"), [
-    ("cpu", None, "a graph is for a GPU"),
+@pytest.mark.parametrize(("device", "window", "reason"), [
+    ("cpu", None, "it needs a GPU"),
     ("cuda", 8, "the model attends to a sliding window"),
     ("cuda", None, None),
 ])
-def test_what_stands_in_the_way(device, window, said):
+def test_reasons_against_a_graph(device, window, reason):
     model = SimpleNamespace(
         device=torch.device(device), config=SimpleNamespace(sliding_window=window))
-    assert GraphStep.objection(model) == said
+    assert GraphStep.objection(model) == reason
 
 
-def test_recording_warms_up_beside_and_then_takes_down_one_pass(monkeypatch):
+def test_recording_warms_up_on_another_stream_and_then_records_one_pass(monkeypatch):
     events, streams = [], SimpleNamespace(wait_stream=lambda other: events.append("wait"))
 
     @contextlib.contextmanager
@@ -212,14 +199,3 @@ def test_recording_warms_up_beside_and_then_takes_down_one_pass(monkeypatch):
     assert result == events.index("into graph") + 2
     launch()
     assert events[-1] == "launch graph"
-
-
-def test_without_a_gpu_one_line_says_what_decodes_instead(capsys):
-    models = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
-    asked = ["--enable_cuda_graph", "--enable_hybrid_engine"]
-    assert not main.graphs(parse_step3([*models, *asked]))
-    assert capsys.readouterr().out.splitlines() == [
-        "--enable_cuda_graph: needs CUDA; the compiled step of a CPU is used"
-    ]
-    assert not main.graphs(parse_step3(models))
-    assert capsys.readouterr().out == ""

@@ -11,10 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import rl_math
+from alpaca_rlhf.utils.configs import SamplingConfig
 from alpaca_rlhf.utils.data.batches import collate_prompts
 from alpaca_rlhf.utils.generation import kv_cache
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
-from alpaca_rlhf.utils.generation.decoder import Decoder, RolloutRequest, SamplingConfig, sample
+from alpaca_rlhf.utils.generation.decoder import Decoder, DecodingSession
+from alpaca_rlhf.utils.generation.sampling import sample
 from alpaca_rlhf.utils.model.causal_lm import response_logits
 
 GREEDY = SamplingConfig(max_new_tokens=10, temperature=0)
@@ -35,14 +37,18 @@ def ends(small, model):
 
 
 def generate(model, prompts, sampling=GREEDY, eos=NEVER, seed=1, **decoder):
-    request = RolloutRequest(prompts.input_ids, prompts.attention_mask)
     return Decoder(model, **decoder).generate(
-        request, sampling, eos, PAD, torch.Generator().manual_seed(seed)
+        prompts, sampling, eos, PAD, torch.Generator().manual_seed(seed)
     )
 
 
+def filled(step):
+    step.fill()
+    return step
+
+
 def responses(batch):
-    return batch.input_ids[:, -batch.response_mask.shape[1] :]
+    return batch.responses
 
 
 def replies(batch):
@@ -87,7 +93,7 @@ def test_200_prompts_get_the_tokens_that_transformers_gives_however_they_are_bat
     expected = by_transformers(model, whole, ends, 12)
     assert len({len(reply) for reply in expected}) > 5
     sampling = SamplingConfig(12, temperature=0)
-    step = LlamaStep(model).fill()
+    step = filled(LlamaStep(model))
     for how in ({}, {"slots": 16}, {"slots": 16, "step": step}, {"step": step}):
         assert replies(generate(model, whole, sampling, ends, **how)) == expected
     alone = [
@@ -132,18 +138,18 @@ def test_a_model_with_a_sliding_window_writes_what_transformers_writes(small):
 def test_the_columns_move_back_when_the_front_comes_to_the_buffers_end(
     small, model, ends, monkeypatch, copies
 ):
-    prompts, sampling = small.prompts(8), SamplingConfig(10, 0, n_samples_per_prompt=copies)
+    prompts, sampling = small.prompts(8), SamplingConfig(10, 0, num_generations=copies)
     expected = replies(generate(model, prompts, sampling, ends))
-    moves, right = [], kv_cache.SlotCache.make_room
+    moves, right = [], kv_cache._Layer.move
 
-    def counted(self):
-        moves.append(self.front == self.columns)
-        right(self)
+    def counted(self, *where):
+        moves.append(where)
+        right(self, *where)
 
     monkeypatch.setattr(kv_cache, "SLACK", 1)
-    monkeypatch.setattr(kv_cache.SlotCache, "make_room", counted)
+    monkeypatch.setattr(kv_cache._Layer, "move", counted)
     assert replies(generate(model, prompts, sampling, ends, slots=3)) == expected
-    assert sum(moves) > 1
+    assert len(set(moves)) > 1
 
 
 def test_each_of_several_eos_ids_ends_a_reply_and_no_reply_goes_on_after_one(small, model, ends):
@@ -155,7 +161,6 @@ def test_each_of_several_eos_ids_ends_a_reply_and_no_reply_goes_on_after_one(sma
         assert not set(row[:-1]) & set(ends.tolist())
     assert responses(batch)[batch.response_mask == 0].eq(PAD).all()
     assert batch.response_mask.shape[1] == lengths.max()
-    assert batch.response_start_idx.tolist() == [small.prompts(8).input_ids.shape[1]] * 8
 
 
 def test_a_request_in_which_every_first_token_ends_the_reply_takes_no_step(small, model):
@@ -194,7 +199,7 @@ def test_prompts_of_like_length_are_prefilled_together_and_replies_share_a_prefi
     prompts = small.prompts(8)
     lengths = sorted(prompts.attention_mask.sum(-1).tolist(), reverse=True)
     shapes = forward_passes(
-        model, lambda: generate(model, prompts, SamplingConfig(3, n_samples_per_prompt=2), slots=4)
+        model, lambda: generate(model, prompts, SamplingConfig(3, num_generations=2), slots=4)
     )
     assert [s for s in shapes if s[1] > 1] == [(2, lengths[i]) for i in range(0, 8, 2)]
 
@@ -225,10 +230,10 @@ def test_the_buffers_are_used_again_and_can_be_released(small, model):
 
 
 def test_a_reply_is_drawn_alike_whatever_it_is_batched_with(small, model, ends):
-    sampling = SamplingConfig(10, n_samples_per_prompt=2)
+    sampling = SamplingConfig(10, num_generations=2)
     whole = replies(generate(model, small.prompts(8), sampling, ends))
     assert replies(generate(model, small.prompts(8), sampling, ends, slots=3)) == whole
-    step = LlamaStep(model).fill()
+    step = filled(LlamaStep(model))
     assert replies(generate(model, small.prompts(8), sampling, ends, slots=3, step=step)) == whole
 
 
@@ -246,14 +251,14 @@ def test_logprobs_of_decoding_are_those_of_a_whole_forward_pass(
     small, model, ends, temperature, compiled
 ):
     sampling = SamplingConfig(10, temperature, top_p=0.9, repetition_penalty=1.3)
-    step = LlamaStep(model).fill() if compiled else None
+    step = filled(LlamaStep(model)) if compiled else None
     batch = generate(model, small.prompts(8), sampling, ends, slots=3, step=step)
     with torch.no_grad():
         logits = response_logits(
             model, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1]
         )
     expected = rl_math.token_logprobs(logits, responses(batch), temperature) * batch.response_mask
-    assert_close(batch.logprobs, expected, rtol=0, atol=1e-5)
+    assert_close(batch.decoded_logprobs, expected, rtol=0, atol=1e-5)
 
 
 def test_the_repetition_penalty_is_that_of_transformers(small, model):
@@ -268,7 +273,7 @@ def test_the_repetition_penalty_is_that_of_transformers(small, model):
 
 
 def test_the_repetition_penalty_goes_with_its_row(small, model, ends):
-    sampling = SamplingConfig(10, 0, repetition_penalty=1.8, n_samples_per_prompt=2)
+    sampling = SamplingConfig(10, 0, repetition_penalty=1.8, num_generations=2)
     whole = replies(generate(model, small.prompts(8), sampling, ends))
     assert whole != replies(generate(model, small.prompts(8), eos=ends))
     assert replies(generate(model, small.prompts(8), sampling, ends, slots=3)) == whole
@@ -340,8 +345,8 @@ def test_a_distribution_that_is_a_little_off_is_noticed():
 
 def test_decoding_draws_from_the_distribution_of_the_model(small, model):
     """First and second tokens of 40,000 replies to one prompt, through prefill and steps."""
-    prompts, sampling = small.prompts(1), SamplingConfig(2, n_samples_per_prompt=4000)
-    step = LlamaStep(model).fill()
+    prompts, sampling = small.prompts(1), SamplingConfig(2, num_generations=4000)
+    step = filled(LlamaStep(model))
     with torch.no_grad():
         first = model(input_ids=prompts.input_ids).logits[0, -1].softmax(-1).double()
         likely = first.argmax()
@@ -428,3 +433,81 @@ def test_a_rank_that_is_done_goes_on_for_the_others_and_its_replies_stay(
     assert len(passes) == 20
     assert turns.count(0.0) > 10
     assert made[0].input_ids.equal(expected.input_ids)
+
+
+# ------------------------------------------------------------------- responses that come and go
+
+
+def prompt_rows(small, count):
+    batch = small.prompts(count)
+    return [ids[mask.bool()].tolist()
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+
+
+def alone(model, ids, sampling, seed, eos):
+    session = DecodingSession(Decoder(model), slots=1, eos_ids=eos)
+    response = session.add(ids, sampling, seed)
+    while session.busy:
+        session.step()
+    return response.tokens
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_responses_that_join_at_any_step_with_their_own_parameters_are_those_of_each_alone(
+    small, model, ends, compiled
+):
+    samplings = [SamplingConfig(30, 0), SamplingConfig(5), SamplingConfig(20, 0.7, 0.9),
+                 SamplingConfig(12, repetition_penalty=1.5), SamplingConfig(1), SamplingConfig(40)]
+    rows, eos = prompt_rows(small, 6), ends.tolist()
+    # The first prompt is the shortest: later ones make the cache grow to both sides.
+    rows.sort(key=len)
+    rows[-1] = rows[-1] * 4
+    step = filled(LlamaStep(model)) if compiled else None
+    session = DecodingSession(Decoder(model, step=step), slots=3, eos_ids=eos)
+    responses, streamed = [], {}
+    for turn in range(200):
+        if turn % 3 == 0 and len(responses) < 6 and session.free:
+            i = len(responses)
+            responses.append(session.add(rows[i], samplings[i], seed=i))
+        for response in session.step():
+            streamed.setdefault(id(response), []).append(response.tokens[-1])
+            assert response.ended is (
+                response.tokens[-1] in eos
+                or len(response.tokens) == response.sampling.max_new_tokens)
+    assert not session.busy
+    assert session.free == 3
+    expected = [alone(model, *given, seed, eos)
+                for seed, given in enumerate(zip(rows, samplings, strict=True))]
+    assert [response.tokens for response in responses] == expected
+    assert [streamed[id(response)] for response in responses] == expected
+
+
+def test_a_cancelled_response_keeps_its_tokens_and_leaves_its_slot_to_the_next(small, model):
+    first, second, third = prompt_rows(small, 3)
+    session = DecodingSession(Decoder(model), slots=1, eos_ids=[])
+    sampling = SamplingConfig(8, 0)
+    running, queued, last = (session.add(ids, sampling) for ids in (first, second, third))
+    assert session.free == -2
+    for _ in range(3):
+        assert session.step() == [running]
+    session.cancel(running)
+    session.cancel(queued)
+    while session.busy:
+        assert session.step() == [last]
+    assert len(running.tokens) == 3
+    assert queued.tokens == []
+    assert last.tokens == alone(model, third, sampling, None, [])
+
+
+def test_a_single_response_is_decoded_in_a_single_row_however_many_slots_there_are(small, model):
+    session = DecodingSession(Decoder(model), slots=8, eos_ids=[])
+
+    def run(count):
+        for ids in prompt_rows(small, count):
+            session.add(ids, SamplingConfig(6, 0))
+        while session.busy:
+            session.step()
+
+    assert forward_passes(model, lambda: run(1))[1:] == [(1, 1)] * 5
+    assert forward_passes(model, lambda: run(4))[1:] == [(4, 1)] * 5
+    assert forward_passes(model, lambda: run(1))[1:] == [(1, 1)] * 5

@@ -21,10 +21,15 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
     ScoredRollout,
 )
 from alpaca_rlhf.utils import losses, rl_math
-from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig
-from alpaca_rlhf.utils.data.batches import collate_pairs, collate_prompts, collate_tokens
+from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
+from alpaca_rlhf.utils.data.batches import (
+    PromptBatch,
+    collate_pairs,
+    collate_prompts,
+    collate_tokens,
+)
 from alpaca_rlhf.utils.generation import decoder
-from alpaca_rlhf.utils.generation.decoder import SamplingConfig
+from alpaca_rlhf.utils.generation.sampling import sample
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
 from alpaca_rlhf.utils.model.ema import Ema
@@ -115,7 +120,7 @@ def test_rewards_advantages_and_whitening(fake):
 )
 def test_sampling(fake, sampling):
     uniform = torch.rand(B, dtype=torch.float64, device=GPU)
-    token = decoder.sample(floats(B, V), sampling, uniform, ids(B, V).bool())
+    token = sample(floats(B, V), sampling, uniform, ids(B, V).bool())
     assert on_gpu(token)
     assert token.shape == (B,)
 
@@ -211,12 +216,14 @@ def test_the_critics_forward(make, fake, with_lora):
 def test_decoding_with_a_cache(make, fake, monkeypatch):
     from transformers import LlamaForCausalLM
 
-    # How long prompts and replies are only numbers tell: they are said to be 1 long, and to go on.
-    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [self.dtype == torch.long] * len(self))
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 3)
-    sampling = SamplingConfig(3, repetition_penalty=1.2, n_samples_per_prompt=2)
+    def ones(tensor):  # fake tensors have no numbers, and the decoder needs some
+        with unset_fake_temporarily():
+            return torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
+
+    monkeypatch.setattr(FakeTensor, "tolist", ones)
+    sampling = SamplingConfig(3, repetition_penalty=1.2, num_generations=2)
     batch = decoder.Decoder(make(LlamaForCausalLM).eval(), slots=2).generate(
-        decoder.RolloutRequest(ids(B, P), ids(B, P)), sampling, ids(2), pad_id=3
+        PromptBatch(ids(B, P), ids(B, P)), sampling, ids(0), pad_id=3
     )
     assert batch.input_ids.shape == (2 * B, P + 3)
     assert on_gpu(*vars(batch).values())

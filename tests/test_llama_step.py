@@ -17,7 +17,7 @@ from transformers import (
 
 from alpaca_rlhf.utils.generation.cpu import kernels
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
-from alpaca_rlhf.utils.generation.decoder import agrees
+from alpaca_rlhf.utils.generation.steps import agrees
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -48,9 +48,9 @@ FAMILY = {
 }
 OTHERS = {
     "norms of queries and keys": (
-        lambda small: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)), "LLaMA's parts"),
+        lambda small: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)), "LLaMA's modules"),
     "GPT-2": (lambda small: GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=1,
-                                                       n_head=2)), "LLaMA's parts"),
+                                                       n_head=2)), "LLaMA's modules"),
     "sliding window": (
         lambda small: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
         "sliding window"),
@@ -71,7 +71,9 @@ def made(make, small):
 def test_a_step_gives_the_logits_of_the_models_own_forward_pass(small, kind):
     model = made(FAMILY[kind], small)
     assert LlamaStep.objection(model) is None
-    assert agrees(model, LlamaStep(model).fill())
+    step = LlamaStep(model)
+    step.fill()
+    assert agrees(model, step)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -103,7 +105,8 @@ def a_multiplier(layer):
 @pytest.mark.parametrize("mistake", [half_the_scale, another_activation, a_multiplier])
 def test_parts_of_the_same_names_that_mean_something_else_are_noticed(small, mistake):
     model = made(llama, small)
-    step = LlamaStep(model).fill()
+    step = LlamaStep(model)
+    step.fill()
     for layer in model.model.layers:
         mistake(layer)
     assert LlamaStep.objection(model) is None
@@ -114,9 +117,11 @@ def test_the_weights_laid_out_are_a_copy(small):
     """What an update changes later shows in the next visit to generation mode, not in this one."""
     model = made(llama, small)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    step = LlamaStep(model).fill()
+    step = LlamaStep(model)
+    step.fill()
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     assert not agrees(model, step)
-    assert agrees(model, LlamaStep(model).fill())
+    step.fill()
+    assert agrees(model, step)

@@ -8,10 +8,9 @@ import torch
 from conftest import with_adapter
 
 from alpaca_rlhf.evaluation import saved
-from alpaca_rlhf.utils.configs import LoadingConfig
+from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 from alpaca_rlhf.utils.run import export
 
 OPTIONS = LoadingConfig()
@@ -93,7 +92,7 @@ def test_an_adapter_without_its_base_says_which_one(exported, tmp_path):
 
 def test_replies_are_fixed_by_the_seed_and_not_by_what_they_are_drawn_with(small):
     policy = saved.open_policy(small.actor, OPTIONS)
-    sampling = SamplingConfig(6, n_samples_per_prompt=2)
+    sampling = SamplingConfig(6, num_generations=2)
     together = policy.replies(ids(policy), sampling, seed=3)
     assert [len(some) for some in together] == [2, 2, 2]
     assert together == policy.replies(ids(policy), sampling, seed=3, slots=2)

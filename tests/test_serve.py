@@ -12,10 +12,9 @@ import pytest
 
 from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference.chat_model import ChatModel
-from alpaca_rlhf.utils.configs import LoadingConfig
+from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GREEDY = {"model": "actor", "temperature": 0, "max_tokens": 8}

@@ -16,8 +16,7 @@ from alpaca_rlhf.inference import web_chat
 from alpaca_rlhf.inference.chat_model import ChatModel
 from alpaca_rlhf.inference.votes import VoteBook
 from alpaca_rlhf.inference.web_chat import Site, launch
-from alpaca_rlhf.utils.configs import LoadingConfig
-from alpaca_rlhf.utils.generation.decoder import SamplingConfig
+from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 
 CHROMIUM = shutil.which("chromium")
 SAMPLING = SamplingConfig(12, temperature=0.0)  # what is drawn could be empty, or alike

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from alpaca_rlhf.utils import distributed, preflight
-from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
-from alpaca_rlhf.utils.data.batches import pad
+from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig, SamplingConfig
+from alpaca_rlhf.utils.data.batches import PromptBatch, pad
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.generation.decoder import Decoder, RolloutRequest, SamplingConfig
+from alpaca_rlhf.utils.generation.decoder import Decoder
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import (
     TokenScorer,
@@ -82,7 +82,7 @@ class Policy:
     def replies(
         self, prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int, slots: int = 32
     ) -> list[list[Reply]]:
-        """For each prompt `n_samples_per_prompt` replies, fixed by the seed.
+        """For each prompt `num_generations` replies, fixed by the seed.
 
         Args:
             prompts: ids, bos included.
@@ -94,13 +94,13 @@ class Policy:
         device = distributed.device()
         ids, mask = (part.to(device) for part in pad(list(prompts), self.form.pad_id, left=True))
         batch = Decoder(self.model, slots).generate(
-            RolloutRequest(ids, mask), sampling, torch.tensor(self.eos_ids, device=device),
+            PromptBatch(ids, mask), sampling, torch.tensor(self.eos_ids, device=device),
             self.form.pad_id, torch.Generator(device=device).manual_seed(seed),
         )
         tokens = batch.input_ids[:, ids.shape[1] :].tolist()
         lengths = batch.response_mask.sum(-1).tolist()
         made = [self._reply(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
-        n = sampling.n_samples_per_prompt
+        n = sampling.num_generations
         return [made[start : start + n] for start in range(0, len(made), n)]
 
     def _reply(self, ids: list[int]) -> Reply:

@@ -20,7 +20,7 @@ from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
     from alpaca_rlhf.inference.chat_model import ChatModel
-    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
+    from alpaca_rlhf.utils.configs import SamplingConfig
 
 HELP = """/reset              forget the dialogue
 /system TEXT        what stands before the dialogue, from the start; without TEXT: nothing

@@ -21,8 +21,9 @@ from transformers import DynamicCache
 from alpaca_rlhf.evaluation.saved import Policy
 from alpaca_rlhf.inference.conversation import fitted, printable
 from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.configs import SamplingConfig
 from alpaca_rlhf.utils.data.tokenizer import Message
-from alpaca_rlhf.utils.generation.decoder import SamplingConfig, sample
+from alpaca_rlhf.utils.generation.sampling import sample
 
 _HALF_CHARACTER = "\ufffd"  # what a tokenizer gives while bytes of a character are still to come
 

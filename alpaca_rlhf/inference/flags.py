@@ -18,8 +18,7 @@ from alpaca_rlhf.utils.errors import UserError
 
 if TYPE_CHECKING:
     from alpaca_rlhf.evaluation.held_out import Chosen
-    from alpaca_rlhf.utils.configs import LoadingConfig
-    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
+    from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 
 DATA_SPLIT = "2,4,4"
 SEED = 1234
@@ -165,7 +164,7 @@ def sampling(args: argparse.Namespace, context: int, replies: int = 1) -> "Sampl
     Raises:
         UserError: the longest reply leaves no room for a prompt.
     """
-    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
+    from alpaca_rlhf.utils.configs import SamplingConfig
 
     new_tokens = args.max_new_tokens or min(NEW_TOKENS, context // 2)
     if new_tokens >= context:

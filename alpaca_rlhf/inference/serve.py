@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from alpaca_rlhf.inference.chat_model import ChatModel, End, Job
+    from alpaca_rlhf.utils.configs import SamplingConfig
     from alpaca_rlhf.utils.data.tokenizer import Message
-    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
 # Fields of a request that would change the answer and are not served, and what they may hold.
 _REFUSED: dict[str, tuple[Any, ...]] = {

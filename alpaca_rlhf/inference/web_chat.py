@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from alpaca_rlhf.inference.chat_model import ChatModel, Job
     from alpaca_rlhf.inference.conversation import Conversation
     from alpaca_rlhf.inference.votes import VoteBook
+    from alpaca_rlhf.utils.configs import SamplingConfig
     from alpaca_rlhf.utils.data.tokenizer import Message
-    from alpaca_rlhf.utils.generation.decoder import SamplingConfig
 
 SIDES = ("Left", "Right")
 THREADS = 64  # chats that may wait at the same time; the others wait in Gradio's own queue

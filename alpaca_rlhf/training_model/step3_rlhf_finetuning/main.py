@@ -168,11 +168,7 @@ class PPO:
         console.say("\n".join(engine.summary))
         self.maker = RolloutMaker(
             engine, HybridEngine(
-                engine.actor, args.hybrid.enable_hybrid_engine,
-                slots=args.rollout.per_device_generation_batch_size,
-                unpin=args.hybrid.unpin_actor_parameters,
-                release_cache=args.hybrid.release_inference_cache,
-                graphs=args.hybrid.enable_cuda_graph and not distributed.on_cpu(),
+                engine.actor, args.hybrid, slots=args.rollout.per_device_generation_batch_size
             ),
             chat, sampling=args.sampling, seed=args.run.seed, reward_function=reward_function,
             scoring_tokens=micro_batch_size * self._longest,

@@ -17,8 +17,6 @@ from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.generation.decoder import RolloutRequest
-from alpaca_rlhf.utils.generation.decoder import SamplingConfig as DecoderSampling
 from alpaca_rlhf.utils.generation.rollout import Rollout
 from alpaca_rlhf.utils.model.reward_model import load_statistics
 
@@ -101,14 +99,10 @@ class RolloutMaker:
 
     def generate(self, prompts: PromptBatch, num_generations: int = 1) -> Rollout:
         """Sample responses; those to one prompt are consecutive rows."""
-        s = self.sampling
-        batch = self._hybrid.generate(
-            RolloutRequest(prompts.input_ids, prompts.attention_mask),
-            DecoderSampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k,
-                            s.repetition_penalty, num_generations),
-            self.engine.eos_ids, self.chat.pad_id, self.generator,
+        return self._hybrid.generate(
+            prompts, replace(self.sampling, num_generations=num_generations), self.engine.eos_ids,
+            self.chat.pad_id, self.generator,
         )
-        return Rollout(batch.input_ids, batch.attention_mask, batch.response_mask, batch.logprobs)
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:

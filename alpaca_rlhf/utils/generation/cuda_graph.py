@@ -1,9 +1,9 @@
-"""A decoding step as a CUDA graph: the model's own forward pass, launched as one.
+"""A decoding step as a CUDA graph: the model's own forward pass, launched as a whole.
 
-A step of a small model is over sooner on a GPU than Python has launched its hundreds of kernels. A
-graph is recorded once for each number of rows and launched whole for every token. Nothing in it may
-change its shape, so it attends to the whole of the cache's buffers, and what changes from token to
-token lies in tensors that it reads: the tokens, their positions, the front's column, and a mask.
+On a GPU, launching the hundreds of kernels of a small model's forward pass from Python takes longer
+than running them. A graph is recorded once for each number of rows and launched for every token.
+Shapes must not change within it, so it attends to all columns of the cache, and what changes from
+token to token is read from tensors: the tokens, their positions, the front's column and a mask.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ WARM_UP = 3  # passes before recording: libraries choose their kernels in the fi
 
 
 def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Take down what a pass does, as PyTorch's notes on CUDA graphs say it is done.
+    """Record a forward pass, in the way that PyTorch's notes on CUDA graphs prescribe.
 
     Returns:
-        What launches it, and the tensor that holds its result then.
+        A function that launches it, and the tensor that holds its result afterwards.
     """
     device = get_accelerator()
     stream = device.Stream()
@@ -40,13 +40,14 @@ def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 class GraphStep:
-    """The next token's logits, for every row of a cache.
+    """Computes the next logits of all rows by CUDA graphs.
 
     Args:
-        model: one that there is no `objection` to, weights whole.
+        model: a model without an `objection`.
     """
 
     name = "the CUDA graph"
+    reusable = False  # a graph knows where the weights were when it was recorded
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -54,20 +55,21 @@ class GraphStep:
 
     @staticmethod
     def objection(model: PreTrainedModel) -> str | None:
-        """None, or what stands in the way of a graph of this model."""
+        """Return the reason why there is no graph for a model, or None."""
         if model.device.type == "cpu":
-            return "a graph is for a GPU"
+            return "it needs a GPU"
         if getattr(model.config, "sliding_window", None) is not None:
             return "the model attends to a sliding window"
         return None
 
-    def fill(self) -> "GraphStep":
-        """Take the model's weights where they are now: graphs that know them elsewhere are void."""
+    def fill(self) -> None:
+        """Drop all graphs: they are recorded again where the weights are now."""
         self._graphs = {}
-        return self
+
+    release = fill
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
-        """Logits [rows, V] after tokens [rows], good until the next step."""
+        """Return logits [N, V] after tokens [N], valid until the next call."""
         graph = self._graphs.get(cache.rows)
         if graph is None or not graph.reads(cache):
             graph = self._graphs[cache.rows] = _Graph(self._model, tokens, cache)
@@ -75,7 +77,7 @@ class GraphStep:
 
 
 class _Graph:
-    """One graph, for a number of rows and a cache's buffers."""
+    """The graph for one number of rows and the buffers of one cache."""
 
     def __init__(self, model: Any, tokens: Tensor, cache: SlotCache) -> None:
         self._keys = cache.layers[0].keys
@@ -87,7 +89,7 @@ class _Graph:
         self._mask = torch.zeros(
             len(tokens), 1, 1, cache.columns, dtype=model.dtype, device=tokens.device
         )
-        self._take(tokens, cache)
+        self._copy_inputs(tokens, cache)
         whole = cache.whole(self._front)
         self._launch, self._logits = record(lambda: model(
             input_ids=self._tokens, attention_mask=self._mask, position_ids=self._positions,
@@ -95,20 +97,20 @@ class _Graph:
         ).logits[:, -1])
 
     def reads(self, cache: SlotCache) -> bool:
-        """Whether these are the buffers that were recorded."""
+        """Return whether the graph was recorded on the buffers of this cache."""
         return bool(cache.layers) and cache.layers[0].keys is self._keys
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
-        self._take(tokens, cache)
+        self._copy_inputs(tokens, cache)
         self._launch()
         return self._logits
 
-    def _take(self, tokens: Tensor, cache: SlotCache) -> None:
+    def _copy_inputs(self, tokens: Tensor, cache: SlotCache) -> None:
         self._tokens.copy_(tokens.unsqueeze(-1))
         self._positions.copy_(cache.positions)
         self._front.fill_(cache.front)
         columns = self._columns
-        seen = (columns >= cache.starts.unsqueeze(-1)) & (columns <= cache.front)
+        visible = (columns >= cache.starts.unsqueeze(-1)) & (columns <= cache.front)
         self._mask.zero_().masked_fill_(
-            ~seen[:, None, None], torch.finfo(self._mask.dtype).min
+            ~visible[:, None, None], torch.finfo(self._mask.dtype).min
         )

@@ -1,455 +1,389 @@
-"""Drawing replies from a causal LM: the distribution, and continuous batching with a KV cache.
+"""Generate responses by continuous batching: one forward pass at a time, with every slot in use.
 
-The prompts of a whole request go through a fixed number of slots. Prompts of like length are
-prefilled together, a wave at a time; the replies to one prompt share its prefill. Then every step
-gives each slot a token: a reply that has ended leaves its slot, and the next prompt, prefilled
-already, takes it. What a reply is drawn with are uniform numbers of its own, fixed at the start by
-the seed, so it does not depend on what it was batched with.
+A session has a number of slots. Prompts of similar length are prefilled together, and responses to
+one prompt share its prefill. Then each decoding step adds a token to the response in every slot; a
+response that has ended leaves its slot, and the next one takes it. Responses may also be added and
+cancelled between steps. Each is drawn with its own random numbers, so it does not depend on the
+responses it is batched with.
 
-The shapes are those of `deepspeed.runtime.rollout`, with log-probabilities and a mask beside them.
+    rollout = Decoder(model).generate(prompts, SamplingConfig(64), eos_ids, pad_id)
 
-    request = RolloutRequest(ids, mask)
-    batch = Decoder(model).generate(request, SamplingConfig(64), eos_ids, pad_id)
+    session = DecodingSession(Decoder(model), slots=8, eos_ids=[2])
+    session.add([1, 5, 9], SamplingConfig(64), seed=0)
+    while session.busy:
+        for response in session.step():
+            response.tokens[-1], response.ended
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils.configs import SamplingConfig
+from alpaca_rlhf.utils.data.batches import PromptBatch, pad
 from alpaca_rlhf.utils.generation.kv_cache import SlotCache
+from alpaca_rlhf.utils.generation.rollout import Rollout
+from alpaca_rlhf.utils.generation.sampling import sample
+from alpaca_rlhf.utils.generation.steps import DecodingStep, ForwardStep, prefill
 
-FEW, BLOCK = 4096, 256  # weights that one running sum is for; those of a block, where it is not
-BELOW_ONE = 1 - 2**-53  # the largest fp64 below 1
-# Of logits, relative to the largest: the same sums in another order.
-AGREEMENT, ROUGHLY = {torch.float32: 1e-4}, 0.05
 WORTH_A_PASS = 256  # tokens of padding that cost more than another pass over the weights
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How replies are drawn.
-
-    Attributes:
-        max_new_tokens: most tokens of a reply, eos included.
-        temperature: divides the logits; 0 is greedy.
-        top_p: smallest set of tokens with at least this probability; 1 is all.
-        top_k: only the k likeliest tokens; 0 is all.
-        repetition_penalty: the logit of a token that occurs in prompt or reply is divided by it
-            if positive, multiplied if negative (Keskar et al. 2019, section 4.1); 1 does nothing.
-        n_samples_per_prompt: replies to each prompt.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    n_samples_per_prompt: int = 1
-
-
-@dataclass(frozen=True)
-class RolloutRequest:
-    """Prompts."""
-
-    prompt_ids: Tensor  # [B, P], padded left
-    prompt_attention_mask: Tensor  # [B, P]
-
-
-@dataclass(frozen=True)
-class RolloutBatch:
-    """Prompts and replies: N = B * n_samples_per_prompt rows, the replies to a prompt in a row."""
-
-    input_ids: Tensor  # [N, P + R], R the longest reply (of this rank)
-    attention_mask: Tensor  # [N, P + R]
-    response_start_idx: Tensor  # [N], P throughout: prompts are padded left
-    response_mask: Tensor  # [N, R], 1 up to and including the first eos
-    logprobs: Tensor  # [N, R] of the drawn tokens, logits over temperature; 0 outside the mask
-
-
-def sample(
-    logits: Tensor, sampling: SamplingConfig, uniform: Tensor | None, seen: Tensor | None = None
-) -> Tensor:
-    """One token for each row, by inverting the distribution function.
+class Decoder:
+    """A model and the means to generate with it, kept between calls.
 
     Args:
-        logits: [B, V].
-        sampling: the distribution.
-        uniform: [B] in [0, 1), fp64; None where greedy.
-        seen: [B, V], which tokens the repetition penalty is for.
-
-    Returns:
-        Tokens [B].
-    """
-    logits = logits.float()
-    if seen is not None:
-        penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty),
-                             logits)
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    assert uniform is not None, "only greedy decoding needs no numbers to draw with"
-    if sampling.temperature != 1:
-        logits = logits / sampling.temperature
-    order = None
-    if 0 < sampling.top_k < logits.shape[-1]:
-        logits, order = logits.topk(sampling.top_k)
-    elif sampling.top_p < 1:
-        logits, order = logits.sort(descending=True)
-    probabilities = logits.softmax(-1)
-    if sampling.top_p < 1:
-        # A token is kept while those before it do not reach top_p: the likeliest always is.
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-        outside = cumulative - probabilities >= sampling.top_p * cumulative[:, -1:]
-        probabilities = probabilities.masked_fill(outside, 0.0)
-    index = _drawn(probabilities, uniform)
-    return index if order is None else order.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-
-
-def _drawn(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Where [B] the distribution functions of weights [B, N] reach numbers [B] in [0, 1).
-
-    Of many weights a block is found first, then a place in it: running sums of a whole vocabulary
-    in fp64 would be the dearest part of a step.
-    """
-    count = weights.shape[-1]
-    if count <= FEW:
-        return _found(weights, uniform)[0]
-    blocks = F.pad(weights, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
-    block, inside = _found(blocks.sum(-1), uniform)
-    rows = torch.arange(len(weights), device=weights.device)
-    place = _found(blocks[rows, block], inside)[0]
-    return (block * BLOCK + place).clamp(max=count - 1)
-
-
-def _found(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the distribution functions reach the numbers, and how far in its weight, in [0, 1)."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    aim = uniform.unsqueeze(-1) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, aim, right=True).clamp(max=weights.shape[-1] - 1)
-    inside = 1 - (cumulative.gather(-1, index) - aim) / weights.gather(-1, index)
-    return index.squeeze(-1), inside.clamp(0, BELOW_ONE).squeeze(-1)
-
-
-def forward_step(model: nn.Module, tokens: Tensor, cache: SlotCache) -> Tensor:
-    """Logits [rows, V] after tokens [rows], by the forward pass of any causal LM."""
-    return model(
-        input_ids=tokens.unsqueeze(-1), attention_mask=cache.visible.long(),
-        position_ids=cache.positions, past_key_values=cache, use_cache=True, logits_to_keep=1,
-    ).logits[:, -1]
-
-
-Step = Callable[[Tensor, SlotCache], Tensor]
-
-
-@torch.no_grad()
-def agrees(model: Any, step: Step) -> bool:
-    """Whether a step gives the logits of the model's own forward pass, to their rounding.
-
-    Two made-up prompts of unlike length are continued by a few tokens, the likeliest ones.
-    """
-    width, steps = 6, 3
-    ids = torch.arange(2 * width, device=model.device).view(2, width) * 7 % model.config.vocab_size
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0
-    prompts = DynamicCache()
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=rl_math.position_ids(mask),
-        past_key_values=prompts, use_cache=True, logits_to_keep=1,
-    ).logits[:, -1]
-    caches = SlotCache(), SlotCache()
-    for cache in caches:
-        cache.begin(2, width, steps, ids.device)
-        cache.admit(prompts, [0, 1], [0, 1], [width, width - 2])
-    for _ in range(steps):
-        token = logits.argmax(-1)
-        for cache in caches:
-            cache.make_room()
-        logits = forward_step(model, token, caches[0])
-        given = step(token, caches[1])
-        for cache in caches:
-            cache.advance()
-        apart = (given - logits).abs().max() / logits.abs().max()
-        if not apart <= AGREEMENT.get(logits.dtype, ROUGHLY):
-            return False
-    return True
-
-
-@dataclass
-class Decoder:
-    """A model with what it decodes with.
-
-    Attributes:
-        model: a causal LM, in evaluation mode.
-        slots: most replies that are drawn at once; 0 takes all.
+        model: a causal LM in evaluation mode.
+        slots: maximum number of responses that are decoded together; 0 is no limit.
+        step: computes the next logits; by default the model's forward pass.
         cache: its buffers are used again.
-        step: tokens [rows] and cache -> logits [rows, V]; by default the model's own forward pass.
-        in_step: under ZeRO-3 without gathered weights each forward pass is a collective, so every
-            rank makes as many as the one that needs most.
-        seconds: spent so far on each part of the work.
+        seconds: time spent on each part of the work is added here.
+        in_step: every forward pass is a collective (ZeRO-3 without gathered weights), so every
+            rank makes as many as the rank that needs most.
     """
 
-    model: nn.Module
-    slots: int = 0
-    cache: SlotCache = field(default_factory=SlotCache)
-    step: Step | None = None
-    in_step: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(
+        self, model: nn.Module, slots: int = 0, *, step: DecodingStep | None = None,
+        cache: SlotCache | None = None, seconds: dict[str, float] | None = None,
+        in_step: bool = False,
+    ) -> None:
+        self.model, self.slots = model, slots
+        self.step: DecodingStep = ForwardStep(model) if step is None else step
+        self.cache = SlotCache() if cache is None else cache
+        self.seconds = {} if seconds is None else seconds
+        self._in_step = in_step
 
     @torch.no_grad()
     def generate(
-        self,
-        request: RolloutRequest,
-        sampling: SamplingConfig,
-        eos_ids: Tensor,
-        pad_id: int,
+        self, prompts: PromptBatch, sampling: SamplingConfig, eos_ids: Tensor, pad_id: int,
         generator: torch.Generator | None = None,
-    ) -> RolloutBatch:
-        """Draw replies to prompts.
+    ) -> Rollout:
+        """Generate `sampling.num_generations` responses to each prompt, in consecutive rows.
 
         Args:
-            request: the prompts of a whole round.
-            sampling: the distribution.
-            eos_ids: [E] ids that end a reply.
-            pad_id: stands behind a reply that has ended; such a row is never extended.
-            generator: of this rank, on the model's device.
+            prompts: [B, P], padded left, on the model's device.
+            sampling: parameters of all responses.
+            eos_ids: [E] ids that end a response.
+            pad_id: fills rows after their end.
+            generator: source of the random numbers, on the model's device.
         """
-        return _Generation(self, request, sampling, eos_ids, pad_id, generator).run()
+        copies, device = sampling.num_generations, prompts.input_ids.device
+        count = len(prompts.input_ids) * copies
+        numbers: list[list[float]] = [[]] * count
+        if sampling.temperature > 0:
+            # One row more than is used, so that seeds keep giving the responses they always gave.
+            numbers = torch.rand(
+                count + 1, sampling.max_new_tokens, dtype=torch.float64,
+                device=device, generator=generator,
+            ).tolist()[:count]
+        responses = [Response(sampling, uniform) for uniform in numbers]
+        rows = [
+            [token for token, real in zip(*pair, strict=True) if real]
+            for pair in zip(
+                prompts.input_ids.tolist(), prompts.attention_mask.tolist(), strict=True)
+        ]
+        session = DecodingSession(self, self.slots or count, eos_ids.tolist(), device)
+        # The longest first: a batch that does not fit into memory fails at once.
+        for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+            session.enqueue(rows[i], responses[i * copies : (i + 1) * copies])
+        while self._busy_on_any_rank(session):
+            if session.busy:
+                session.step()
+            else:  # take part in the collectives of the other ranks' forward passes
+                self.model(input_ids=prompts.input_ids[:1, -1:], use_cache=False)
+        return _as_rollout(prompts, responses, pad_id)
+
+    def _busy_on_any_rank(self, session: "DecodingSession") -> bool:
+        if not self._in_step:
+            return session.busy
+        busy = torch.tensor(float(session.busy), device=distributed.device())
+        return bool(distributed.max_over_ranks(busy).item())
 
 
-@dataclass(frozen=True)
-class _Wave:
-    """Prefilled prompts, the first token of each of their replies drawn."""
+@dataclass(eq=False)
+class Response:
+    """A response while it is generated.
 
-    prompts: Cache
-    lengths: list[int]
-    seen: Tensor | None
-    tokens: Tensor  # [replies of the wave]
-    replies: list[int]
+    Attributes:
+        sampling: its sampling parameters.
+        uniform: random numbers in [0, 1), one for each token; empty for greedy decoding.
+        tokens: generated so far, eos included.
+        logprobs: of the tokens, in nats, logits over temperature.
+        ended: no more tokens will come: after eos, at the maximum length, or cancelled.
+        seen: [V] bool, tokens that the repetition penalty applies to.
+    """
+
+    sampling: SamplingConfig
+    uniform: Sequence[float]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+    seen: Tensor | None = None
 
 
-class _Generation:
-    """One request on its way through the slots."""
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """A prompt with the responses that are to be generated to it."""
+
+    ids: list[int]
+    responses: Sequence[Response]
+
+
+@dataclass(frozen=True, eq=False)
+class _Prefilled:
+    """A response whose prompt is prefilled, until it gets a slot."""
+
+    response: Response
+    cache: Cache  # keys and values of all prompts prefilled together
+    row: int  # in the cache
+    length: int  # tokens of the prompt
+
+
+class DecodingSession:
+    """Responses that are decoded together; they may join and leave between steps.
+
+    Args:
+        decoder: used by no other session at the same time.
+        slots: maximum number of responses that are decoded together.
+        eos_ids: ids that end a response.
+        device: of the model; by default this process's.
+    """
 
     def __init__(
-        self, decoder: Decoder, request: RolloutRequest, sampling: SamplingConfig,
-        eos_ids: Tensor, pad_id: int, generator: torch.Generator | None,
+        self, decoder: Decoder, slots: int, eos_ids: Collection[int],
+        device: torch.device | None = None,
     ) -> None:
-        self._decoder, self._request, self._sampling = decoder, request, sampling
-        self._eos_ids, self._pad_id = eos_ids, pad_id
-        self._copies = sampling.n_samples_per_prompt
-        self._limit = sampling.max_new_tokens
-        ids, self._device = request.prompt_ids, request.prompt_ids.device
-        self._count = len(ids) * self._copies
-        slots = min(decoder.slots or self._count, self._count)
-        # One row more, for what the slots without a reply are given.
-        self._uniform = None if sampling.temperature == 0 else torch.rand(
-            self._count + 1, self._limit, dtype=torch.float64, device=self._device,
-            generator=generator,
-        )
-        self._lengths: list[int] = request.prompt_attention_mask.sum(-1).tolist()
-        # The longest first: what does not fit into memory shows at once.
-        self._prompts = sorted(range(len(ids)), key=lambda i: -self._lengths[i])
-        self._wave_size = max(1, slots // self._copies)
-        self._waiting: list[tuple[_Wave, int]] = []  # a wave and the place of a reply in it
-        self._cache = decoder.cache
-        self._cache.begin(slots, ids.shape[1], self._limit, self._device)
-        # What each slot holds: a reply, drawn up to a number of tokens; None once it has ended.
-        self._drawn: list[int | None] = [None] * slots
-        self._reply = torch.full((slots,), self._count, device=self._device)
-        self._place = torch.zeros(slots, dtype=torch.long, device=self._device)
-        self._token = torch.full((slots,), pad_id, device=self._device)
-        self._seen: Tensor | None = None
-        self._record: list[tuple[Tensor, Tensor, Tensor]] = []  # where, token, log-probability
+        self._decoder, self._slots, self._eos_ids = decoder, slots, frozenset(eos_ids)
+        self._device = distributed.device() if device is None else device
+        self._queue: list[_Prompt] = []
+        self._waiting: list[_Prefilled] = []  # prefilled together
+        self._rows: list[Response | None] = []  # by slot
 
-    def run(self) -> RolloutBatch:
-        """One forward pass a turn, until every reply (of every rank, if in step) has ended."""
-        while self._goes_on():
-            if self._prompts and not self._waiting and None in self._drawn:
-                self._prefill()
-            elif self._living:
-                self._decode()
+    # ---------------------------------------------------------------- joining and leaving
+
+    def add(self, ids: list[int], sampling: SamplingConfig, seed: int | None = None) -> Response:
+        """Queue a prompt for one response, drawn with random numbers of its own.
+
+        Args:
+            ids: the prompt.
+            sampling: parameters of this response; `num_generations` is ignored.
+            seed: None is a new one each time.
+        """
+        uniform: list[float] = []
+        if sampling.temperature > 0:
+            generator = torch.Generator(device=self._device)
+            if seed is None:
+                generator.seed()
             else:
-                self._keep_step()
-            self._admit()
-        return self._result()
+                generator.manual_seed(seed)
+            uniform = torch.rand(
+                sampling.max_new_tokens, dtype=torch.float64, device=self._device,
+                generator=generator,
+            ).tolist()
+        response = Response(sampling, uniform)
+        self.enqueue(ids, [response])
+        return response
+
+    def enqueue(self, ids: list[int], responses: Sequence[Response]) -> None:
+        """Queue a prompt for one or more responses that share its prefill."""
+        self._queue.append(_Prompt(ids, responses))
+
+    def cancel(self, response: Response) -> None:
+        """End a response with the tokens it has."""
+        response.ended = True
+        self._queue = [prompt for prompt in self._queue if response not in prompt.responses]
+        self._free_slots()
 
     @property
-    def _living(self) -> int:
-        return sum(drawn is not None for drawn in self._drawn)
+    def busy(self) -> bool:
+        """Whether a response is still to be generated."""
+        return bool(self._queue) or self._unfinished > 0
 
-    def _goes_on(self) -> bool:
-        busy = bool(self._prompts or self._waiting or self._living)
-        if not self._decoder.in_step:
-            return busy
-        mine = torch.tensor(float(busy), device=self._device)
-        return bool(distributed.max_over_ranks(mine).item())
+    @property
+    def free(self) -> int:
+        """Number of slots that no response uses or waits for."""
+        return self._slots - self._unfinished
 
-    # --------------------------------------------------------------- the three kinds of turns
+    @property
+    def _unfinished(self) -> int:
+        started = chain((waiting.response for waiting in self._waiting), filter(None, self._rows))
+        queued = chain.from_iterable(prompt.responses for prompt in self._queue)
+        return sum(not response.ended for response in chain(started, queued))
 
-    def _prefill(self) -> None:
-        """Take the next prompts together, and draw the first token of each of their replies."""
+    # ---------------------------------------------------------------- forward passes
+
+    @torch.no_grad()
+    def step(self) -> list[Response]:
+        """Make one forward pass: prefill prompts if slots are free, else decode.
+
+        Returns:
+            The responses that got a token.
+        """
+        self._fill_slots()
+        living = len(self._rows) - self._rows.count(None)
+        drawn: list[Response] = []
+        if self._queue and not self._waiting and living < self._slots:
+            drawn = self._prefill()
+        elif living:
+            drawn = self._decode()
+        self._free_slots()
+        return drawn
+
+    def _prefill(self) -> list[Response]:
+        """Run the next prompts through the model and draw the first token of their responses."""
         start = time.perf_counter()
-        wave = self._next_wave()
-        self._prompts = self._prompts[len(wave) :]
-        lengths = [self._lengths[i] for i in wave]
-        rows = torch.tensor(wave, device=self._device)
-        ids = self._request.prompt_ids[rows, -max(lengths) :]
-        mask = self._request.prompt_attention_mask[rows, -max(lengths) :]
-        # Without the model's configuration: layers with a window would keep only the window.
-        prompts = DynamicCache()
-        logits = self._decoder.model(
-            input_ids=ids, attention_mask=mask, position_ids=rl_math.position_ids(mask),
-            past_key_values=prompts, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1].repeat_interleave(self._copies, dim=0)
+        cache, model = self._decoder.cache, self._decoder.model
+        if not self._rows:
+            longest = max(len(prompt.ids) for prompt in self._queue)
+            new = max(r.sampling.max_new_tokens for p in self._queue for r in p.responses)
+            cache.begin(self._slots, longest, new, self._device)
+        wanted = min(self._slots, self._unfinished) - len(self._rows)
+        if wanted > 0:
+            self._rows += [None] * wanted
+            cache.add_rows(wanted)
+        prompts = self._next_prompts()
+        ids, mask = pad([prompt.ids for prompt in prompts], 0, left=True)
+        logits, prefilled = prefill(model, ids.to(self._device), mask.to(self._device))
         start = self._took("prefill", start)
-        seen = None
-        if self._sampling.repetition_penalty != 1:
-            seen = torch.zeros(logits.shape, dtype=torch.bool, device=self._device)
-            copies = ids.repeat_interleave(self._copies, dim=0)
-            real = mask.repeat_interleave(self._copies, dim=0).bool()
-            first = copies[:, -1:]  # a real token in every row: what is padding points at it
-            seen.scatter_(1, torch.where(real, copies, first), True)
-        replies = [i * self._copies + j for i in wave for j in range(self._copies)]
-        reply = torch.tensor(replies, device=self._device)
-        tokens, ended = self._draw(logits, reply, torch.zeros_like(reply), seen)
-        copied = [length for length in lengths for _ in range(self._copies)]
-        made = _Wave(prompts, copied, seen, tokens, replies)
-        going_on = [] if self._limit == 1 else [i for i, end in enumerate(ended) if not end]
-        self._waiting = [(made, i) for i in going_on]
+        joining = [
+            _Prefilled(response, prefilled, row, len(prompt.ids))
+            for row, prompt in enumerate(prompts) for response in prompt.responses
+        ]
+        for one in joining:
+            if one.response.sampling.repetition_penalty != 1:
+                one.response.seen = torch.zeros(
+                    logits.shape[-1], dtype=torch.bool, device=self._device)
+                one.response.seen[prompts[one.row].ids] = True
+        logits = logits[torch.tensor([one.row for one in joining], device=self._device)]
+        drawn = self._draw(logits, [one.response for one in joining])
+        self._waiting = joining
         self._took("sampling", start)
+        return drawn
 
-    def _next_wave(self) -> list[int]:
-        """As many prompts as there are slots, but without those that would mostly be padding."""
-        wave = self._prompts[: self._wave_size]
-        lengths = [self._lengths[i] for i in wave]
-        padding = [(len(wave) - k) * (lengths[0] - lengths[k]) for k in range(len(wave))]
-        cut = max(range(len(wave)), key=padding.__getitem__)
-        return wave[:cut] if padding[cut] > WORTH_A_PASS else wave
+    def _next_prompts(self) -> list[_Prompt]:
+        """Take as many prompts as fit the slots, but without those that would mostly be padding."""
+        size = max(1, len(self._rows) // len(self._queue[0].responses))
+        head = sorted(self._queue[:size], key=lambda prompt: -len(prompt.ids))
+        longest = len(head[0].ids)
+        padding = [(len(head) - k) * (longest - len(head[k].ids)) for k in range(len(head))]
+        cut = max(range(len(head)), key=padding.__getitem__)
+        if padding[cut] <= WORTH_A_PASS:
+            cut = len(head)
+        self._queue = head[cut:] + self._queue[size:]
+        return head[:cut]
 
-    def _decode(self) -> None:
-        """A token for every slot."""
+    def _decode(self) -> list[Response]:
+        """Add a token to the response in every slot."""
         start = time.perf_counter()
-        cache, step = self._cache, self._decoder.step
+        cache = self._decoder.cache
         cache.make_room()
-        logits = (
-            step(self._token, cache) if step else
-            forward_step(self._decoder.model, self._token, cache)
-        )
+        tokens = [0 if response is None else response.tokens[-1] for response in self._rows]
+        logits = self._decoder.step(torch.tensor(tokens, device=self._device), cache)
         cache.advance()
         start = self._took("decode", start)
-        self._place = (self._place + 1).clamp_(max=self._limit - 1)
-        self._token, ended = self._draw(logits, self._reply, self._place, self._seen)
-        left = []
-        for slot, drawn in enumerate(self._drawn):
-            if drawn is not None:
-                self._drawn[slot] = drawn + 1
-                if ended[slot] or drawn + 1 == self._limit:
-                    left.append(slot)
-        if left:
-            self._leave(left)
+        drawn = self._draw(logits, self._rows)
         self._took("sampling", start)
+        return drawn
 
-    def _keep_step(self) -> None:
-        """Nothing to do but the collectives of the others' forward passes."""
-        one = self._request.prompt_ids[:1, -1:]
-        self._decoder.model(input_ids=one, attention_mask=torch.ones_like(one), use_cache=False)
+    def _draw(self, logits: Tensor, rows: Sequence[Response | None]) -> list[Response]:
+        """Draw the next token of each response from logits [N, V]; rows of None are idle."""
+        alike: dict[tuple[float, ...], list[tuple[int, Response]]] = {}
+        for row, response in enumerate(rows):
+            if response is not None:
+                by = response.sampling
+                key = by.temperature, by.top_p, by.top_k, by.repetition_penalty
+                alike.setdefault(key, []).append((row, response))
+        for group in alike.values():
+            chosen, responses = zip(*group, strict=True)
+            some = logits if len(group) == len(rows) else logits[list(chosen)]
+            self._draw_alike(some, responses)
+        return [response for group in alike.values() for _, response in group]
 
-    # --------------------------------------------------------------- drawing
-
-    def _draw(
-        self, logits: Tensor, reply: Tensor, place: Tensor, seen: Tensor | None
-    ) -> tuple[Tensor, list[bool]]:
-        """Tokens [rows] for places in replies, kept for the result; and which of them are eos."""
-        uniform = None if self._uniform is None else self._uniform[reply, place]
-        token = sample(logits, self._sampling, uniform, seen)
-        logprob = rl_math.token_logprobs(
-            logits.unsqueeze(1), token.unsqueeze(1), self._sampling.temperature or 1.0
+    def _draw_alike(self, logits: Tensor, responses: Sequence[Response]) -> None:
+        """Draw a token for responses whose distributions have the same parameters."""
+        sampling = responses[0].sampling
+        uniform = seen = None
+        if sampling.temperature > 0:
+            uniform = torch.tensor(
+                [response.uniform[len(response.tokens)] for response in responses],
+                dtype=torch.float64, device=self._device,
+            )
+        if sampling.repetition_penalty != 1:
+            seen = torch.stack([r.seen for r in responses if r.seen is not None])
+        tokens = sample(logits, sampling, uniform, seen)
+        logprobs = rl_math.token_logprobs(
+            logits.unsqueeze(1), tokens.unsqueeze(1), sampling.temperature or 1.0
         )
-        self._record.append((reply * self._limit + place, token, logprob.squeeze(1)))
-        if seen is not None:
-            seen.scatter_(1, token.unsqueeze(1), True)
-        return token, torch.isin(token, self._eos_ids).tolist()
+        for response, token, logprob in zip(
+            responses, tokens.tolist(), logprobs.squeeze(1).tolist(), strict=True
+        ):
+            response.tokens.append(token)
+            response.logprobs.append(logprob)
+            if response.seen is not None:
+                response.seen[token] = True
+            full = len(response.tokens) == response.sampling.max_new_tokens
+            response.ended = full or token in self._eos_ids
 
-    # --------------------------------------------------------------- slots
+    # ---------------------------------------------------------------- slots
 
-    def _leave(self, slots: list[int]) -> None:
-        """Replies have ended: their slots are free, and go when nothing will take them."""
-        self._cache.vacate(slots)
-        self._reply[torch.tensor(slots, device=self._device)] = self._count
-        for slot in slots:
-            self._drawn[slot] = None
-        nobody_waits = not (self._waiting or self._prompts)
-        if nobody_waits and 0 < self._living <= len(self._drawn) // 2:
-            keep = [slot for slot, drawn in enumerate(self._drawn) if drawn is not None]
-            self._cache.shrink(keep)
-            self._drawn = [self._drawn[slot] for slot in keep]
-            kept = torch.tensor(keep, device=self._device)
-            self._reply, self._place = self._reply[kept], self._place[kept]
-            self._token = self._token[kept]
-            self._seen = None if self._seen is None else self._seen[kept]
+    def _free_slots(self) -> None:
+        """Free the slots of responses that have ended; drop rows that nothing will fill."""
+        self._waiting = [one for one in self._waiting if not one.response.ended]
+        ended = [slot for slot, row in enumerate(self._rows) if row is not None and row.ended]
+        if not ended:
+            return
+        for slot in ended:
+            self._rows[slot] = None
+        self._decoder.cache.vacate(ended)
+        living = [slot for slot, row in enumerate(self._rows) if row is not None]
+        if not (self._waiting or self._queue) and len(living) <= len(self._rows) // 2:
+            self._decoder.cache.shrink(living)
+            self._rows = [self._rows[slot] for slot in living]
 
-    def _admit(self) -> None:
-        """Those that wait take the free slots."""
-        free = [slot for slot, drawn in enumerate(self._drawn) if drawn is None]
-        free = free[: len(self._waiting)]
-        if not free:
+    def _fill_slots(self) -> None:
+        """Give free slots to responses whose prompts are prefilled."""
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        joining = self._waiting[: len(free)]
+        if not joining:
             return
         start = time.perf_counter()
-        # Those that wait are of one wave: the next is prefilled when none is left.
-        entering, self._waiting = self._waiting[: len(free)], self._waiting[len(free) :]
-        wave, places = entering[0][0], [place for _, place in entering]
-        self._cache.admit(
-            wave.prompts, [place // self._copies for place in places], free,
-            [wave.lengths[place] for place in places],
+        slots = free[: len(joining)]
+        self._waiting = self._waiting[len(joining) :]
+        self._decoder.cache.admit(
+            joining[0].cache, [one.row for one in joining], slots, [one.length for one in joining]
         )
-        slot, place = (torch.tensor(of, device=self._device) for of in (free, places))
-        # A new tensor: the old one is kept in the record.
-        self._token = self._token.index_copy(0, slot, wave.tokens[place])
-        self._reply[slot] = torch.tensor([wave.replies[p] for p in places], device=self._device)
-        self._place[slot] = 0
-        if wave.seen is not None:
-            if self._seen is None:
-                shape = len(self._drawn), wave.seen.shape[1]
-                self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
-            self._seen[slot] = wave.seen[place]
-        for i in free:
-            self._drawn[i] = 1
+        for slot, one in zip(slots, joining, strict=True):
+            self._rows[slot] = one.response
         self._took("refill", start)
 
-    # --------------------------------------------------------------- the result
-
-    def _result(self) -> RolloutBatch:
-        """Everything that was drawn, in the order of the prompts."""
-        shape = self._count + 1, self._limit
-        where, token, logprob = (torch.cat(column) for column in zip(*self._record, strict=True))
-        tokens = torch.full(shape, self._pad_id, device=self._device)
-        logprobs = torch.zeros(shape, device=self._device)
-        drawn = torch.zeros(shape, dtype=torch.long, device=self._device)
-        for made, values in ((tokens, token), (logprobs, logprob), (drawn, where * 0 + 1)):
-            made.view(-1)[where] = values
-        longest = int(drawn[:-1].sum(-1).max())
-        tokens, logprobs, mask = (
-            made[:-1, :longest] for made in (tokens, logprobs, drawn)
-        )
-        ids, prompt_mask = (
-            part.repeat_interleave(self._copies, dim=0)
-            for part in (self._request.prompt_ids, self._request.prompt_attention_mask)
-        )
-        return RolloutBatch(
-            torch.cat([ids, tokens], dim=-1), torch.cat([prompt_mask, mask], dim=-1),
-            torch.full((self._count,), ids.shape[1], device=self._device), mask, logprobs,
-        )
-
     def _took(self, part: str, start: float) -> float:
-        """Count the time since `start`; the time now."""
+        """Add the time since `start` to a part of the work; return the current time."""
         now = time.perf_counter()
         seconds = self._decoder.seconds
         seconds[part] = seconds.get(part, 0.0) + now - start
         return now
+
+
+def _as_rollout(prompts: PromptBatch, responses: Sequence[Response], pad_id: int) -> Rollout:
+    """Join finished responses to their prompts."""
+    device = prompts.input_ids.device
+    tokens, mask = pad([response.tokens for response in responses], pad_id)
+    longest = mask.shape[1]
+    logprobs = torch.tensor([r.logprobs + [0.0] * (longest - len(r.logprobs)) for r in responses])
+    tokens, mask, logprobs = (part.to(device) for part in (tokens, mask, logprobs))
+    copies = len(responses) // len(prompts.input_ids)
+    ids, prompt_mask = (
+        part.repeat_interleave(copies, dim=0)
+        for part in (prompts.input_ids, prompts.attention_mask)
+    )
+    return Rollout(
+        input_ids=torch.cat([ids, tokens], dim=-1),
+        attention_mask=torch.cat([prompt_mask, mask], dim=-1),
+        response_mask=mask, decoded_logprobs=logprobs,
+    )

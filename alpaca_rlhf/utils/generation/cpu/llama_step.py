@@ -72,36 +72,27 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 
 
 class LlamaStep:
-    """The next token's logits, for every row of a cache.
+    """Computes the next logits of all rows of a LLaMA by the compiled kernels.
 
     Args:
-        model: one that there is no `objection` to, weights whole.
+        model: a model without an `objection`.
     """
 
     name = "the compiled decoding step"
+    reusable = True
 
     def __init__(self, model: Any) -> None:
-        decoder = model.model
-        self._embed, self._rotary, self._norm = (
-            decoder.embed_tokens, decoder.rotary_emb, decoder.norm
-        )
-        self._layers = [_Layer(layer) for layer in decoder.layers]
-        self._head = _Joined(model.get_output_embeddings())
-
-    def fill(self) -> "LlamaStep":
-        """Take the model's weights as they are now: to be done before the first step, too."""
-        for layer in self._layers:
-            layer.fill()
-        self._head.fill()
-        return self
+        self._model = model
+        self._layers: list[_Layer] = []
+        self._head: Any = None
 
     @staticmethod
     def objection(model: PreTrainedModel) -> str | None:
-        """None, or what stands in the way of a step of this model."""
+        """Return the reason why there is no such step for a model, or None."""
         if model.get_input_embeddings().weight.device.type != "cpu":
-            return "a step of our own is for a CPU"
+            return "it is for CPUs"
         if any(p.dtype != torch.float32 for p in model.parameters()):
-            return "a step of our own is for fp32"
+            return "it is for fp32"
         if getattr(model.config, "sliding_window", None) is not None:
             return "the model attends to a sliding window"
         decoder = getattr(model, "model", None)
@@ -110,30 +101,44 @@ class LlamaStep:
             parts += [(getattr(layer, "self_attn", None), _ATTENTION),
                       (getattr(layer, "mlp", None), _MLP)]
         if not parts or not all(_consists_of(part, names) for part, names in parts):
-            return "the model is not made of LLaMA's parts"
+            return "the model is not made of LLaMA's modules"
         try:
             library()
         except KernelsMissing as error:
             return str(error)
         return None
 
+    def fill(self) -> None:
+        """Copy the model's weights as they are now into the layout of the kernels."""
+        if not self._layers:
+            self._layers = [_Layer(layer) for layer in self._model.model.layers]
+            self._head = _Joined(self._model.get_output_embeddings())
+        for layer in self._layers:
+            layer.fill()
+        self._head.fill()
+
+    def release(self) -> None:
+        """Free the copy of the weights."""
+        self._layers, self._head = [], None
+
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
-        """Logits [rows, V] after tokens [rows], whose keys and values go to the cache's front."""
-        x = self._embed(tokens)
-        cosines, sines = (part.squeeze(1) for part in self._rotary(x, cache.positions))
-        starts = cache.starts
+        """Return logits [N, V] after tokens [N]; their keys and values go to the cache's front."""
+        decoder = self._model.model
+        x = decoder.embed_tokens(tokens)
+        cosines, sines = (part.squeeze(1) for part in decoder.rotary_emb(x, cache.positions))
         for layer, held in zip(self._layers, cache.layers, strict=True):
             joined = layer.attention_in(_normed(layer.norms[0], x))
             x = x + layer.attention_out(attended(
-                joined, cosines, sines, held.keys, held.values, cache.front, starts, layer.scaling,
+                joined, cosines, sines, held.keys, held.values, cache.front, cache.starts,
+                layer.scaling,
             ))
             gate, up = layer.mlp_in(_normed(layer.norms[1], x)).chunk(2, dim=-1)
             x = x + layer.mlp_out(layer.activation(gate) * up)
-        return self._head(_normed(self._norm, x))
+        return self._head(_normed(decoder.norm, x))
 
 
 def _consists_of(module: Any, names: set[str]) -> bool:
-    """Whether these are a module's parts, each with what a step reads off it."""
+    """Return whether a module has exactly these submodules, with the attributes that are read."""
     parts = dict(module.named_children()) if isinstance(module, nn.Module) else {}
     return parts.keys() == names and all(
         hasattr(part, "variance_epsilon") for name, part in parts.items() if "norm" in name
