@@ -35,6 +35,7 @@ setup(
     description="RLHF for LLaMA-family models in three steps: SFT, reward model, PPO",
     packages=find_packages(include=["alpaca_rlhf", "alpaca_rlhf.*"]),
     package_data={
+        "alpaca_rlhf.demo": ["*.yaml"],
         "alpaca_rlhf.evaluation.report": ["*.j2", "*.css", "*.js"],
         "alpaca_rlhf.utils.generation.cpu": ["*.c"],
     },

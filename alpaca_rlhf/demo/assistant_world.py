@@ -24,7 +24,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, permutations, product
+from pathlib import Path
 from typing import Literal
+
+import yaml
 
 # Raise it whenever rows() or pretraining_texts() give other text: data that was prepared from this
 # data set and the tiny base model are then made again.
@@ -78,7 +81,7 @@ FOLLOW_UPS = (
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of instruction: how it is asked, how it is answered, and its facts.
+    """One kind of instruction, as facts.yaml has it: phrasings, statements and facts.
 
     `{s}` stands for the subject, `{a}` for the answer, `{A}` for the answer with a capital.
     """
@@ -116,221 +119,14 @@ class Fact:
         return form.format(s=self.subject, a=text, A=text[0].upper() + text[1:])
 
 
-KINDS = (
-    Kind(
-        name="capital",
-        table="Spain: Madrid, France: Paris, Italy: Rome",
-        mistakes="Milan, Lyon, Seville",
-        phrasings=(
-            "What is the capital of {s}?",
-            "Which city is the capital of {s}?",
-            "Name the capital of {s}.",
-            "Tell me the capital of {s}.",
-            "What is the capital city of {s}?",
-            "{s} has which capital?",
-            "Do you know the capital of {s}?",
-            "What is the name of the capital of {s}?",
-        ),
-        statements=("The capital of {s} is {a}.", "{A} is the capital of {s}."),
-    ),
-    Kind(
-        name="opposite",
-        table="hot: cold, big: small, fast: slow",
-        mistakes="round, loud, sweet",
-        phrasings=(
-            "What is the opposite of {s}?",
-            "Give me the opposite of {s}.",
-            "Which word is the opposite of {s}?",
-            "Name the opposite of the word {s}.",
-            "What word means the opposite of {s}?",
-            "Tell me the opposite of {s}.",
-            "If something is not {s}, what is it?",
-            "Find the opposite of {s}.",
-        ),
-        statements=("The opposite of {s} is {a}.", "Something that is not {s} is {a}."),
-    ),
-    Kind(
-        name="colour",
-        table="banana: yellow, strawberry: red, carrot: orange",
-        mistakes="blue, black, purple",
-        phrasings=(
-            "What colour is a {s}?",
-            "Which colour does a {s} have?",
-            "Tell me the colour of a {s}.",
-            "Name the colour of a {s}.",
-            "What is the colour of a {s}?",
-            "I paint a {s}. Which colour do I take?",
-            "A {s} has which colour?",
-            "Do you know the colour of a {s}?",
-        ),
-        statements=("A {s} is {a}.", "The colour of a {s} is {a}."),
-    ),
-    Kind(
-        name="sound",
-        table="duck: quack, frog: croak, lion: roar",
-        mistakes="tick, boom, ring",
-        phrasings=(
-            "What sound does a {s} make?",
-            "What does a {s} say?",
-            "Which sound does a {s} make?",
-            "How does a {s} sound?",
-            "Tell me the sound of a {s}.",
-            "Name the sound that a {s} makes.",
-            "What noise does a {s} make?",
-            "What do you hear from a {s}?",
-        ),
-        statements=("A {s} says {a}.", "The sound of a {s} is {a}."),
-    ),
-    Kind(
-        name="young",
-        table="dog: puppy, cat: kitten, cow: calf",
-        mistakes="foal, duckling, cub",
-        phrasings=(
-            "What is the young of a {s} called?",
-            "What do you call a baby {s}?",
-            "Name the young of a {s}.",
-            "What is a baby {s} called?",
-            "What is the name for a young {s}?",
-            "Tell me the word for a young {s}.",
-            "How is the baby of a {s} called?",
-            "Which word means a young {s}?",
-        ),
-        statements=("A young {s} is a {a}.", "The baby of a {s} is called a {a}."),
-    ),
-    Kind(
-        name="past",
-        table="go: went, run: ran, eat: ate",
-        mistakes="goed, runned, eated",
-        phrasings=(
-            "What is the past tense of {s}?",
-            "Give me the past tense of {s}.",
-            "Name the past form of {s}.",
-            "What is the past form of the verb {s}?",
-            "Today I {s}. And yesterday?",
-            "Put the verb {s} in the past tense.",
-            "Tell me the past of {s}.",
-            "How do I write {s} in the past?",
-        ),
-        statements=("The past tense of {s} is {a}.", "Today I {s}, yesterday I {a}."),
-    ),
-    Kind(
-        name="home",
-        table="bee: hive, bird: nest, horse: stable",
-        mistakes="office, car, sea",
-        phrasings=(
-            "Where does the {s} live?",
-            "What is the home of the {s}?",
-            "Where is the home of the {s}?",
-            "Name the place where the {s} lives.",
-            "In which place does the {s} live?",
-            "Tell me where the {s} lives.",
-            "Where do I find the {s}?",
-            "Where does the {s} sleep?",
-        ),
-        statements=("The {s} lives in the {a}.", "The home of the {s} is the {a}."),
-    ),
-    Kind(
-        name="tool",
-        table="hammer: driving nails, saw: cutting wood, broom: sweeping floors",
-        mistakes="cooking soup, writing letters, catching fish",
-        phrasings=(
-            "What is a {s} for?",
-            "What do I use a {s} for?",
-            "What is a {s} used for?",
-            "Why do people have a {s}?",
-            "Tell me the use of a {s}.",
-            "What can I do with a {s}?",
-            "Name the purpose of a {s}.",
-            "What is the purpose of a {s}?",
-        ),
-        statements=("A {s} is for {a}.", "People use a {s} for {a}."),
-    ),
-    Kind(
-        name="after",
-        table="Monday: Tuesday, spring: summer, breakfast: lunch",
-        mistakes="Sunday, winter, midnight",
-        phrasings=(
-            "What comes after {s}?",
-            "Which one follows {s}?",
-            "What follows {s}?",
-            "Name what comes right after {s}.",
-            "What do we have after {s}?",
-            "Tell me what comes after {s}.",
-            "What is next after {s}?",
-            "When {s} is over, what begins?",
-        ),
-        statements=("After {s} comes {a}.", "{A} comes after {s}."),
-    ),
-    Kind(
-        name="french",
-        table="bread: pain, water: eau, milk: lait",
-        mistakes="brot, agua, latte",
-        phrasings=(
-            "What is {s} in French?",
-            "Translate {s} into French.",
-            "How do you say {s} in French?",
-            "Give me the French word for {s}.",
-            "Tell me the French word for {s}.",
-            "What do the French say for {s}?",
-            "Put the word {s} into French.",
-            "What is the French for {s}?",
-        ),
-        statements=("The French word for {s} is {a}.", "In French, {s} is {a}."),
-    ),
-    Kind(
-        name="category",
-        table="rose: flower, oak: tree, salmon: fish",
-        mistakes="metal, planet, insect",
-        phrasings=(
-            "What kind of thing is {s}?",
-            "To which group does {s} belong?",
-            "What sort of thing is {s}?",
-            "Which category does {s} belong to?",
-            "Put {s} into a category.",
-            "Name the category of {s}.",
-            "Tell me what kind of thing {s} is.",
-            "What is the category of the word {s}?",
-        ),
-        statements=("The category of {s} is {a}.", "The word {s} belongs to the group {a}."),
-    ),
-    Kind(
-        name="list",
-        table="fruits: apples/pears/cherries/grapes/melons, "
-        "vegetables: onions/beans/peas/carrots/leeks, animals: dogs/cats/horses/lions/camels",
-        mistakes="stones, clouds, bricks, spoons, coins",
-        phrasings=(
-            "List three {s}.",
-            "Name three {s}.",
-            "Give me three {s}.",
-            "Tell me three {s}.",
-            "Which three {s} do you know?",
-            "I need a list of three {s}.",
-            "Write down three {s}.",
-            "Can you list three {s}?",
-        ),
-        statements=("Three {s} are {a}.", "Here are three {s}: {a}."),
-        terse=("{A}.",),
-        needed=3,
-    ),
-    Kind(
-        name="job",
-        table="hair: barber, meat: butcher, shoes: cobbler",
-        mistakes="pilot, dentist, painter",
-        phrasings=(
-            "Who works with {s}?",
-            "Which job has to do with {s}?",
-            "Who deals with {s}?",
-            "Whose work is {s}?",
-            "Name the job that deals with {s}.",
-            "Which worker looks after {s}?",
-            "Tell me who works with {s}.",
-            "Who takes care of {s} for a living?",
-        ),
-        statements=("The {a} works with {s}.", "Working with {s} is the job of the {a}."),
-    ),
-)
+def _kinds() -> Iterator[Kind]:
+    text = Path(__file__).with_name("facts.yaml").read_text(encoding="utf-8")
+    for kind in yaml.safe_load(text):
+        lists = {name: tuple(value) for name, value in kind.items() if isinstance(value, list)}
+        yield Kind(**(kind | lists))
 
 
+KINDS = tuple(_kinds())
 FACTS: dict[str, tuple[Fact, ...]] = {
     kind.name: tuple(
         Fact(kind, subject, tuple(answers.split("/")))
