@@ -15,8 +15,7 @@ from alpaca_rlhf.utils import arguments, console, distributed, losses, preflight
 from alpaca_rlhf.utils.configs import Step1Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import TokenBatch, collate_tokens
-from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_tokenizer
-from alpaca_rlhf.utils.data.tokenizer import describe as describe_tokenizer
+from alpaca_rlhf.utils.data.tokenizer import load_chat
 from alpaca_rlhf.utils.engine import Engine, build_trained
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, load_causal_lm
 from alpaca_rlhf.utils.preflight import Planned
@@ -33,15 +32,9 @@ def main() -> None:
         console.say(notice)
     folder, found = checkpoints.open_run(args.run, args.checkpoint, step=1, arguments=config)
     role = tiny_llama.or_embedded(args.model, prepare.cache_home(args.data.data_output_path))
-    preflight.check(
-        [Planned(role, args.loading, args.lora, args.engine)], args.tracking.trackers
-    )
+    preflight.check([Planned(role, args.loading, args.lora, args.engine)], args.tracking.trackers)
 
-    chat = ChatFormat(load_tokenizer(
-        args.loading.tokenizer_name_or_path or role.model_name_or_path, args.data.chat_template,
-        args.loading.trust_remote_code,
-    ))
-    console.say(describe_tokenizer(chat.tokenizer))
+    chat = load_chat(role.model_name_or_path, args.loading, args.data.chat_template)
     data = prepare.prepare_sft(
         args.data, args.sft, seed=args.run.seed, max_seq_len=args.batches.max_seq_len, chat=chat
     )

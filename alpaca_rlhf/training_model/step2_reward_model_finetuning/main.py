@@ -16,8 +16,7 @@ from alpaca_rlhf.utils import arguments, console, distributed, losses, preflight
 from alpaca_rlhf.utils.configs import Step2Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import PairBatch, collate_pairs
-from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_tokenizer
-from alpaca_rlhf.utils.data.tokenizer import describe as describe_tokenizer
+from alpaca_rlhf.utils.data.tokenizer import load_chat
 from alpaca_rlhf.utils.engine import Engine, build_trained
 from alpaca_rlhf.utils.logging import records
 from alpaca_rlhf.utils.model.reward_model import (
@@ -46,11 +45,7 @@ def main() -> None:
         [Planned(role, args.loading, args.lora, args.engine, scores=True)], args.tracking.trackers
     )
 
-    chat = ChatFormat(load_tokenizer(
-        args.loading.tokenizer_name_or_path or role.model_name_or_path, args.data.chat_template,
-        args.loading.trust_remote_code,
-    ))
-    console.say(describe_tokenizer(chat.tokenizer))
+    chat = load_chat(role.model_name_or_path, args.loading, args.data.chat_template)
     data = prepare.prepare_pairs(
         args.data, seed=args.run.seed, max_seq_len=args.batches.max_seq_len, chat=chat
     )

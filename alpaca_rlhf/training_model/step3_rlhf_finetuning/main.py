@@ -38,7 +38,7 @@ from alpaca_rlhf.utils.configs import Step3Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import collate_prompts, text_batches
 from alpaca_rlhf.utils.data.prepare import Prepared
-from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat, load_tokenizer, require_same
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, Alarms, Limits
 from alpaca_rlhf.utils.logging.tracker import Outside, Tracker
@@ -68,7 +68,7 @@ def main() -> None:
     reward_function = load_reward_function(args.reward.reward_function)
     normalizer = ScoreNormalizer(args.reward, args.critic.model_name_or_path)
 
-    chat = load_chat(args)
+    chat = load_shared_chat(args)
     data = prepare.prepare_prompts(
         args.data, seed=args.run.seed, max_prompt_seq_len=args.rollout.max_prompt_seq_len,
         chat=chat,
@@ -98,32 +98,28 @@ def main() -> None:
 
 def planned(args: Step3Config) -> list[Planned]:
     """Return actor and critic for the memory plan."""
-    plan = partial(Planned, loading=args.loading, adapters=args.lora, engine=args.engine)
+    actor = Planned(args.actor, args.loading, args.lora, args.engine, needs_frozen_copy=True)
     scored = args.reward.reward_function is None
-    return [plan(args.actor, needs_frozen_copy=True),
-            plan(args.critic, scores=True, needs_frozen_copy=scored)]
+    return [actor, replace(actor, role=args.critic, scores=True, needs_frozen_copy=scored)]
 
 
-def load_chat(args: Step3Config) -> ChatFormat:
+def load_shared_chat(args: Step3Config) -> ChatFormat:
     """Load the tokenizer of all four roles.
 
     Raises:
         UserError: actor and critic have different ones, or the critic is no reward model.
     """
-    load = partial(
-        load_tokenizer, template=args.data.chat_template,
-        trust_remote_code=args.loading.trust_remote_code, fixed=True,
-    )
-    actor, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
-    tokenizer = load(args.loading.tokenizer_name_or_path or actor)
-    require_same(tokenizer, load(critic))
+    template, critic = args.data.chat_template, args.critic.model_name_or_path
+    chat = load_chat(args.actor.model_name_or_path, args.loading, template, fixed=True)
+    require_same(chat.tokenizer, load_tokenizer(
+        critic, template, args.loading.trust_remote_code, fixed=True
+    ))
     if not is_reward_model(args.critic, args.loading):
         raise UserError(
             f"--critic_model_name_or_path {critic}: is no reward model (a sequence classifier "
             "with one label); give the folder that step 2 wrote"
         )
-    console.say(describe(tokenizer))
-    return ChatFormat(tokenizer)
+    return chat
 
 
 def alarms(args: Step3Config) -> Alarms:
@@ -154,6 +150,7 @@ class PPO:
         found: Found | None, normalizer: ScoreNormalizer, reward_function: RewardFunction | None,
     ) -> None:
         self._args, self._data, self._folder = args, data, folder
+        self._longest = args.rollout.max_prompt_seq_len + args.sampling.max_new_tokens
         self._gold = evaluate_policy.gold_rule(args.data.data_path)
         self.plan = Plan(
             args.schedule, args.rollout, args.sampling, args.ppo, args.report,
@@ -193,11 +190,6 @@ class PPO:
             folder, {"actor": engine.actor, "critic": engine.critic}, config=args.checkpoint,
             step=3, arguments=arguments.to_config(args), found=found, own=own, shared=shared,
         )
-
-    @property
-    def _longest(self) -> int:
-        """Most tokens of prompt and response together."""
-        return self._args.rollout.max_prompt_seq_len + self._args.sampling.max_new_tokens
 
     def train(self, tracker: Tracker) -> None:
         """Run the PPO iterations: rollout phase and update phase in turn."""
@@ -290,8 +282,8 @@ class PPO:
         card = export.model_card("Critic (value model) of PPO", {})
         export.export(critic, tokenizer, folder / "critic", card)
         if self.trainer.ema is not None:
+            card = export.model_card("Policy trained with PPO, averaged weights", facts)
             with self.trainer.ema.swapped_in():
-                card = export.model_card("Policy trained with PPO, averaged weights", facts)
                 export.export(actor, tokenizer, folder / "actor_ema", card)
         for role in ("actor", "critic"):
             self._data.save_record(folder / role)

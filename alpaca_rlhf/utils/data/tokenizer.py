@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alpaca_rlhf.utils import console
+from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.errors import UserError
 
@@ -217,6 +218,19 @@ def load_tokenizer(
     if not tokenizer.pad_token or tokenizer.pad_token_id == tokenizer.eos_token_id:
         _give_pad(tokenizer)
     return tokenizer
+
+
+def load_chat(
+    model: str, loading: LoadingConfig, template: str | None = None, fixed: bool = False
+) -> ChatFormat:
+    """Load the tokenizer given by the options, else the model's, and describe it on the console.
+
+    Template, `fixed` and errors are those of `load_tokenizer`.
+    """
+    path = loading.tokenizer_name_or_path or model
+    tokenizer = load_tokenizer(path, template, loading.trust_remote_code, fixed)
+    console.say(describe(tokenizer))
+    return ChatFormat(tokenizer)
 
 
 def _set_template(
