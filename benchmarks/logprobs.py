@@ -1,8 +1,8 @@
-"""How far decoding's log-probabilities are from those of a whole forward pass, in fp32.
+"""Difference between the log-probabilities of decoding and of a whole forward pass, in fp32.
 
-    PYTHONPATH=. python benchmarks/logprobs.py output/smollm2-135m 32     # model, tokens a reply
+    PYTHONPATH=. python benchmarks/logprobs.py output/smollm2-135m 32   # model, tokens per response
 
-And, for comparison, how far a whole pass over a batch is from one over each row alone.
+For comparison, also the difference between a whole pass over a batch and one over each row alone.
 """
 
 import sys
@@ -19,7 +19,7 @@ from alpaca_rlhf.utils.model.causal_lm import response_logits
 
 @torch.no_grad()
 def main() -> None:
-    """Eight sampled replies by the compiled step, one thread."""
+    """Sample eight responses with the compiled step on one thread, and compare."""
     torch.set_num_threads(1)
     distributed.initialize(0)
     engine, form = build(sys.argv[1], 0, 0)

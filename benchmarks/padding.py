@@ -1,10 +1,10 @@
-"""What share of the tokens of a batch is padding, for the orders that a run might take.
+"""Share of padding among the tokens of an epoch, for several orders of its rows.
 
     python benchmarks/padding.py PAIRS.jsonl.gz [--batch_size 8] [--tokenizer FOLDER] [--step 1]
 
-Prints it for batches of like lengths (what steps 1 and 2 do), for plain shuffling, and for rows
-padded to `--max_seq_len`, each over an epoch of all rows of the file; and for batches of one row,
-below which no order can go: the two sequences of a pair are of unlike length by themselves.
+Batches are grouped by length (as in steps 1 and 2), shuffled, or shuffled with every row padded to
+`--max_seq_len`. The last column is for batches of one row, a lower bound for any order: the two
+sequences of a pair differ in length.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ENCODERS = {1: prepare.encode_replies, 2: prepare.encode_pairs}
 def main() -> None:
     """Prepare the rows, print a table."""
     args = parse()
-    print("| step | rows | tokens | of like length | shuffled | padded to the maximum "
+    print("| step | rows | tokens | grouped by length | shuffled | padded to the maximum "
           "| one by one |\n| --- | --- | --- | --- | --- | --- | --- |")
     for step in args.step:
         rows = sequences(args, step)
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("data_path", nargs="+")
     parser.add_argument("--step", type=int, nargs="+", default=[1, 2], choices=[1, 2])
@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
 
 
 def sequences(args: argparse.Namespace, step: int) -> list[list[int]]:
-    """For each row, the lengths of its sequences: one, or the two of a pair."""
+    """Return the token counts of each row's sequences: one, or the two of a pair."""
     path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(prepare.cache_home(None)))
     form = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))
     lengths = prepare.Lengths.of_sequence(args.max_seq_len, "truncate")
@@ -66,7 +66,7 @@ def sequences(args: argparse.Namespace, step: int) -> list[list[int]]:
 
 
 def padding(rows: list[list[int]], order: list[int], size: int, longest: int | None) -> float:
-    """The share of pads among all tokens of an epoch; `longest` pads every row to that."""
+    """Return the share of padding of an epoch; `longest` pads every row to that length."""
     real = total = 0
     for batch in batches.rank_batches(order, size, rank=0, world_size=1):
         lengths = [length for row in batch for length in rows[row]]

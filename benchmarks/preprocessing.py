@@ -1,11 +1,11 @@
-"""How long it takes to prepare 100,000 preference rows, at the first start and at the second.
+"""Time and memory to prepare 100,000 preference rows, at the first start and from the cache.
 
     python benchmarks/preprocessing.py [--rows 100000] [--like PAIRS.jsonl.gz] [--tokenizer FOLDER]
 
-The rows are those of `--like` over and over, each made a prompt of its own by a number (without it,
-the embedded data set's). Each start is a process of its own, as a step would be; "start" is what
-any step spends before it reads data (imports, the tokenizer), "preparation" is the rest. Memory is
-that of all processes together, pages they share counted once, sampled ten times a second.
+The rows of `--like` (default: the embedded data set) are repeated, each with a number that makes
+its prompt unique. Each start is a process of its own, as a step would be: "start" is the time until
+data is read (imports, the tokenizer), "preparation" is the rest. Memory is the peak of all
+processes together, shared pages counted once, sampled ten times per second.
 """
 
 import argparse
@@ -21,9 +21,11 @@ from pathlib import Path
 
 import psutil
 
+from alpaca_rlhf.utils import distributed
+
 
 def main() -> None:
-    """Write the rows, start twice, print a table."""
+    """Write the rows, prepare them twice, print a table."""
     args = parse()
     if args.child:
         prepare(args)
@@ -32,10 +34,9 @@ def main() -> None:
         data = Path(folder) / "rows.jsonl"
         write_rows(data, args.rows, args.like)
         size = data.stat().st_size / 1e6
-        print(f"{args.rows:,} rows, {size:,.0f} MB, on {len(psutil.Process().cpu_affinity())} "
-              "cores")
-        print("| | start | preparation | rows a second | peak memory |\n| --- | --- | --- | --- | "
-              "--- |")
+        print(f"{args.rows:,} rows, {size:,.0f} MB, on {distributed.usable_cores()} cores")
+        print("| | start | preparation | rows per second | peak memory |\n"
+              "| --- | --- | --- | --- | --- |")
         for name in ("first start", "second start"):
             found, peak = run_child(args, data, Path(folder) / "cache")
             speed = args.rows / found["preparation"]
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--like", type=Path, help="a file of preference rows to repeat")
@@ -57,7 +58,7 @@ def parse() -> argparse.Namespace:
 
 
 def write_rows(path: Path, count: int, like: Path | None) -> None:
-    """Prompts, chosen and rejected replies, one row a line."""
+    """Write `count` preference rows, one JSON object per line."""
     from alpaca_rlhf.utils.data.sources import Tally, open_sources
 
     def samples() -> Iterator:
@@ -73,7 +74,7 @@ def write_rows(path: Path, count: int, like: Path | None) -> None:
 
 
 def run_child(args: argparse.Namespace, data: Path, cache: Path) -> tuple[dict, float]:
-    """What a process found, and the most memory that it and its own held."""
+    """Run `prepare` in a process; return what it measured, and the peak memory in bytes."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", str(data), str(cache)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = 0.0
@@ -87,7 +88,7 @@ def run_child(args: argparse.Namespace, data: Path, cache: Path) -> tuple[dict, 
 
 
 def memory(pid: int) -> float:
-    """Bytes held by a process and its children, shared pages divided among those who share."""
+    """Return the bytes of a process and its children, shared pages divided among them."""
     total = 0.0
     try:
         root = psutil.Process(pid)
@@ -99,7 +100,7 @@ def memory(pid: int) -> float:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """In a process of its own: prepare all rows for step 2, and print what it took."""
+    """Prepare all rows for step 2 and print the times, in a process of its own."""
     from alpaca_rlhf.demo import tiny_llama
     from alpaca_rlhf.utils.data import prepare as preprocessing
     from alpaca_rlhf.utils.data import sources as raw_datasets

@@ -52,7 +52,7 @@ MARK = "\n\nAssistant:"
 
 
 def plainly_read() -> tuple[list[tuple[str, str, str]], Counter[str]]:
-    """(dialogue, chosen, rejected) of the usable pairs, and the others by reason."""
+    """(dialogue, chosen, rejected) of the usable pairs, and a count of the others by reason."""
     pairs, reasons = [], Counter[str]()
     for line in text_of(HH_RLHF).splitlines():
         row = json.loads(line)
@@ -68,7 +68,7 @@ def plainly_read() -> tuple[list[tuple[str, str, str]], Counter[str]]:
 
 
 @pytest.mark.parametrize("name", ["", "Anthropic/hh-rlhf"])
-def test_hh_rlhf_is_used_but_for_empty_replies_and_early_partings(name):
+def test_hh_rlhf_is_used_but_for_empty_responses_and_pairs_that_part_early(name):
     data = loaded(HH_RLHF, name)
     assert (len(data.train), len(data.held_out)) == (1495, 0)
     assert data.counted_out == {"empty chosen": 4, "pair parts before the last reply": 1}
@@ -95,7 +95,7 @@ def test_hh_rlhf_dialogues_begin_and_end_with_the_user():
 
 
 def replied_to(node: dict, path: tuple = ()) -> list[tuple]:
-    """(dialogue, best reply, worst reply or None) of each prompter's turn of a tree."""
+    """(dialogue, best response, worst response or None) of each prompter's turn of a tree."""
     found = []
     said = (*path, node["text"].strip())
     if node["role"] == "prompter":
@@ -109,7 +109,7 @@ def replied_to(node: dict, path: tuple = ()) -> list[tuple]:
 
 
 @pytest.mark.parametrize("name", ["", "OpenAssistant/oasst1"])
-def test_open_assistants_trees_are_used_but_for_turns_without_a_reply(name):
+def test_open_assistants_trees_are_used_but_for_turns_without_a_response(name):
     data = loaded(OASST, name)
     assert (len(data.train), data.counted_out) == (182, {"prompt without a reply": 140})
     turns = [turn for line in text_of(OASST).splitlines()
