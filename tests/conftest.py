@@ -5,6 +5,7 @@ Heavy imports stand inside functions, so that tests of the command line stay qui
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from dataclasses import dataclass
@@ -298,6 +299,7 @@ def group() -> None:
 
     before = dict(os.environ)
     distributed.initialize(0)
+    gc.freeze()  # DeepSpeed collects garbage whenever it builds an engine: not among the libraries
     # A process that a test starts must not take itself for a rank of this group. DeepSpeed reads
     # LOCAL_RANK whenever it builds an engine.
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -1,26 +1,32 @@
-"""One rank of the tests of several ranks: all cases in one process, results as JSON.
+"""Two ranks that run every case of test_distributed.py, one after the other.
 
-    RANK=0 WORLD_SIZE=2 … python tests/distributed_worker.py FOLDER [BEGINNINGS OF CASES …]
+    python tests/distributed_worker.py FOLDER [PREFIXES OF CASES ...]
 
-FOLDER holds the small models, `overrides.json` for DeepSpeed and `experience.pt`; rank 0 writes
-`results.json`, and `weights_*.pt` and exports to compare. Started by test_distributed.py.
+FOLDER holds the small models, `overrides.json` for DeepSpeed and `experience.pt`; the ranks write
+`results_*.json`, and `weights_*.pt` and exports to compare. Both are forks of one process, so that
+the libraries are imported once.
 """
 
 import contextlib
+import gc
 import json
 import math
+import os
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
+import torch._dynamo  # DeepSpeed would import it in each rank
 from conftest import Small, hybrid_engine, learn, moved, snapshot
 
 from alpaca_rlhf.demo import assistant_world
@@ -31,8 +37,8 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     ScoreNormalizer,
     make_experience,
 )
-from alpaca_rlhf.utils import console, distributed, training_loop
-from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
+from alpaca_rlhf.utils import console, distributed, supervised, training_loop
+from alpaca_rlhf.utils.configs import BatchConfig, PPOConfig, RewardConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
     collate_pairs,
@@ -47,6 +53,11 @@ from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.run import export
 
 STAGES = (0, 1, 2, 3)
+# Stage, LoRA rank and hybrid engine of step 3: every pair of values occurs.
+STEP3 = ((0, 0, False), (0, 4, False), (0, 0, True), (0, 4, True), (1, 0, True), (1, 4, False),
+         (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, False), (3, 4, True))
+# Prompts that are answered greedily: several waves of 16 on each rank.
+GREEDY = 72
 # Adam then follows the gradient's size, not its sign alone: what is compared is the gradient.
 PLAIN = {"adam_eps": 0.1, "learning_rate": 0.1, "lora_learning_rate": 0.1}
 # Eight rows of unlike length, so that the ranks hold unlike numbers of tokens.
@@ -61,13 +72,13 @@ PAIRS = [
 
 
 def ending_often(engine: Any, small: Small) -> Any:
-    """Every sixth id ends a reply, so that the ranks decode for unlike times."""
+    """Let every sixth id end a response, so that the ranks decode for different times."""
     engine.eos_ids = torch.arange(0, len(small.tokenizer), 6)
     return engine
 
 
 def of_this_rank(batch: PromptBatch) -> PromptBatch:
-    """Every second row, on two ranks."""
+    """Return every second row, on two ranks."""
     mine = slice(distributed.rank(), None, distributed.world_size())
     return PromptBatch(batch.input_ids[mine], batch.attention_mask[mine])
 
@@ -81,14 +92,14 @@ def two_steps(small: Small, role: str, stage: int, lora_rank: int = 0) -> Any:
     engine = small.trained(role, stage, lora_rank, **PLAIN)
     world = distributed.world_size()
     if role == "actor":
-        rows, collate, objective = TOKENS, collate_tokens, step1.objective
+        rows, collate, loss = TOKENS, collate_tokens, step1.loss
     else:
-        rows, collate, objective = PAIRS, collate_pairs, step2.objective
+        rows, collate, loss = PAIRS, collate_pairs, step2.loss
     batches = rank_batches(list(range(8)), 4 // world, distributed.rank(), world)
     for _ in range(2):
         micro = [collate([rows[i] for i in batch], pad_id=3) for batch in batches]
         weight = training_loop.global_weight(micro)
-        training_loop.optimizer_step(engine, micro, partial(objective, engine), weight)
+        training_loop.optimizer_step(engine, micro, partial(loss, engine), weight)
     return engine
 
 
@@ -101,7 +112,7 @@ def ppo_step(small: Small, stage: int, lora_rank: int, experience: Experience) -
 
 
 def weights(engine: Any, on_this_rank: bool = True) -> dict[str, torch.Tensor]:
-    """Of the plain model, adapter added."""
+    """Return the weights of the plain model, with the adapter merged."""
     model = engine.module.model if hasattr(engine.module, "model") and hasattr(
         lora.unwrapped(engine.module.model), "score"
     ) else engine.module
@@ -110,7 +121,7 @@ def weights(engine: Any, on_this_rank: bool = True) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, name: str, engine: Any) -> dict[str, Any]:
-    """What is compared with the same step on one rank."""
+    """Save the weights, to compare them with those of the same step on one rank."""
     state = weights(engine, distributed.is_main())
     if distributed.is_main():
         torch.save(state, folder / f"weights_{name}.pt")
@@ -123,7 +134,7 @@ def save(folder: Path, name: str, engine: Any) -> dict[str, Any]:
 def iterations(
     small: Small, folder: Path, stage: int, lora_rank: int, hybrid: bool
 ) -> dict[str, Any]:
-    """Two rounds of rollout, experience and update."""
+    """Run two PPO iterations."""
     engine = ending_often(small.roles(stage, lora_rank, **PLAIN), small)
     maker = small.maker(engine, hybrid=hybrid, tokens=8)
     trainer = small.trainer(engine, accumulation=2)
@@ -152,22 +163,22 @@ def iterations(
 
 
 def whole(model: torch.nn.Module) -> bool:
-    """Whether every weight is there in full."""
+    """Return whether every weight is whole."""
     return all(p.numel() == p.ds_numel for p in model.parameters())
 
 
 def sharded(model: torch.nn.Module) -> bool:
-    """Whether no weight is there in full."""
+    """Return whether every weight is sharded."""
     return all(p.numel() == 0 for p in model.parameters())
 
 
 def hook_counts(model: torch.nn.Module) -> list[int]:
-    """Of forward hooks, module by module."""
+    """Count the forward hooks of each module."""
     return [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
 
 
 def gathering(small: Small) -> dict[str, Any]:
-    """What generation mode does to ZeRO-3, also when it is left by an exception."""
+    """Record the state of ZeRO-3 before, in and after generation mode, and after an exception."""
     engine = small.trained("actor", 3, lora=4)
     model, record = engine.module, {}
     batch = small.prompts(2)
@@ -194,7 +205,7 @@ def gathering(small: Small) -> dict[str, Any]:
 
 
 def greedy_replies(small: Small, stage: int, unpin: bool, lora_rank: int) -> dict[str, Any]:
-    """This rank's half of 200 prompts; the ranks' replies are of very unlike length."""
+    """Greedy responses to this rank's prompts; their lengths differ much between the ranks."""
     engine = small.trained("actor", stage, lora_rank)
     torch.manual_seed(5)
     for name, parameter in engine.module.named_parameters():
@@ -202,7 +213,7 @@ def greedy_replies(small: Small, stage: int, unpin: bool, lora_rank: int) -> dic
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if parameter.numel():
                     torch.nn.init.normal_(parameter, std=0.2)
-    texts = [messages for messages, _ in islice(assistant_world.pretraining_texts(3), 200)]
+    texts = [messages for messages, _ in islice(assistant_world.pretraining_texts(3), GREEDY)]
     mine = texts[distributed.rank() :: distributed.world_size()]
     prompts = collate_prompts(
         [{"prompt_ids": small.form.prompt_ids(messages)[-60:]} for messages in mine], 3
@@ -227,7 +238,7 @@ def greedy_replies(small: Small, stage: int, unpin: bool, lora_rank: int) -> dic
 
 
 def exported(small: Small, folder: Path, stage: int, role: str) -> dict[str, Any]:
-    """The same two steps, exported."""
+    """Export the model after the two steps."""
     engine = two_steps(small, role, stage, lora_rank=4)
     model = engine.module if role == "actor" else engine.module.model
     before = snapshot(engine.module)
@@ -236,7 +247,7 @@ def exported(small: Small, folder: Path, stage: int, role: str) -> dict[str, Any
 
 
 def averaged(small: Small, stage: int, **changes: Any) -> dict[str, Any]:
-    """The average of the weights before and after a step; then the run goes on."""
+    """Average the weights before and after a step, then continue the run."""
     engines = []
     for _ in range(2):
         torch.manual_seed(0)  # of the adapter
@@ -248,7 +259,7 @@ def averaged(small: Small, stage: int, **changes: Any) -> dict[str, Any]:
     def step(which: Any) -> None:
         micro = [collate_tokens(TOKENS[distributed.rank() :: 2], pad_id=3)]
         training_loop.optimizer_step(
-            which, micro, partial(step1.objective, which), training_loop.global_weight(micro)
+            which, micro, partial(step1.loss, which), training_loop.global_weight(micro)
         )
 
     step(engine)
@@ -274,13 +285,13 @@ def averaged(small: Small, stage: int, **changes: Any) -> dict[str, Any]:
 
 
 def one_rank_not_finite(small: Small, stage: int) -> dict[str, Any]:
-    """The loss is not finite on rank 1 alone: no rank may step, and none may wait for ever."""
+    """Make the loss non-finite on rank 1 alone: neither rank may step, nor wait for ever."""
     engine = small.trained("actor", stage, **PLAIN)
     before = snapshot(engine.module)
     micro = [collate_tokens(TOKENS[i : i + 2], pad_id=3) for i in (0, 2)]
 
     def objective(batch: Any) -> Any:
-        loss, stats = step1.objective(engine, batch)
+        loss, stats = step1.loss(engine, batch)
         bad = distributed.rank() == 1 and batch is micro[1]
         return (loss * math.nan if bad else loss), stats
 
@@ -288,37 +299,37 @@ def one_rank_not_finite(small: Small, stage: int) -> dict[str, Any]:
     skipped = training_loop.optimizer_step(engine, micro, objective, weight) is None
     unmoved = not moved(before, engine.module)
     good = training_loop.optimizer_step(
-        engine, micro, partial(step1.objective, engine), weight
+        engine, micro, partial(step1.loss, engine), weight
     )
     return {"skipped": skipped, "unmoved": unmoved, "goes_on": good is not None}
 
 
 def norm(small: Small, stage: int) -> dict[str, Any]:
-    """The gradient norm of the first step."""
+    """Return loss and gradient norm of the first step."""
     engine = small.trained("actor", stage, **PLAIN)
     micro = [collate_tokens(TOKENS[distributed.rank() :: distributed.world_size()], pad_id=3)]
     result = training_loop.optimizer_step(
-        engine, micro, partial(step1.objective, engine), training_loop.global_weight(micro)
+        engine, micro, partial(step1.loss, engine), training_loop.global_weight(micro)
     )
     return {"norm": training_loop.gradient_norm(engine), "loss": result["loss"]}
 
 
 def measured(small: Small) -> dict[str, Any]:
-    """Seven held-out rows on two ranks, under ZeRO-3."""
+    """Evaluate seven held-out rows on two ranks, under ZeRO-3."""
     engine = small.trained("actor", 3)
 
-    def measure(batch: Any) -> list[list[float]]:
+    def measure(engine: Any, batch: Any) -> list[list[float]]:
         forward_logits(engine, batch.input_ids, batch.attention_mask)
         return [[float(n)] for n in batch.attention_mask.sum(-1).tolist()]
 
-    rows = training_loop.evaluate_sums(
-        engine, TOKENS[:7], partial(collate_tokens, pad_id=3), measure, batch_size=2
-    )
+    objective = replace(step1.objective(pad_id=3), measure=measure)
+    data: Any = SimpleNamespace(held_out=TOKENS[:7])
+    rows = supervised.evaluate(engine, data, objective, BatchConfig(per_device_eval_batch_size=2))
     return {"lengths": sorted(n for (n,) in rows)}
 
 
 def over_ranks(small: Small, experience: Experience) -> dict[str, Any]:
-    """Sums, maxima, order of gathered rows, samplers, and whitening over both ranks' tokens."""
+    """Reduce over both ranks: sums, maxima, gathered rows, whitening, mean score."""
     rank = distributed.rank()
     engine = ending_often(small.roles(0, 4), small)
     maker = small.maker(engine)
@@ -339,7 +350,7 @@ def over_ranks(small: Small, experience: Experience) -> dict[str, Any]:
 
 
 def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every case by its name."""
+    """Return every case by its name."""
     experience = Experience(**torch.load(folder / "experience.pt"))
     assert {f.name for f in fields(Experience)} == set(vars(experience))
     made: dict[str, Callable[[], dict[str, Any]]] = {"gathering": partial(gathering, small)}
@@ -355,16 +366,16 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
                 made[f"step_{name}"] = lambda name=name, how=(role, stage, rank): save(
                     folder, name, two_steps(small, *how)
                 )
-            for hybrid in (False, True):
-                made[f"step3_{stage}_{rank}_{hybrid}"] = partial(
-                    iterations, small, folder, stage, rank, hybrid
-                )
         made[f"ppo_{stage}"] = lambda stage=stage: save_both(
             folder, stage, ppo_step(small, stage, 0, experience)
         )
         made[f"ema_{stage}"] = partial(averaged, small, stage)
         made[f"not_finite_{stage}"] = partial(one_rank_not_finite, small, stage)
         made[f"norm_{stage}"] = partial(norm, small, stage)
+    for stage, rank, hybrid in STEP3:
+        made[f"step3_{stage}_{rank}_{hybrid}"] = partial(
+            iterations, small, folder, stage, rank, hybrid
+        )
     for stage in (0, 3):
         for role in ("actor", "critic"):
             made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)
@@ -376,13 +387,13 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
 
 
 def save_both(folder: Path, stage: int, engine: Any) -> dict[str, Any]:
-    """Actor and critic after a step of PPO."""
+    """Save actor and critic after a step of PPO."""
     save(folder, f"ppo_actor_{stage}", engine.actor)
     return save(folder, f"ppo_critic_{stage}", engine.critic)
 
 
-def main() -> None:
-    """Run every case; a case that fails leaves its traceback, and ends the process."""
+def run_cases() -> None:
+    """Run every case on this rank; one that fails leaves its traceback and ends the process."""
     folder = Path(sys.argv[1])
     distributed.initialize(0)
     small = Small(folder, str(folder / "overrides.json"))
@@ -402,5 +413,22 @@ def main() -> None:
     (folder / f"results_{distributed.rank()}.json").write_text(json.dumps(results))
 
 
+def main() -> int:
+    """Start the ranks and wait for them; return the higher exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    gc.freeze()  # DeepSpeed collects garbage whenever it builds an engine: not among the libraries
+    ranks = []
+    for rank in "01":
+        child = os.fork()
+        if not child:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank)
+            console.run_main(run_cases)
+        ranks.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks)
+
+
 if __name__ == "__main__":
-    console.run_main(main)
+    sys.exit(main())

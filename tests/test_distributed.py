@@ -1,13 +1,14 @@
-"""Two ranks: the same steps as one rank takes, on every ZeRO stage, and step 3 run through.
+"""Two ranks take the same steps as one, on every ZeRO stage, and run through step 3.
 
-The two processes are started once and go through all cases (`distributed_worker.py`).
+Both are started once and run all cases (`distributed_worker.py`).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import socket
+import signal
 import subprocess
 import sys
 from itertools import islice
@@ -26,27 +27,26 @@ from alpaca_rlhf.utils.data.batches import collate_prompts
 
 pytestmark = pytest.mark.timeout(600)
 STAGES = worker.STAGES
-# With an adapter, two stages are enough: the others differ in the base's road alone.
+# With an adapter two stages are enough: the others treat only the base model differently.
 STEPS = [(stage, 0) for stage in STAGES] + [(0, 4), (3, 4)]
-STEP3 = [(stage, rank, hybrid) for stage in STAGES for rank in (0, 4) for hybrid in (False, True)]
 
 
 @pytest.fixture(scope="module")
 def alone(small):
-    """The same small models in this process, a world of one rank."""
+    """Return the same small models in this process, the only rank."""
     return Small(small.folder, small.unclipped)
 
 
 @pytest.fixture(scope="module")
 def experience(alone):
-    """Eight rollouts of unlike length."""
+    """Return eight rollouts of different lengths."""
     engine = worker.ending_often(alone.roles(), alone)
     return alone.experience(alone.maker(engine, tokens=8), count=8)[0]
 
 
 @pytest.fixture(scope="module")
 def folder(alone, experience):
-    """Where both processes find what they start from."""
+    """Return the folder with the input of both ranks."""
     # The small weights of a small model would otherwise stay whole under ZeRO-3.
     # Clipping would hide a wrong factor.
     overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0},
@@ -59,31 +59,20 @@ def folder(alone, experience):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """What each case came to, as rank 0 has it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Return the results of all cases on rank 0."""
     root = Path(__file__).parents[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(worker.__file__)), str(folder)], cwd=root,
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                 "PYTHONPATH": str(root)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]
+    process = subprocess.Popen(
+        [sys.executable, str(Path(worker.__file__)), str(folder)], cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
-        said = [process.communicate(timeout=500)[0] for process in processes]
+        output = process.communicate(timeout=500)[0]
     finally:
-        for process in processes:
-            process.kill()
-    given = []
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, said[rank][-4000:]
-        given.append(json.loads((folder / f"results_{rank}.json").read_text()))
-        assert "failed" not in given[rank], given[rank]["failed"]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-4000:]
+    given = [json.loads((folder / f"results_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [result.get("failed") for result in given] == [None, None]
     return given[0]
 
 
@@ -91,7 +80,7 @@ def results(folder):
 
 
 def same_weights(folder, name, engine, start):
-    """The step of two ranks is the step of one, and it is a step."""
+    """Compare the weights with those of one rank, which have moved."""
     given, expected = torch.load(folder / f"weights_{name}.pt"), worker.weights(engine)
     assert given.keys() == expected.keys()
     for key, weight in expected.items():
@@ -102,7 +91,7 @@ def same_weights(folder, name, engine, start):
 
 @pytest.fixture(scope="module")
 def references(alone):
-    """Two steps of one rank with batches of twice the size, at ZeRO 0."""
+    """Return the engines after two steps of one rank with batches of twice the size, at ZeRO 0."""
     return {
         (role, rank): worker.two_steps(alone, role, 0, rank)
         for role in ("actor", "critic") for rank in (0, 4)
@@ -148,7 +137,7 @@ def test_loss_and_gradient_norm_of_two_ranks_are_those_of_one(results, alone, st
 # ------------------------------------------------------------------- step 3, run through
 
 
-@pytest.mark.parametrize(("stage", "rank", "hybrid"), STEP3)
+@pytest.mark.parametrize(("stage", "rank", "hybrid"), worker.STEP3)
 def test_step_3_runs_two_iterations_with_finite_metrics_and_moves_the_actor(
     results, stage, rank, hybrid
 ):
@@ -161,10 +150,10 @@ def test_step_3_runs_two_iterations_with_finite_metrics_and_moves_the_actor(
     assert abs(first["policy/ratio_mean"] - 1) < 1e-3
     assert abs(first["policy/approx_kl"]) < 1e-3
     assert result["metrics"][1]["kl/k3"] > 1e-6
-    assert len({len(reply) for reply in result["tokens"][0]}) > 2, "all replies are of one length"
+    assert len({len(reply) for reply in result["tokens"][0]}) > 2, "all responses have one length"
 
 
-@pytest.mark.parametrize(("stage", "rank", "hybrid"), STEP3)
+@pytest.mark.parametrize(("stage", "rank", "hybrid"), worker.STEP3)
 def test_every_stage_with_and_without_the_hybrid_engine_samples_the_same_and_ends_the_same(
     results, folder, stage, rank, hybrid
 ):
@@ -231,7 +220,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(results, stage
 
 @pytest.fixture(scope="module")
 def by_transformers(alone):
-    """What `generate` makes of each rank's 100 prompts, with and without the adapter."""
+    """Return what `generate` answers to the prompts of each rank, with and without the adapter."""
     made = {}
     for rank in (0, 4):
         torch.manual_seed(0)  # of the adapter, as in the worker
@@ -241,10 +230,11 @@ def by_transformers(alone):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
         model = engine.module.eval()
-        texts = [messages for messages, _ in islice(assistant_world.pretraining_texts(3), 200)]
+        texts = islice(assistant_world.pretraining_texts(3), worker.GREEDY)
+        dialogues = [messages for messages, _ in texts]
         for number, often in ((0, 2), (1, 40)):
             prompts = collate_prompts(
-                [{"prompt_ids": alone.form.prompt_ids(m)[-60:]} for m in texts[number::2]], 3
+                [{"prompt_ids": alone.form.prompt_ids(m)[-60:]} for m in dialogues[number::2]], 3
             )
             ends = torch.arange(0, len(alone.tokenizer), often)
             tokens = model.generate(
@@ -260,10 +250,10 @@ def by_transformers(alone):
 
 @pytest.mark.parametrize(("stage", "unpin"), [(0, False), (3, False), (3, True)])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_200_prompts_on_two_ranks_get_the_tokens_that_transformers_gives(
+def test_greedy_responses_on_two_ranks_are_the_tokens_that_transformers_gives(
     results, by_transformers, stage, unpin, rank
 ):
-    """Also where weights are gathered layer by layer and one rank is done long before the other."""
+    """Also where weights are gathered layer by layer and one rank ends long before the other."""
     record = results[f"greedy_{stage}_{unpin}_{rank}"]
     assert record["in_step"] is unpin
     assert record["unmoved"]
@@ -286,7 +276,7 @@ def test_sums_maxima_and_rows_are_of_all_ranks(results):
     assert (record["sum"], record["max"], record["rows"]) == (3.0, 2.0, [0, 0, 1, 10])
 
 
-def test_each_rank_samples_replies_of_its_own(results):
+def test_each_rank_samples_responses_of_its_own(results):
     first, second = results["over_ranks"]["tokens"]
     assert first != second
 
@@ -296,7 +286,7 @@ def test_advantages_are_whitened_over_the_tokens_of_all_ranks(results):
     advantages = torch.tensor(first + second)
     assert advantages.mean().abs() < 1e-5
     assert advantages.std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
-    assert abs(sum(first) / len(first)) > 1e-3, "each rank has whitened for itself"
+    assert abs(sum(first) / len(first)) > 1e-3, "each rank has whitened by itself"
 
 
 def test_the_mean_score_is_that_of_all_ranks(results):
