@@ -176,17 +176,22 @@ class Small:
             wrap=wrap, **self.training(**training),
         )[0]
 
-    def roles(self, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
-        """The four roles of step 3."""
+    def roles(self, stage: int = 0, lora: int = 0, eos_every: int = 0, **changes: Any) -> Any:
+        """The four roles of step 3; every `eos_every`th id ends a response: lengths differ."""
+        import torch
+
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 
         needs = changes.pop("needs_reward_model", True)
         training = {key: changes.pop(key) for key in TRAINING & changes.keys()}
         training = {"adam_eps": 1e-8, **training}
         actor, critic = (self.role(name, stage, lora, **changes) for name in ("actor", "critic"))
-        return RLHFEngine(
+        engine = RLHFEngine(
             actor, critic, self.tokenizer, needs_reward_model=needs, **self.training(**training)
         )
+        if eos_every:
+            engine.eos_ids = torch.arange(0, len(self.tokenizer), eos_every)
+        return engine
 
     def maker(
         self, engine: Any, hybrid: bool = False, tokens: int = 6, temperature: float = 1.0,
@@ -256,12 +261,12 @@ def learn(trainer: Any, experience: Any, number: int = 0, *more: Any) -> dict[st
     return trainer.update(Iteration(experience, {}), number, *more)
 
 
-def with_adapter(model: Any, rank: int = 4) -> Any:
-    """The model with a LoRA adapter on all of its projections."""
+def with_adapter(model: Any, names: str | None = None, only_lora: bool = True) -> Any:
+    """The model with a LoRA adapter of rank 4 on these modules, by default on all projections."""
     from alpaca_rlhf.utils.model import lora
 
-    role = RoleConfig(lora_dim=rank)
-    adapters = AdapterConfig(only_optimize_lora=True)
+    role = RoleConfig(lora_dim=4, lora_module_name=names)
+    adapters = AdapterConfig(only_optimize_lora=only_lora)
     return lora.add_lora(model, lora.match_modules(model, role), role, adapters)
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import fill_adapters, moved, snapshot
+from conftest import fill_adapters, moved, snapshot, with_adapter
 from torch import nn
 from torch.testing import assert_close
 
-from alpaca_rlhf.utils.configs import AdapterConfig, RoleConfig
+from alpaca_rlhf.utils.configs import RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.reward_model import TokenScorer
@@ -24,10 +24,8 @@ def matches(model, names=None, prefix=""):
 
 
 def adapted(model, names=None, only_lora=True):
-    """The model with an adapter of rank 4 that changes its output."""
-    adapters = AdapterConfig(lora_alpha=8, only_optimize_lora=only_lora)
-    model = lora.add_lora(model, matches(model, names), RoleConfig(lora_dim=4), adapters)
-    return fill_adapters(model).eval()
+    """The model with an adapter that changes its output."""
+    return fill_adapters(with_adapter(model, names, only_lora)).eval()
 
 
 @torch.no_grad()
