@@ -228,17 +228,19 @@ class Small:
 
     def trainer(
         self, engine: Any, most: int = 10, accumulation: int = 1, temperature: float = 1.0,
-        **ppo: Any,
+        micro: int = 2, folder: Path | None = None, **ppo: Any,
     ) -> Any:
-        """A trainer that saves no skipped batch and skips at most `most` consecutive steps."""
+        """A trainer with micro-batches of `micro` rows.
+
+        `most` consecutive non-finite steps abort the run; their batches are saved in `folder`.
+        """
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
         from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 
-        micro = ppo.pop("micro", 2)
         return PPOTrainer(
             engine, PPOConfig(per_device_training_batch_size=micro, **ppo),
             accumulation_steps=accumulation, temperature=temperature, seed=3,
-            guard=NonFiniteGuard(None, most, "lower the learning rate"),
+            guard=NonFiniteGuard(folder, most, "lower the learning rate"),
         )
 
 

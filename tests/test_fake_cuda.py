@@ -1,9 +1,8 @@
-"""The GPU's road on a machine without one: PyTorch's fake tensors on the device cuda.
+"""The code's path on a GPU, on a machine without one: PyTorch's fake tensors on device cuda.
 
 They have shapes and devices but no numbers, work in a CPU build, and raise where devices are mixed.
 """
 
-import ast
 import ctypes
 from pathlib import Path
 
@@ -13,13 +12,11 @@ from conftest import small_config, with_adapter
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import alpaca_rlhf
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
-    Experience,
-    Rollout,
-    ScoredRollout,
-)
+from alpaca_rlhf.training_model.step3_rlhf_finetuning import rollout
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.utils import losses, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import (
@@ -29,6 +26,7 @@ from alpaca_rlhf.utils.data.batches import (
     collate_tokens,
 )
 from alpaca_rlhf.utils.generation import decoder
+from alpaca_rlhf.utils.generation.rollout import Rollout
 from alpaca_rlhf.utils.generation.sampling import sample
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
@@ -76,74 +74,73 @@ def on_gpu(*tensors):
     return all(tensor.device.type == GPU for tensor in tensors)
 
 
+def tensors(found):
+    """The tensors in nested tuples, dicts and records."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    parts = found if isinstance(found, tuple) else (
+        found.values() if isinstance(found, dict) else vars(found).values())
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
 def test_mixed_devices_raise(fake):
     with pytest.raises(Exception, match="devices"):
         floats(2) + torch.randn(2)
 
 
-def test_losses(fake):
-    mask = ids(B, R)
-    assert on_gpu(losses.token_loss(floats(B, R, V), ids(B, R)))
-    assert on_gpu(losses.pairwise_loss(floats(B), floats(B)))
-    for function in (losses.policy_loss, losses.value_loss):
-        loss, stats = function(floats(B, R), floats(B, R), floats(B, R), mask, 0.2)
-        assert on_gpu(loss, *stats.values())
+# --- the maths -----------------------------------------------------------------------------------
+
+FUNCTIONS = {
+    "token_loss": lambda: losses.token_loss(floats(B, R, V), ids(B, R)),
+    "pairwise_loss": lambda: losses.pairwise_loss(floats(B), floats(B)),
+    "policy_loss": lambda: losses.policy_loss(*floats(3, B, R), ids(B, R), 0.2),
+    "value_loss": lambda: losses.value_loss(*floats(3, B, R), ids(B, R), 0.2),
+    "position_ids": lambda: rl_math.position_ids(ids(B, P)),
+    "gather_last": lambda: rl_math.gather_last(floats(B, P), ids(B, P)),
+    "response_mask": lambda: rl_math.response_mask(ids(B, R), ids(2)),
+    "token_logprobs": lambda: rl_math.token_logprobs(floats(B, R, V), ids(B, R), 0.7),
+    "entropy": lambda: rl_math.entropy(floats(B, R, V), 0.7),
+    "kl_estimates": lambda: rl_math.kl_estimates(*floats(2, B, R), ids(B, R)),
+    "token_rewards": lambda: rl_math.token_rewards(
+        *floats(2, B, R), floats(B), ids(B, R), 0.05),
+    "gae": lambda: rl_math.gae(*floats(2, B, R), ids(B, R), 1.0, 0.95),
+    "whiten": lambda: rl_math.whiten(
+        floats(B, R), ids(B, R), rl_math.masked_moments(floats(B, R), ids(B, R))),
+    "sample": lambda: sample(
+        floats(B, V), SamplingConfig(4), uniform(), ids(B, V).bool()),
+    "sample greedily": lambda: sample(
+        floats(B, V), SamplingConfig(4, temperature=0), uniform(), ids(B, V).bool()),
+    "sample from few": lambda: sample(
+        floats(B, V), SamplingConfig(4, 0.7, 0.9, 20), uniform(), ids(B, V).bool()),
+}
 
 
-def test_masks_positions_and_last_tokens(fake):
-    mask = ids(B, P)
-    assert on_gpu(
-        rl_math.position_ids(mask), rl_math.last_token_index(mask),
-        rl_math.gather_last(floats(B, P), mask), rl_math.response_mask(ids(B, R), ids(2)),
-    )
+def uniform():
+    return torch.rand(B, dtype=torch.float64, device=GPU)
 
 
-def test_log_probabilities_entropy_and_kl(fake):
-    logits, tokens = floats(B, R, V), ids(B, R)
-    logprobs = rl_math.token_logprobs(logits, tokens, 0.7)
-    assert on_gpu(logprobs, rl_math.entropy(logits, 0.7))
-    assert on_gpu(*rl_math.kl_estimates(logprobs, floats(B, R), ids(B, R)))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_maths_stay_on_the_device_of_their_arguments(fake, name):
+    assert on_gpu(*tensors(FUNCTIONS[name]()))
 
 
-def test_rewards_advantages_and_whitening(fake):
-    mask = ids(B, R)
-    rewards = rl_math.token_rewards(floats(B, R), floats(B, R), floats(B), mask, 0.05)
-    advantages, returns = rl_math.gae(rewards, floats(B, R), mask, 1.0, 0.95)
-    moments = rl_math.masked_moments(advantages, mask)
-    white = rl_math.whiten(advantages, mask, moments)
-    assert on_gpu(rewards, advantages, returns, moments, white)
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [SamplingConfig(4), SamplingConfig(4, temperature=0), SamplingConfig(4, 0.7, 0.9, 20)],
-)
-def test_sampling(fake, sampling):
-    uniform = torch.rand(B, dtype=torch.float64, device=GPU)
-    token = sample(floats(B, V), sampling, uniform, ids(B, V).bool())
-    assert on_gpu(token)
-    assert token.shape == (B,)
-
-
-def rollout(responses, prompts):
-    return {
-        "input_ids": ids(B, prompts + responses), "attention_mask": ids(B, prompts + responses),
-        "response_mask": ids(B, responses), "decoded_logprobs": floats(B, responses),
-    }
+# --- records and batches -------------------------------------------------------------------------
 
 
 def experience(responses, prompts):
-    numbers = {name: floats(B, responses) for name in
-               ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
+    sequences, numbers = ("input_ids", "attention_mask"), (
+        "decoded_logprobs", "logprobs", "ref_logprobs", "values", "advantages", "returns")
     return Experience(
-        **rollout(responses, prompts), **numbers, score=floats(B), has_eos=ids(B).bool()
+        **{name: ids(B, prompts + responses) for name in sequences},
+        **{name: floats(B, responses) for name in numbers},
+        response_mask=ids(B, responses), score=floats(B), has_eos=ids(B).bool(),
     )
 
 
-def test_joining_rollouts_of_unlike_lengths(fake):
+def test_joining_rollouts_of_different_lengths(fake):
     joined = Experience.joined([experience(R, P), experience(R + 2, P - 1)])
     assert joined.input_ids.shape == (2 * B, P + R + 2)
-    assert on_gpu(*vars(joined).values())
+    assert on_gpu(*tensors(joined))
 
 
 def test_batches_are_collated_on_the_host_and_move_with_to(fake):
@@ -152,16 +149,19 @@ def test_batches_are_collated_on_the_host_and_move_with_to(fake):
     batches = [collate(rows, 3) for collate in (collate_tokens, collate_pairs, collate_prompts)]
     batches.append(Rollout(*(torch.ones(2, 3, dtype=torch.long) for _ in range(4))))
     for batch in batches:
-        assert not any(map(on_gpu, vars(batch).values()))
-        assert on_gpu(*vars(batch.to(torch.device(GPU, 0))).values())
+        assert not any(map(on_gpu, tensors(batch)))
+        assert on_gpu(*tensors(batch.to(torch.device(GPU, 0))))
 
 
 def test_rows_are_picked_on_the_device_of_the_record(fake, monkeypatch):
-    # How long the longest row is only numbers tell: those two questions are answered here.
+    # Only numbers tell how long the longest row is: this answers instead of them.
     monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 2)
     picked = experience(R, P).rows([2, 0])
-    assert on_gpu(*vars(picked).values())
+    assert on_gpu(*tensors(picked))
     assert len(picked) == 2
+
+
+# --- models --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -187,8 +187,6 @@ def make(small):
 
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_the_actors_forward(make, fake, with_lora):
-    from transformers import LlamaForCausalLM
-
     model = make(LlamaForCausalLM, with_lora)
     logits = response_logits(model, ids(B, P + R), ids(B, P + R), R)
     assert logits.shape == (B, R, V)
@@ -202,8 +200,6 @@ def test_the_actors_forward(make, fake, with_lora):
 
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_the_critics_forward(make, fake, with_lora):
-    from transformers import LlamaForSequenceClassification
-
     scorer = TokenScorer(make(LlamaForSequenceClassification, with_lora, num_labels=1))
     values = scorer(ids(B, P + R), ids(B, P + R))
     assert values.shape == (B, P + R)
@@ -214,8 +210,6 @@ def test_the_critics_forward(make, fake, with_lora):
 
 
 def test_decoding_with_a_cache(make, fake, monkeypatch):
-    from transformers import LlamaForCausalLM
-
     def ones(tensor):  # fake tensors have no numbers, and the decoder needs some
         with unset_fake_temporarily():
             return torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
@@ -226,12 +220,10 @@ def test_decoding_with_a_cache(make, fake, monkeypatch):
         PromptBatch(ids(B, P), ids(B, P)), sampling, ids(0), pad_id=3
     )
     assert batch.input_ids.shape == (2 * B, P + 3)
-    assert on_gpu(*vars(batch).values())
+    assert on_gpu(*tensors(batch))
 
 
 def test_folding_the_adapter_and_averaging_the_weights(make, fake):
-    from transformers import LlamaForCausalLM
-
     model = make(LlamaForCausalLM, with_lora=True)
     with lora.folded(model):
         assert on_gpu(*model.parameters())
@@ -242,46 +234,14 @@ def test_folding_the_adapter_and_averaging_the_weights(make, fake):
 
 
 def test_experience_is_made_on_the_device_of_the_rollout(small, fake, monkeypatch):
-    from alpaca_rlhf.training_model.step3_rlhf_finetuning import rollout as room
-
-    scored = ScoredRollout(
-        **rollout(R, P), logprobs=floats(B, R), ref_logprobs=floats(B, R), values=floats(B, R),
-        score=floats(B), has_eos=ids(B).bool(),
-    )
-    # Metrics are numbers for people, and a fake tensor has none.
-    monkeypatch.setattr(room, "rollout_metrics", lambda scored: {"kl/k1": 0.0})
+    # Metrics are numbers, which a fake tensor does not have.
+    monkeypatch.setattr(rollout, "rollout_metrics", lambda scored: {"kl/k1": 0.0})
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [0.0, 1.0])
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
-    made, _ = room.make_experience(
-        scored, room.ScoreNormalizer(RewardConfig(reward_normalization="reference"), ""),
-        RewardConfig(), PPOConfig(), kl_coef=0.05,
-    )
-    assert on_gpu(*vars(made).values())
-
-
-@pytest.mark.parametrize("function", ["position_ids", "response_mask", "gae"])
-def test_a_device_named_in_the_maths_is_noticed(fake, monkeypatch, function):
-    """The same functions with `device="cpu"` written into what they make."""
-    source = ast.parse(Path(rl_math.__file__).read_text())
-    makers = {"arange", "zeros_like", "ones_like", "cumsum"}
-
-    class Named(ast.NodeTransformer):
-        def visit_Call(self, node):
-            self.generic_visit(node)
-            if isinstance(node.func, ast.Attribute) and node.func.attr in makers:
-                return ast.Call(ast.Attribute(node, "cpu", ast.Load()), [], [])
-            return node
-
-    broken = {}
-    tree = ast.fix_missing_locations(Named().visit(source))
-    exec(compile(tree, "broken", "exec"), broken)
-    given = {
-        "position_ids": (ids(B, P),), "response_mask": (ids(B, R), ids(2)),
-        "gae": (floats(B, R), floats(B, R), ids(B, R), 1.0, 0.95),
-    }[function]
-    with pytest.raises((RuntimeError, AssertionError)):
-        result = broken[function](*given)
-        assert on_gpu(*(result if isinstance(result, tuple) else (result,)))
+    reward = RewardConfig(reward_normalization="reference")
+    made, _ = rollout.make_experience(
+        experience(R, P), rollout.ScoreNormalizer(reward, ""), reward, PPOConfig(), kl_coef=0.05)
+    assert on_gpu(*tensors(made))
 
 
 def test_nothing_of_the_package_names_the_gpu():

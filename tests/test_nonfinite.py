@@ -99,15 +99,13 @@ def test_a_saved_batch_gives_the_step_again(small, tmp_path):
 def test_in_step_3_experience_and_text_are_saved(small, tmp_path):
     engine = small.roles()
     experience, _ = small.experience(small.maker(engine), count=4)
-    trainer = small.trainer(engine, micro=4, unsup_coef=0.5)
-    trainer._guard = NonFiniteGuard(tmp_path, 9, "")
+    trainer = small.trainer(engine, micro=4, unsup_coef=0.5, folder=tmp_path)
     with torch.no_grad():
         engine.critic.module.model.score.weight[0, 0] = math.inf
-    text = [collate_tokens([{"input_ids": [1, 50, 51], "labels": [1, 50, 51]}], pad_id=3)]
-    learn(trainer, experience, 0, text)
+    text = collate_tokens([{"input_ids": [1, 50, 51], "labels": [1, 50, 51]}], pad_id=3)
+    learn(trainer, experience, 0, [text])
     record = torch.load(tmp_path / "nonfinite" / "step-00000001.pt", weights_only=True)
-    (batch,) = record["ranks"][0]["micro_batches"]
-    assert batch["text"].keys() == vars(text[0]).keys()
-    assert batch["experience"].keys() == vars(experience).keys()
-    scores = batch["experience"]["score"]
-    assert scores.sort().values.equal(experience.score.sort().values)
+    saved, saved_text = record["ranks"][0]["micro_batches"]
+    assert saved_text.keys() == vars(text).keys()
+    assert saved.keys() == vars(experience).keys()
+    assert saved["score"].sort().values.equal(experience.score.sort().values)

@@ -1,4 +1,4 @@
-"""The update phase: what holds at the first update, what moves when, and what is refused."""
+"""The update phase: the plan, the first update, what moves the weights, and what is skipped."""
 
 import dataclasses
 import math
@@ -6,365 +6,338 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import learn, moved, snapshot
+from conftest import fill_adapters, learn, moved, snapshot
 from torch.testing import assert_close
 
-from alpaca_rlhf.training_model.step3_rlhf_finetuning import ppo_trainer
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
-    AdaptiveKLController,
+    Iteration,
+    Plan,
     PPOTrainer,
-    steps_per_round,
 )
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     ScoreNormalizer,
     make_experience,
 )
-from alpaca_rlhf.utils import losses
+from alpaca_rlhf.utils import distributed, losses
+from alpaca_rlhf.utils.configs import (
+    PPOConfig,
+    ReportConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ScheduleConfig,
+)
 from alpaca_rlhf.utils.data.batches import collate_tokens
 from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions
-from alpaca_rlhf.utils.model.ema import Ema
 
-# Adam then follows the gradient's size, not its sign alone: what is compared is the gradient.
-PLAIN = {"adam_eps": 0.1, "learning_rate": 0.1, "lora_learning_rate": 0.1}
 NOTHING = SimpleNamespace(train=lambda mode: None)  # the roles, where no update is computed
 ROLES = {"whole": {}, "lora": {"lora": 4}}
 
 
-def roles(small, kind="whole", **changes):
-    """Every sixth id ends a reply, so that lengths differ."""
-    engine = small.roles(**ROLES[kind], **changes)
-    engine.eos_ids = torch.arange(0, len(small.tokenizer), 6)
-    return engine
+def build(small, kind="whole", **changes):
+    return small.roles(eos_every=6, **ROLES[kind], **changes)
 
 
-def round_of(small, engine, temperature=1.0):
-    maker = small.maker(engine, tokens=8, temperature=temperature)
-    return small.experience(maker, count=8)[0]
+def rollouts(small, engine, temperature=1.0):
+    return small.experience(small.maker(engine, tokens=8, temperature=temperature), count=8)[0]
 
 
-# ------------------------------------------------------------------- before the first update
+@pytest.fixture(scope="module")
+def experience(small):
+    """Eight rollouts of different lengths, some of them without eos."""
+    made = rollouts(small, build(small))
+    assert len(set(made.response_mask.sum(-1).tolist())) > 2
+    return made
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+def plan(prompts=10, rollouts=4, generations=1, micro=2, accumulation=1, ppo_epochs=1, **changes):
+    report = {name: changes.pop(name) for name in ("enable_test_mode", "test_stop_step")
+              if name in changes}
+    return Plan(
+        ScheduleConfig(gradient_accumulation_steps=accumulation, **changes),
+        RolloutConfig(per_device_generation_batch_size=rollouts),
+        SamplingConfig(num_generations=generations),
+        PPOConfig(per_device_training_batch_size=micro, ppo_epochs=ppo_epochs),
+        ReportConfig(**report), seed=4, prompts=prompts,
+    )
+
+
+def test_each_epoch_of_prompts_has_an_order_of_its_own_without_a_short_iteration():
+    made = plan(num_train_epochs=2)
+    iterations = list(made)
+    assert [len(prompts) for prompts in iterations] == [4] * 4
+    for epoch in (iterations[:2], iterations[2:]):
+        assert len(set(sum(epoch, []))) == 8
+    assert iterations[:2] != iterations[2:]
+    assert [made.ends_epoch(number) for number in (1, 2, 3, 4)] == [False, True, False, False]
+
+
+def test_prompts_of_several_responses_and_too_few_prompts_fill_an_iteration():
+    assert [len(prompts) for prompts in plan(generations=2)] == [2] * 5
+    (only,) = plan(prompts=3, rollouts=8)
+    assert len(only) == 8
+    assert set(only) == {0, 1, 2}
+
+
+def test_two_ranks_share_the_prompts_of_one_rank_with_twice_the_batch_size(monkeypatch):
+    alone, ranks = [sorted(prompts) for prompts in plan(rollouts=8)], []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        ranks.append(list(plan()))
+    assert [sorted(sum(both, [])) for both in zip(*ranks, strict=True)] == alone
+
+
+@pytest.mark.parametrize(("options", "iterations", "steps"), [
+    ({}, 2, 4), ({"num_train_epochs": 3}, 6, 12), ({"max_steps": 1}, 1, 2),
+    ({"max_steps": 3, "num_train_epochs": 3}, 2, 4), ({"ppo_epochs": 2}, 2, 8),
+    ({"accumulation": 2}, 2, 2), ({"micro": 4}, 2, 2), ({"micro": 4, "accumulation": 3}, 2, 2),
+    ({"num_train_epochs": 9, "enable_test_mode": True, "test_stop_step": 2}, 3, 6),
+])
+def test_the_plan_counts_iterations_and_optimizer_steps(options, iterations, steps):
+    made = plan(**options)
+    assert (made.count, made.total_steps, len(list(made))) == (iterations, steps, iterations)
+    assert [made.complete(n) for n in (0, steps - 1, steps)] == [0, iterations - 1, iterations]
+
+
+# --- the first update ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ROLES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_at_the_first_update_every_ratio_is_1_and_no_alarm_goes_off(small, kind, temperature):
-    engine = roles(small, kind)
-    experience = round_of(small, engine, temperature)
-    settings = small.ppo(micro_batch_size=8, temperature=temperature)
-    metrics = learn(small.trainer(engine, settings), experience, 0)
-    assert abs(metrics["policy/ratio_mean"] - 1) < 1e-5
-    assert abs(metrics["policy/ratio_max"] - 1) < 1e-5
-    assert abs(metrics["policy/approx_kl"]) < 1e-5
+    engine = build(small, kind)
+    trainer = small.trainer(engine, micro=8, temperature=temperature)
+    metrics = learn(trainer, rollouts(small, engine, temperature))
+    assert metrics["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert metrics["policy/approx_kl"] == pytest.approx(0, abs=1e-5)
     assert metrics["policy/clip_fraction"] == 0
     assert metrics["policy/first_log_ratio_max"] < 1e-5
     assert Alarms(Limits()).check(metrics) == []
 
 
-@pytest.mark.parametrize(
-    ("mistake", "temperature"),
-    [({"load": LoadOptions(dropout=0.3)}, 1.0), ({"lora": 4, "lora_dropout": 0.5}, 1.0),
-     ({}, 0.6)],
-)
-def test_a_ratio_that_is_not_1_at_the_first_update_sets_off_an_alarm(
-    small, mistake, temperature
-):
+@pytest.mark.parametrize(("mistake", "temperature"), [
+    ({"dropout": 0.3}, 1.0), ({"lora": 4, "lora_dropout": 0.5}, 1.0), ({}, 0.6)])
+def test_a_ratio_other_than_1_at_the_first_update_sets_off_an_alarm(small, mistake, temperature):
     engine = small.roles(**mistake)
-    if "lora" in mistake:
-        with torch.no_grad():  # an adapter that is zero has nothing to drop
-            for name, parameter in engine.actor.module.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.2)
-    experience = round_of(small, engine)
-    trainer = small.trainer(engine, small.ppo(temperature=temperature))
+    fill_adapters(engine.actor.module)  # one that is zero has nothing to drop
+    experience, trainer = rollouts(small, engine), small.trainer(engine, temperature=temperature)
     first, second = (learn(trainer, experience, number) for number in (0, 1))
     assert [alarm.kind for alarm in Alarms(Limits()).check(first)] == ["ratio"]
     assert "policy/first_log_ratio_max" not in second
 
 
-# ------------------------------------------------------------------- one step
+# --- what moves the weights ----------------------------------------------------------------------
 
 
-def weights_after(small, experience, settings):
-    engine = roles(small, **PLAIN, overrides=small.unclipped)
-    learn(small.trainer(engine, settings), experience, 0)
+def weights_after(small, experience, **options):
+    """Weights of actor and critic after the updates on this experience."""
+    engine = build(small, **small.comparable)
+    learn(small.trainer(engine, **options), experience)
     return snapshot(engine.actor.module), snapshot(engine.critic.module)
 
 
-@pytest.fixture(scope="module")
-def experience(small):
-    """Of a policy with weights of its own, so that ratios are not all 1."""
-    return round_of(small, roles(small))
-
-
-def check_accumulation(small, experience):
-    assert len(set(experience.response_mask.sum(-1).tolist())) > 2
-    whole = weights_after(small, experience, small.ppo(micro_batch_size=8))
-    cut = weights_after(small, experience, small.ppo(micro_batch_size=3, accumulation_steps=3))
-    start = snapshot(small.causal_lm()), snapshot(small.reward_model())
-    for one, other, before in zip(whole, cut, start, strict=True):
-        names = [name.removeprefix("model.") if "score" in name else name for name in one]
-        assert len(names) == len(before)
-        for name, weight in one.items():
-            assert_close(other[name], weight, rtol=1e-4, atol=2e-6)
-    name = "lm_head.weight"
-    assert (whole[0][name] - start[0][name]).abs().max() > 1e-4
-
-
 def test_uneven_micro_batches_take_the_step_of_one_big_batch(small, experience):
-    check_accumulation(small, experience)
+    whole = weights_after(small, experience, micro=8)
+    cut = weights_after(small, experience, micro=3, accumulation=3)
+    assert_close(cut, whole, rtol=1e-4, atol=2e-6)
+    start = snapshot(small.causal_lm())
+    assert (whole[0]["lm_head.weight"] - start["lm_head.weight"]).abs().max() > 1e-4
 
 
-def test_a_mean_of_micro_batch_means_is_noticed(small, experience, monkeypatch):
-    right = ppo_trainer.optimizer_step
-
-    def means(engine, micro_batches, objective, total_weight):
-        def mean(batch):
-            loss, stats = objective(batch)
-            return loss / batch.weight(), stats
-
-        return right(engine, micro_batches, mean, torch.tensor(float(len(micro_batches))))
-
-    monkeypatch.setattr(ppo_trainer, "optimizer_step", means)
-    with pytest.raises(AssertionError):
-        check_accumulation(small, experience)
-
-
-def check_after_eos(small, experience):
-    """Ids, values, log-probabilities, advantages and returns behind the end move no weight."""
+@pytest.mark.parametrize("where", ["after eos", "in the padding of prompts"])
+def test_nothing_outside_the_response_and_the_prompt_moves_a_weight(small, experience, where):
     outside = experience.response_mask == 0
+    ids, split = experience.input_ids.clone(), -experience.response_length
+    if where == "after eos":
+        ids[:, split:][outside] = 77
+        # Ratios above 1 at negative advantages: clipping would not hide them.
+        changes = {"logprobs": -15.0, "ref_logprobs": -50.0, "values": 0.05, "advantages": -50.0,
+                   "returns": 50.0}
+    else:
+        ids[:, :split][experience.attention_mask[:, :split] == 0] = 77
+        changes = {}
+    changed = dataclasses.replace(experience, input_ids=ids, **{
+        name: getattr(experience, name) + much * outside for name, much in changes.items()})
     assert outside.any()
-    ids = experience.input_ids.clone()
-    ids[:, -experience.response_length :][outside] = 77
-    # Ratios above 1 at negative advantages: the clip would not hide them.
-    much = 50.0 * outside
-    changed = dataclasses.replace(
-        experience, input_ids=ids, logprobs=experience.logprobs - 15.0 * outside,
-        ref_logprobs=experience.ref_logprobs - much, values=experience.values + 0.05 * outside,
-        advantages=experience.advantages - much, returns=experience.returns + much,
-    )
-    settings = small.ppo(micro_batch_size=8)
-    for one, other in zip(
-        weights_after(small, experience, settings), weights_after(small, changed, settings),
-        strict=True,
-    ):
-        for name, weight in one.items():
-            assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
-
-
-def test_nothing_after_eos_moves_a_weight(small, experience):
-    check_after_eos(small, experience)
-
-
-@pytest.mark.parametrize(("loss", "place"), [("policy_loss", 3), ("value_loss", 3)])
-def test_pads_left_unmasked_in_a_loss_are_noticed(small, experience, monkeypatch, loss, place):
-    right = getattr(losses, loss)
-
-    def wrong(*given):
-        given = list(given)
-        given[place] = torch.ones_like(given[place])
-        return right(*given)
-
-    monkeypatch.setattr(losses, loss, wrong)
-    with pytest.raises(AssertionError):
-        check_after_eos(small, experience)
-
-
-def check_prompt_padding(small, experience):
-    """What ids stand in the padding of the prompts is of no account."""
-    ids = experience.input_ids.masked_fill(experience.attention_mask == 0, 77)
     assert not ids.equal(experience.input_ids)
-    settings = small.ppo(micro_batch_size=8)
-    one, other = (
-        weights_after(small, dataclasses.replace(experience, input_ids=given), settings)[0]
-        for given in (experience.input_ids, ids)
-    )
-    for name, weight in one.items():
-        assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
+    assert_close(weights_after(small, changed, micro=8),
+                 weights_after(small, experience, micro=8), rtol=1e-5, atol=1e-6)
 
 
-def test_the_padding_of_prompts_moves_no_weight(small, experience):
-    check_prompt_padding(small, experience)
-
-
-def test_prompt_padding_that_is_attended_to_is_noticed(small, experience, monkeypatch):
-    right = ppo_trainer.response_logits
-    monkeypatch.setattr(
-        ppo_trainer, "response_logits",
-        lambda model, ids, mask, length: right(model, ids, torch.ones_like(mask), length),
-    )
-    with pytest.raises(AssertionError):
-        check_prompt_padding(small, experience)
-
-
-def test_the_policy_moves_toward_what_had_an_advantage(small, experience):
+def test_the_policy_moves_toward_tokens_with_an_advantage(small, experience):
     # A small step: what it changes is then what the gradient says, whatever the weights are.
-    engine = roles(small, **{**PLAIN, "learning_rate": 1e-3})
+    engine = build(small, **{**small.comparable, "learning_rate": 1e-3})
     sign = torch.where(torch.arange(8) % 2 == 0, 1.0, -1.0).unsqueeze(-1)
-    told = dataclasses.replace(experience, advantages=sign * experience.response_mask)
-    learn(small.trainer(engine, small.ppo(micro_batch_size=8)), told, 0)
+    changed = dataclasses.replace(experience, advantages=sign * experience.response_mask)
+    learn(small.trainer(engine, micro=8), changed)
     engine.train(False)
     with torch.no_grad():
         after = engine.logprobs(
-            engine.actor, told.input_ids, told.attention_mask, told.responses, 1.0
+            engine.actor, changed.input_ids, changed.attention_mask, changed.responses, 1.0
         )
-    gained = (after - told.logprobs) * told.advantages
-    assert gained.sum() > 0.01
+    assert ((after - changed.logprobs) * changed.advantages).sum() > 0.01
 
 
 def test_the_critic_moves_toward_the_returns(small, experience):
-    engine = roles(small)
-    trainer = small.trainer(engine, small.ppo(micro_batch_size=8, epochs=6))
+    trainer = small.trainer(build(small), micro=8, ppo_epochs=6)
     above = experience.returns + 3 * experience.response_mask
-    told = dataclasses.replace(experience, returns=above)
-    first = learn(trainer, told, 0)["value/loss"]
-    assert learn(trainer, told, 1)["value/loss"] < first
+    changed = dataclasses.replace(experience, returns=above)
+    first = learn(trainer, changed, 0)["value/loss"]
+    assert learn(trainer, changed, 1)["value/loss"] < first
 
 
-def test_each_pass_takes_every_row_once_in_a_new_order(small, experience, monkeypatch):
-    taken = []
+def test_an_entropy_bonus_raises_the_entropy(small, experience):
+    still = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
+    gains = []
+    for coef in (0.0, 1.0):
+        trainer = small.trainer(build(small, **small.comparable), micro=8, entropy_coef=coef)
+        before, after = (learn(trainer, still, number)["policy/entropy"] for number in (0, 1))
+        gains.append(after - before)
+    assert gains[0] == pytest.approx(0, abs=1e-5)
+    assert gains[1] > 0.01
+
+
+def test_the_ptx_loss_is_a_token_mean_of_its_own_times_its_weight(small, experience):
+    rows = [[1, *range(50, 60)], [1, 70, 71]]
+    batches = [collate_tokens([{"input_ids": row, "labels": row}], pad_id=3) for row in rows]
+
+    @torch.no_grad()
+    def total(model):
+        return sum(losses.token_loss(model(input_ids=b.input_ids).logits, b.labels).item()
+                   for b in batches)
+
+    engine = build(small, **small.comparable)
+    before = total(engine.actor.module)
+    trainer = small.trainer(engine, micro=4, accumulation=2, unsup_coef=0.5)
+    metrics = learn(trainer, experience, 0, batches)
+    assert metrics["policy/unsup_loss"] == pytest.approx(0.5 * before / 12, rel=1e-4)
+    assert total(engine.actor.module) < before
+
+
+@pytest.mark.parametrize("kind", ROLES)
+def test_the_critics_warm_up_leaves_the_actor_and_its_average_unchanged(small, experience, kind):
+    engine = build(small, kind)
+    trainer = small.trainer(
+        engine, micro=8, critic_warmup_steps=2, enable_ema=True, ema_decay=0.5)
+    model = engine.actor.module
+    actor, critic = snapshot(model), snapshot(engine.critic.module)
+    for number in range(2):
+        metrics = learn(trainer, experience, number)
+        assert moved(actor, model) == set()
+        assert "policy/loss" not in metrics
+    assert moved(critic, engine.critic.module) != set()
+    with trainer.ema.swapped_in():
+        assert moved(actor, model) == set()
+    learn(trainer, experience, 2)
+    own = snapshot(model)
+    assert moved(actor, model) != set()
+    with trainer.ema.swapped_in():
+        assert moved(actor, model) != set()
+        assert moved(own, model) != set()
+    assert moved(own, model) == set()
+
+
+# --- epochs, steps and metrics of an iteration ---------------------------------------------------
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The rows of each optimizer step, by their score; no step is taken."""
+    rows = []
 
     def record(self, micro_batches, text):
-        taken.append(torch.cat([batch.score for batch in micro_batches]).tolist())
+        rows.append(torch.cat([batch.score for batch in micro_batches]).tolist())
         return {}
 
     monkeypatch.setattr(PPOTrainer, "_step", record)
-    learn(small.trainer(NOTHING, small.ppo(epochs=2, micro_batch_size=3)), experience, 0)
+    return rows
+
+
+def test_each_epoch_of_an_iteration_takes_every_row_once_in_a_new_order(small, experience, taken):
+    learn(small.trainer(NOTHING, ppo_epochs=2, micro=3), experience)
     assert [len(rows) for rows in taken] == [3, 3, 2, 3, 3, 2]
     first, second = sum(taken[:3], []), sum(taken[3:], [])
     assert sorted(first) == sorted(second) == sorted(experience.score.tolist())
     assert first != second
+    learn(small.trainer(NOTHING, ppo_epochs=2, micro=3), experience, 1)
+    assert taken[6:] != taken[:6]
 
 
-@pytest.mark.parametrize(
-    ("rollouts", "micro", "accumulation", "epochs", "steps"),
-    [(8, 2, 1, 1, 4), (8, 3, 1, 2, 6), (8, 2, 3, 1, 2), (8, 8, 4, 3, 3)],
-)
-def test_the_steps_of_a_round_are_those_it_takes(
-    small, experience, monkeypatch, rollouts, micro, accumulation, epochs, steps
+@pytest.mark.parametrize(("micro", "accumulation", "epochs", "steps"), [
+    (2, 1, 1, 4), (3, 1, 2, 6), (2, 3, 1, 2), (8, 4, 3, 3)])
+def test_an_iteration_takes_the_steps_of_the_plan(
+    small, experience, taken, micro, accumulation, epochs, steps
 ):
-    settings = small.ppo(micro_batch_size=micro, accumulation_steps=accumulation, epochs=epochs)
-    taken = []
-    monkeypatch.setattr(PPOTrainer, "_step", lambda self, *_: taken.append(1) or {})
-    learn(small.trainer(NOTHING, settings), experience, 0)
-    assert steps_per_round(rollouts, settings) == len(taken) == steps
+    learn(small.trainer(NOTHING, micro=micro, accumulation=accumulation, ppo_epochs=epochs),
+          experience)
+    made = plan(8, 8, micro=micro, accumulation=accumulation, ppo_epochs=epochs)
+    assert made.total_steps == len(taken) == steps
 
 
-def test_a_round_reports_every_metric_and_all_are_finite(small, experience):
-    engine = roles(small, "lora")
-    _, rollout = small.experience(small.maker(engine), count=4)
-    metrics = rollout | learn(small.trainer(engine, small.ppo()), experience, 0)
+def test_a_resumed_iteration_takes_the_steps_that_are_left(small, experience, taken):
+    learn(small.trainer(NOTHING, ppo_epochs=2, micro=3), experience)
+    whole, before = taken.copy(), []
+    taken.clear()
+    trainer = small.trainer(NOTHING, ppo_epochs=2, micro=3)
+    trainer.update(Iteration(experience, {}, records=[{}] * 4), 0,
+                   before_step=lambda: before.append(trainer.iteration))
+    assert taken == whole[4:]
+    assert len(before) == 2
+    assert trainer.iteration is None
+
+
+def test_an_iteration_reports_every_metric_and_all_are_finite(small, experience):
+    engine = build(small, "lora")
+    _, rollout = small.experience(small.maker(engine))
+    metrics = rollout | learn(small.trainer(engine), experience)
     named = """
         reward/score_mean reward/score_std reward/normalized_mean reward/kl_penalty kl/k1 kl/k3
         policy/loss policy/entropy policy/clip_fraction policy/approx_kl policy/ratio_mean
         policy/ratio_max policy/clamped value/loss value/clip_fraction value/explained_variance
         response/length_mean response/eos_rate response/repetition lr/actor lr/critic
-        grad_norm/actor grad_norm/critic time/update
+        grad_norm/actor grad_norm/critic time/update policy/skipped_steps
     """.split()
     assert set(named) <= metrics.keys()
     assert all(map(math.isfinite, metrics.values()))
 
 
-# ------------------------------------------------------------------- options of the update
+# --- non-finite steps ----------------------------------------------------------------------------
 
 
-def test_an_entropy_bonus_raises_the_entropy(small, experience):
-    still = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
-    entropies = {}
-    for coef in (0.0, 1.0):
-        engine = roles(small, **PLAIN)
-        trainer = small.trainer(engine, small.ppo(micro_batch_size=8, entropy_coef=coef))
-        entropies[coef] = [learn(trainer, still, i)["policy/entropy"] for i in range(2)]
-    assert entropies[0.0][1] == pytest.approx(entropies[0.0][0], abs=1e-5)
-    assert entropies[1.0][1] > entropies[1.0][0] + 0.01
-
-
-TEXT = [{"input_ids": [1, *range(50, 60)], "labels": [1, *range(50, 60)]},
-        {"input_ids": [1, 70, 71], "labels": [1, 70, 71]}]
-
-
-def test_the_language_modelling_loss_is_a_token_mean_of_its_own_times_its_weight(
+def test_non_finite_returns_are_skipped_and_counted_and_leave_actor_and_critic_unchanged(
     small, experience
 ):
-    batches = [collate_tokens([row], pad_id=3) for row in TEXT]
-    with torch.no_grad():
-        total = sum(
-            losses.token_loss(small.causal_lm()(input_ids=b.input_ids).logits, b.labels)
-            for b in batches
-        )
-    engine = roles(small, **PLAIN)
-    settings = small.ppo(micro_batch_size=4, accumulation_steps=2, unsup_coef=0.5)
-    metrics = learn(small.trainer(engine, settings), experience, 0, batches)
-    assert metrics["policy/unsup_loss"] == pytest.approx(0.5 * total.item() / 12, rel=1e-4)
-    with torch.no_grad():
-        after = sum(
-            losses.token_loss(engine.actor.module(input_ids=b.input_ids).logits, b.labels)
-            for b in batches
-        )
-    assert after < total
-
-
-@pytest.mark.parametrize("kind", ROLES)
-def test_the_critics_warm_up_leaves_the_actor_and_its_average_unchanged(
-    small, experience, kind
-):
-    engine = roles(small, kind)
-    ema = Ema(engine.actor.module, decay=0.5)
-    trainer = small.trainer(
-        engine, small.ppo(micro_batch_size=8, critic_warmup_steps=2), ema
-    )
+    engine = build(small, "lora")
     actor, critic = snapshot(engine.actor.module), snapshot(engine.critic.module)
-    for i in range(2):
-        metrics = learn(trainer, experience, i)
-        assert moved(actor, engine.actor.module) == set()
-        assert "policy/loss" not in metrics
-    assert moved(critic, engine.critic.module) != set()
-    with ema.swapped_in():
-        assert moved(actor, engine.actor.module) == set()
-    learn(trainer, experience, 2)
-    assert moved(actor, engine.actor.module) != set()
-    own = snapshot(engine.actor.module)
-    with ema.swapped_in():
-        assert moved(actor, engine.actor.module) != set()
-        assert moved(own, engine.actor.module) != set()
-    assert moved(own, engine.actor.module) == set()
-
-
-# ------------------------------------------------------------------- what is not finite
-
-
-def test_an_update_that_is_not_finite_is_skipped_counted_and_leaves_both_unchanged(
-    small, experience
-):
-    engine = roles(small, "lora")
-    actor, critic = snapshot(engine.actor.module), snapshot(engine.critic.module)
-    trainer = small.trainer(engine, small.ppo(micro_batch_size=8))
+    trainer = small.trainer(engine, micro=8)
     broken = dataclasses.replace(experience, returns=experience.returns * math.nan)
-    metrics = learn(trainer, broken, 0)
-    assert metrics["policy/skipped_steps"] == 1
+    assert learn(trainer, broken, 0)["policy/skipped_steps"] == 1
+    assert (trainer.steps, trainer.taken) == (0, 1)
     assert moved(actor, engine.actor.module) == set()
     assert moved(critic, engine.critic.module) == set()
     assert learn(trainer, experience, 1)["policy/skipped_steps"] == 1
+    assert (trainer.steps, trainer.taken) == (1, 2)
     assert moved(actor, engine.actor.module) != set()
 
 
-def test_advantages_that_are_not_finite_leave_the_actor_unchanged(small, experience):
-    engine = roles(small)
-    actor = snapshot(engine.actor.module)
-    trainer = small.trainer(engine, small.ppo(micro_batch_size=8))
+def test_non_finite_advantages_leave_the_actor_unchanged(small, experience):
+    engine = build(small)
+    actor, trainer = snapshot(engine.actor.module), small.trainer(engine, micro=8)
     broken = dataclasses.replace(experience, advantages=experience.advantages / 0.0)
-    assert learn(trainer, broken, 0)["policy/skipped_steps"] == 1
+    assert learn(trainer, broken)["policy/skipped_steps"] == 1
     assert moved(actor, engine.actor.module) == set()
 
 
-def test_too_many_updates_in_a_row_that_are_not_finite_end_the_run(small, experience):
-    trainer = small.trainer(roles(small), small.ppo(micro_batch_size=8), most=3)
+def test_too_many_consecutive_non_finite_steps_abort_the_run(small, experience):
+    trainer = small.trainer(build(small), micro=8, most=3)
     broken = dataclasses.replace(experience, returns=experience.returns * math.inf)
-    learn(trainer, broken, 0)
-    learn(trainer, broken, 1)
-    learn(trainer, experience, 2)  # a good one in between starts the count anew
-    learn(trainer, broken, 3)
-    learn(trainer, broken, 4)
+    for number, given in enumerate([broken, broken, experience, broken, broken]):
+        learn(trainer, given, number)
     with pytest.raises(FloatingPointError) as error:
         learn(trainer, broken, 5)
     assert str(error.value) == (
@@ -373,62 +346,42 @@ def test_too_many_updates_in_a_row_that_are_not_finite_end_the_run(small, experi
     )
 
 
-# ------------------------------------------------------------------- over several rounds
+# --- over several iterations ---------------------------------------------------------------------
 
 
-def rounds(small, reward_function, count, learning_rate, tokens, batches):
-    """Metrics of each round, of a critic that begins with 0 everywhere."""
-    engine = small.roles(learning_rate=learning_rate, adam_eps=1e-5, needs_reward_model=False)
+def iterations(small, reward_function, count, tokens, responses):
+    """Metrics of each PPO iteration; the critic starts with 0 everywhere."""
+    engine = small.roles(learning_rate=5e-3, adam_eps=1e-5, needs_reward_model=False)
     engine.eos_ids = torch.tensor([-1])
     with torch.no_grad():
         engine.critic.module.model.score.weight.zero_()
     maker = small.maker(engine, tokens=tokens, reward_function=reward_function)
-    trainer = small.trainer(engine, small.ppo(micro_batch_size=8 * batches))
-    settings = small.reward_settings(missing_eos_penalty=0.0, clip=10.0)
+    trainer = small.trainer(engine, micro=8 * responses)
+    reward = RewardConfig(
+        reward_normalization="none", missing_eos_penalty=0.0, clip_reward_value=10.0)
     history = []
     for number in range(count):
-        scored = maker.score(maker.generate(small.prompts(8), replies=batches))
+        scored = maker.score(maker.generate(small.prompts(8), responses))
         experience, metrics = make_experience(
-            scored, ScoreNormalizer("none"), settings, kl_coef=0.05
+            scored, ScoreNormalizer(reward, ""), reward, PPOConfig(), kl_coef=0.05
         )
         history.append(metrics | learn(trainer, experience, number))
     return history
 
 
-def vowels(prompts, replies):
-    return [10.0 * sum(c in "aeiou" for c in reply) / max(1, len(reply)) for reply in replies]
+def vowels(prompts, responses):
+    return [10.0 * sum(c in "aeiou" for c in text) / max(1, len(text)) for text in responses]
 
 
-def test_a_reward_is_learnt(small):
-    history = rounds(small, vowels, count=14, learning_rate=5e-3, tokens=1, batches=10)
+def test_a_reward_is_learned(small):
+    history = iterations(small, vowels, count=14, tokens=1, responses=10)
     scores = [metrics["reward/score_mean"] for metrics in history]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.8 * history[0]["reward/score_std"]
     assert history[-1]["kl/k3"] > 0.3
 
 
 def test_with_a_constant_reward_of_0_nothing_rises_and_the_kl_stays_near_0(small):
-    history = rounds(
-        small, lambda prompts, replies: [0.0] * len(replies), count=8, learning_rate=5e-3,
-        tokens=6, batches=1,
-    )
+    history = iterations(
+        small, lambda prompts, responses: [0.0] * len(responses), count=8, tokens=6, responses=1)
     assert all(metrics["reward/score_mean"] == 0 for metrics in history)
     assert all(abs(metrics["kl/k3"]) < 0.01 for metrics in history)
-
-
-# ------------------------------------------------------------------- the coefficient of KL
-
-
-def test_the_adaptive_coefficient_moves_toward_the_target_by_at_most_a_fifth_a_horizon():
-    controller = AdaptiveKLController(0.1, target=6.0, horizon=1000)
-    controller.update(6.6, episodes=100)  # a tenth above: 1 + 0.1 * 100 / 1000
-    assert controller.coef == pytest.approx(0.101)
-    controller.update(60.0, episodes=100)  # held at a fifth
-    assert controller.coef == pytest.approx(0.101 * 1.02)
-    controller.update(0.0, episodes=1000)
-    assert controller.coef == pytest.approx(0.101 * 1.02 * 0.8)
-
-
-def test_the_fixed_coefficient_stays():
-    controller = AdaptiveKLController(0.05)
-    controller.update(100.0, episodes=10_000)
-    assert controller.coef == 0.05
