@@ -40,8 +40,8 @@ def test_a_healthy_run_sets_off_none():
     [
         ("kl", {"kl/k1": (0.0, 40.0)}, "15.", "raise --kl_coef"),
         ("eos", {"response/eos_rate": (1.0, 0.6)}, "eos rate", "raise --missing_eos_penalty"),
-        ("length", {"response/length_mean": (10.0, 60.0)}, "replies grow", "raise --kl_coef"),
-        ("repetition", {"response/repetition": (0.0, 0.5)}, "repeat", "look at the samples"),
+        ("length", {"response/length_mean": (10.0, 60.0)}, "responses grow", "raise --kl_coef"),
+        ("repetition", {"response/repetition": (0.0, 0.5)}, "repeat", "see the samples"),
         ("entropy", {"policy/entropy": (0.5, 0.02)}, "entropy collapses", "--entropy_coef"),
         ("critic", {"value/explained_variance": (-0.4, -0.2)}, "explains nothing",
          "--critic_warmup_steps"),

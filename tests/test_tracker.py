@@ -8,11 +8,12 @@ import sys
 import pytest
 
 from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.configs import TrackingConfig
 from alpaca_rlhf.utils.console import table
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.logging import tracker as tracking
 from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
-from alpaca_rlhf.utils.logging.tracker import Outside, Tracker, require_packages
+from alpaca_rlhf.utils.logging.tracker import Tracker, require_packages
 
 LOSS = {"loss": "loss"}
 
@@ -218,8 +219,9 @@ def scalars(folder):
 
 
 def test_tensorboard_gets_every_metric_and_the_samples(tmp_path, group):
-    outside = Outside(["tensorboard"], str(tmp_path / "tb"), {"seed": 1, "lang": ["en"]})
-    with Tracker(None, 2, {}, outside) as tracker:
+    tracking = TrackingConfig(tracker=["tensorboard"], logging_dir=str(tmp_path / "tb"))
+    arguments = {"seed": 1, "lang": ["en"]}
+    with Tracker(None, 2, {}, tracking=tracking, arguments=arguments) as tracker:
         tracker.log({"reward/score_mean": 0.5}, 1)
         tracker.log({"reward/score_mean": 1.5}, 2)
         tracker.samples([{"prompt": "a|b", "reply": "c\nd", "score": 1.0}], 2)
@@ -232,7 +234,7 @@ def test_tensorboard_gets_every_metric_and_the_samples(tmp_path, group):
 def test_the_files_of_a_tracker_go_to_the_run_by_default(tmp_path, group):
     folder = tmp_path / "tiny" / "actor.partial"
     folder.mkdir(parents=True)
-    with Tracker(folder, 1, {}, Outside(["tensorboard"])) as tracker:
+    with Tracker(folder, 1, {}, tracking=TrackingConfig(enable_tensorboard=True)) as tracker:
         tracker.log({"loss": 0.5}, 1)
     found, _ = scalars(folder / "logs" / "tiny-actor")
     assert found["loss"] == [(1, 0.5)]
@@ -240,7 +242,7 @@ def test_the_files_of_a_tracker_go_to_the_run_by_default(tmp_path, group):
 
 def test_none_is_started_unasked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate.tracking", None)  # its import would fail
-    with Tracker(tmp_path, 1, {}, Outside()) as tracker:
+    with Tracker(tmp_path, 1, {}, tracking=TrackingConfig()) as tracker:
         tracker.log({"loss": 0.5}, 1)
 
 
@@ -279,7 +281,7 @@ def failing(monkeypatch, group):
 def test_a_tracker_that_fails_is_left_out_with_one_line_and_the_training_goes_on(
     tmp_path, failing, capsys
 ):
-    with Tracker(tmp_path, 3, {}, Outside(["wandb"])) as tracker:
+    with Tracker(tmp_path, 3, {}, tracking=TrackingConfig(tracker=["wandb"])) as tracker:
         for step in (1, 2, 3):
             tracker.log({"loss": 1.0}, step)
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
@@ -289,7 +291,8 @@ def test_a_tracker_that_fails_is_left_out_with_one_line_and_the_training_goes_on
 
 
 def test_a_tracker_is_closed_when_the_training_fails(tmp_path, failing):
-    with pytest.raises(RuntimeError), Tracker(tmp_path, 3, {}, Outside(["wandb"])) as tracker:
+    tracking = TrackingConfig(tracker=["wandb"])
+    with pytest.raises(RuntimeError), Tracker(tmp_path, 3, {}, tracking=tracking) as tracker:
         tracker.log({"loss": 1.0}, 1)
         raise RuntimeError
     assert Failing.finished == 1
@@ -300,8 +303,8 @@ def test_a_tracker_that_can_not_start_is_a_mistake_of_the_users(tmp_path, failin
         raise ValueError("not logged in")
 
     monkeypatch.setattr(Failing, "start", refuse)
-    with pytest.raises(UserError, match="^--tracker wandb: can not be started: .*not logged in"):
-        Tracker(tmp_path, 1, {}, Outside(["wandb"]))
+    with pytest.raises(UserError, match="^--tracker wandb: cannot be started: .*not logged in"):
+        Tracker(tmp_path, 1, {}, tracking=TrackingConfig(tracker=["wandb"]))
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():

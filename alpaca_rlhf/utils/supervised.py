@@ -23,7 +23,7 @@ from alpaca_rlhf.utils.configs import (
 from alpaca_rlhf.utils.data.batches import covering_batches, length_grouped, rank_batches
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.engine import Engine
-from alpaca_rlhf.utils.logging.tracker import Outside, Tracker
+from alpaca_rlhf.utils.logging.tracker import Tracker
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints, Found
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 from alpaca_rlhf.utils.run.run_folder import RunFolder
@@ -136,7 +136,7 @@ def train(
     console.say(f"before: {objective.describe(progress.before)}")
     tracker = Tracker(
         folder.path, plan.total_steps, objective.shown,
-        Outside(tracking.trackers, tracking.logging_dir, arguments), resume_step=progress.step,
+        tracking=tracking, arguments=arguments, resume_step=progress.step,
     )
     with tracker, checkpoints.deferring_signals():
         _train(engine, data, objective, plan, checkpoints, guard, tracker)

@@ -41,7 +41,7 @@ from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat, load_tokenizer, require_same
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, Alarms, Limits
-from alpaca_rlhf.utils.logging.tracker import Outside, Tracker
+from alpaca_rlhf.utils.logging.tracker import Tracker
 from alpaca_rlhf.utils.model.reward_model import is_reward_model
 from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run import export
@@ -83,8 +83,7 @@ def main() -> None:
         progress.before = ppo.evaluate()
         ppo.maker.reseed(args.run.seed)
     tracker = Tracker(
-        folder.path, ppo.plan.count, SHOWN,
-        Outside(args.tracking.trackers, args.tracking.logging_dir, config),
+        folder.path, ppo.plan.count, SHOWN, tracking=args.tracking, arguments=config,
         alarms=alarms(args), stop_on_alarm=args.report.stop_on_alarm,
         resume_step=ppo.plan.complete(progress.step),
     )
@@ -163,12 +162,11 @@ class PPO:
             total_steps=self.plan.total_steps, needs_reward_model=reward_function is None,
         )
         console.say("\n".join(engine.summary))
+        slots = args.rollout.per_device_generation_batch_size
         self.maker = RolloutMaker(
-            engine, HybridEngine(
-                engine.actor, args.hybrid, slots=args.rollout.per_device_generation_batch_size
-            ),
-            chat, sampling=args.sampling, seed=args.run.seed, reward_function=reward_function,
-            scoring_tokens=micro_batch_size * self._longest,
+            engine, HybridEngine(engine.actor, args.hybrid, slots), chat, sampling=args.sampling,
+            seed=args.run.seed, scoring_tokens=micro_batch_size * self._longest,
+            reward_function=reward_function,
         )
         self._guard = NonFiniteGuard(
             folder.path, args.schedule.max_skipped_steps,
@@ -180,10 +178,8 @@ class PPO:
         )
         self._normalizer, self._controller = normalizer, AdaptiveKLController(args.reward)
         own: dict[str, Any] = {"trainer": self.trainer, "sampler": self.maker}
-        shared: dict[str, Any] = {
-            "faults": self._guard, "controller": self._controller,
-            "normalizer": self._normalizer,
-        }
+        shared: dict[str, Any] = {"faults": self._guard, "controller": self._controller,
+                                  "normalizer": self._normalizer}
         if self.trainer.ema is not None:
             (own if self.trainer.ema.sharded else shared)["ema"] = self.trainer.ema
         self.checkpoints = Checkpoints(

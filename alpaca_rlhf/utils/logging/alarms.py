@@ -1,10 +1,10 @@
-"""Alarms: what goes wrong in PPO while the loss looks fine, told from the metrics of its rounds.
+"""Alarms: problems of PPO that the loss does not show, found in the metrics of its iterations.
 
-Each alarm says what it saw and what to do, once a run. The thresholds stand in `Limits`; a healthy
-run of the embedded pipeline stays well within all of them (docs/tracking.md has its figures).
+Each alarm is reported once per run, with its figures and a remedy. The thresholds are in `Limits`;
+a healthy run of the embedded pipeline stays well within them (docs/tracking.md has its figures).
 
     alarms = Alarms(Limits())
-    for metrics in rounds:
+    for metrics in iterations:
         for alarm in alarms.check(metrics):
             print(alarm.kind, alarm.message)
 """
@@ -14,25 +14,25 @@ from dataclasses import dataclass
 
 Row = Mapping[str, float]
 
-# How far from 0 a log-ratio may be before the first update.
+# Largest absolute log-ratio allowed before the first update.
 EXACT = 1e-5  # one rank in fp32
 CLOSE = 1e-3  # several ranks, or another precision
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When an alarm goes off.
+    """Thresholds of the alarms.
 
     Attributes:
-        window: rounds that are averaged, at the beginning and now, before they are compared.
-        first_log_ratio: largest log-ratio before the first update.
-        kl: nats a reply.
-        score_gain: deviations of the first rounds' scores by which the score counts as up.
-        eos_drop: fall of the share of replies that end.
-        length_factor, length_tokens: a reply is too long when it is longer by both of these.
-        repetition_rise: growth of the share of repeated token pairs.
-        entropy_share: what must be left of the first rounds' entropy.
-        critic_rounds: rounds in which the critic may still explain nothing.
+        window: iterations whose mean is compared, the first ones and the latest ones.
+        first_log_ratio: largest absolute log-ratio before the first update.
+        kl: largest KL in nats per sequence.
+        score_gain: rise of the score that counts, in std of the first iterations' scores.
+        eos_drop: largest fall of the eos rate.
+        length_factor, length_tokens: responses are too long when they grow by both of these.
+        repetition_rise: largest rise of the share of repeated bigrams.
+        entropy_share: smallest share of the first iterations' entropy.
+        critic_rounds: iterations in which the critic may explain nothing.
     """
 
     window: int = 5
@@ -49,35 +49,26 @@ class Limits:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What went off.
-
-    Attributes:
-        kind: short name, the same for every run.
-        message: what was seen, and what to do.
-    """
+    """An alarm: its kind, the same for every run, and figures with a remedy."""
 
     kind: str
     message: str
 
 
 class Alarms:
-    """Looks at each round's metrics as they come; each kind of alarm goes off once.
-
-    Args:
-        limits: when.
-    """
+    """Checks the metrics of each iteration; each kind of alarm goes off once."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._history: list[Row] = []
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def check(self, metrics: Row) -> list[Alarm]:
-        """The alarms that this round sets off; what a round did not measure is not judged."""
+        """Return the new alarms of an iteration; metrics that are missing are not checked."""
         self._history.append(metrics)
         new = [alarm for look in CHECKS for alarm in look(self._history, self._limits)
-               if alarm.kind not in self._told]
-        self._told |= {alarm.kind for alarm in new}
+               if alarm.kind not in self._reported]
+        self._reported |= {alarm.kind for alarm in new}
         return new
 
 
@@ -97,26 +88,26 @@ def _kl(history: Sequence[Row], limits: Limits) -> Iterator[Alarm]:
     if len(history) >= limits.window and now is not None and not now <= limits.kl:
         yield Alarm(
             "kl",
-            f"the KL to the reference is running away: {now:.1f} nats a reply over the last "
-            f"{limits.window} rounds (limit {limits.kl:g}); raise --kl_coef, lower "
+            f"the KL to the reference model is running away: {now:.1f} nats per sequence over the "
+            f"last {limits.window} iterations (limit {limits.kl:g}); raise --kl_coef, lower "
             "--actor_learning_rate, or take --kl_controller adaptive",
         )
 
 
-# What may be bought with a rising score: metric, kind, and whether it moved too far.
-_PRICES: dict[str, tuple[str, Callable[[float, float, Limits], bool], str]] = {
+# Signs of reward hacking, when the score rises: metric, kind, and whether it changed too much.
+_SIGNS: dict[str, tuple[str, Callable[[float, float, Limits], bool], str]] = {
     "response/eos_rate": (
         "eos", lambda first, now, limits: first - now >= limits.eos_drop,
-        "fewer replies end: eos rate {first:.2f} → {now:.2f}; raise --missing_eos_penalty, or "
-        "--max_answer_seq_len if replies are cut short"),
+        "fewer responses end: eos rate {first:.2f} → {now:.2f}; raise --missing_eos_penalty, or "
+        "--max_answer_seq_len if responses are truncated"),
     "response/length_mean": (
         "length", lambda first, now, limits: now >= limits.length_factor * first
         and now - first >= limits.length_tokens,
-        "replies grow: {first:.1f} → {now:.1f} tokens; see whether the reward model prefers long "
-        "replies (its report: accuracy by length), raise --kl_coef"),
+        "responses grow: {first:.1f} → {now:.1f} tokens; check whether the reward model prefers "
+        "long responses (accuracy by length in its report), raise --kl_coef"),
     "response/repetition": (
         "repetition", lambda first, now, limits: now - first >= limits.repetition_rise,
-        "replies repeat themselves: share of repeated pairs {first:.2f} → {now:.2f}; look at the "
+        "responses repeat themselves: share of repeated bigrams {first:.2f} → {now:.2f}; see the "
         "samples, raise --kl_coef, lower --actor_learning_rate"),
 }
 
@@ -126,7 +117,7 @@ def _hacking(history: Sequence[Row], limits: Limits) -> Iterator[Alarm]:
     spread = _mean(history[: limits.window], "reward/score_std")
     if score is None or spread is None or score[1] - score[0] < limits.score_gain * spread:
         return
-    for name, (kind, too_far, text) in _PRICES.items():
+    for name, (kind, too_far, text) in _SIGNS.items():
         pair = _first_and_now(history, name, limits)
         if pair is not None and too_far(*pair, limits):
             yield Alarm(kind, f"the score rises ({score[0]:.2f} → {score[1]:.2f}), but "
@@ -138,7 +129,7 @@ def _entropy(history: Sequence[Row], limits: Limits) -> Iterator[Alarm]:
     if pair is not None and pair[1] < limits.entropy_share * pair[0]:
         yield Alarm(
             "entropy",
-            f"the policy's entropy collapses: {pair[0]:.3f} → {pair[1]:.3f} nats a token; lower "
+            f"the policy's entropy collapses: {pair[0]:.3f} → {pair[1]:.3f} nats per token; lower "
             "--actor_learning_rate or --ppo_epochs, raise --kl_coef, or give --entropy_coef 0.01",
         )
 
@@ -149,8 +140,8 @@ def _critic(history: Sequence[Row], limits: Limits) -> Iterator[Alarm]:
         yield Alarm(
             "critic",
             f"the critic explains nothing: explained variance {now:.2f} over the last "
-            f"{limits.window} rounds, after {len(history)}; raise --critic_learning_rate, or give "
-            "--critic_warmup_steps",
+            f"{limits.window} iterations, after {len(history)}; raise --critic_learning_rate, "
+            "or give --critic_warmup_steps",
         )
 
 
@@ -165,7 +156,7 @@ def _mean(rows: Sequence[Row], name: str) -> float | None:
 def _first_and_now(
     history: Sequence[Row], name: str, limits: Limits
 ) -> tuple[float, float] | None:
-    """Means over the first and the last rounds, once these do not overlap."""
+    """Return means over the first and the latest iterations, once these do not overlap."""
     if len(history) < 2 * limits.window:
         return None
     first, now = (_mean(part, name) for part in (history[: limits.window],

@@ -1,8 +1,8 @@
-"""Metrics behind one `log(metrics, step)`: console, metrics.jsonl, alarms, other people's trackers.
+"""Metrics: one `log(metrics, step)` for console, metrics.jsonl, alarms and external trackers.
 
-On a terminal the console shows a progress bar, elsewhere a line now and then. Trackers beside the
-run's own files (`--tracker tensorboard wandb …`) are accelerate's; none is started unasked, and one
-that fails on the way is left behind with a line that says so: it never ends a training.
+On a terminal the console shows a progress bar, elsewhere a line every few seconds. External
+trackers (`--tracker tensorboard wandb …`) are accelerate's; none is started by default, and one
+that fails during the training is dropped with a warning.
 """
 
 import importlib.util
@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -21,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from alpaca_rlhf.utils import console, distributed
+from alpaca_rlhf.utils.configs import TrackingConfig
 from alpaca_rlhf.utils.console import shortened
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.logging import records
@@ -34,26 +34,11 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 SAMPLE_COLUMNS = ("prompt", "reply", "score")
 
 
-@dataclass(frozen=True)
-class Outside:
-    """The trackers beside the run's own files.
-
-    Attributes:
-        names: as accelerate has them: tensorboard, wandb, mlflow, …
-        folder: for those that write files; by default `logs` in the run's folder.
-        config: the run's arguments.
-    """
-
-    names: Sequence[str] = ()
-    folder: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-
 def require_packages(names: Sequence[str]) -> None:
-    """See to it that the package of each tracker is installed.
+    """Check that the package of each tracker is installed.
 
     Raises:
-        UserError: one is not; says how to install it.
+        UserError: one is missing; the message says how to install it.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -61,46 +46,46 @@ def require_packages(names: Sequence[str]) -> None:
 
 
 class Tracker:
-    """Every rank logs; only rank 0 has somewhere to write.
+    """Records metrics; every rank calls it, and only rank 0 writes.
 
     Args:
-        folder: where the files of `records` go, or None.
-        total_steps: for the progress on the console.
-        shown: metrics that the console shows, and what it calls them; the file holds all.
-        outside: trackers beside the files.
-        alarms: looks at every step's metrics; all ranks must log the same of what it looks at.
+        folder: for the files of `records`, or None.
+        total_steps: number of steps, for the progress on the console.
+        shown: metrics for the console, with their names there; the file has all metrics.
+        tracking: trackers besides the files, started with `arguments` as their configuration.
+        arguments: resolved flags of the run.
+        alarms: check every step's metrics, which must be the same on all ranks.
         stop_on_alarm: whether an alarm ends the training.
-        resume_step: the step that an earlier, killed run is resumed after: what its files in
-            `folder` say of steps up to this one is kept, the rest is cut off, and progress, time
-            and alarms go on from there.
+        resume_step: last step before the run was resumed: the files' rows up to this one are kept,
+            later ones are removed, and progress, time and alarms continue from there.
 
     Raises:
-        UserError: a tracker can not be started.
+        UserError: a tracker cannot be started.
     """
 
     def __init__(
-        self, folder: Path | None, total_steps: int, shown: Mapping[str, str],
-        outside: Outside | None = None, alarms: Alarms | None = None, stop_on_alarm: bool = False,
-        resume_step: int = 0,
+        self, folder: Path | None, total_steps: int, shown: Mapping[str, str], *,
+        tracking: TrackingConfig | None = None, arguments: Mapping[str, Any] | None = None,
+        alarms: Alarms | None = None, stop_on_alarm: bool = False, resume_step: int = 0,
     ) -> None:
-        self._folder = folder
-        self._total = total_steps
-        self._first = resume_step
-        self._shown = shown
-        self._alarms = alarms
-        self._stop_on_alarm = stop_on_alarm
-        self._seconds_before = self._take_up(resume_step)
+        self._folder, self._total, self._first, self._shown = (
+            folder, total_steps, resume_step, shown
+        )
+        self._alarms, self._stop_on_alarm = alarms, stop_on_alarm
+        self._seconds_before = self._continue_files(resume_step)
         self._files: dict[str, TextIO] = {}
-        self._outside = _start(outside, folder) if outside and distributed.is_main() else []
+        self._sinks: list[_Sink] = []
+        if tracking is not None and distributed.is_main():
+            self._sinks = _start(tracking, folder, arguments or {})
         self._bar = self._new_bar()
         self._start = time.perf_counter()
         self._last_line = -math.inf
 
-    def _take_up(self, resume_step: int) -> float:
-        """Keep what was recorded up to a step; gives the seconds of training until then."""
+    def _continue_files(self, resume_step: int) -> float:
+        """Keep the rows up to a step, and return the seconds of training until then."""
         if self._folder is None:
             return 0.0
-        # Every rank reads before rank 0 cuts.
+        # Every rank reads before rank 0 removes rows.
         rows = records.read_rows(self._folder / METRICS_FILE) if resume_step else []
         rows = [row for row in rows if row["step"] <= resume_step]
         distributed.barrier()
@@ -111,7 +96,7 @@ class Tracker:
             (self._folder / RUN_FILE).write_text(record, encoding="utf-8")
         if self._alarms is not None:
             for row in rows:
-                self._alarms.check(row)  # has been told
+                self._alarms.check(row)  # reported before
         return rows[-1].get("time/elapsed", 0.0) if rows else 0.0
 
     def _new_bar(self) -> tqdm | None:
@@ -132,19 +117,19 @@ class Tracker:
             file.close()
         if self._bar is not None:
             self._bar.close()
-        for sink in self._outside:
+        for sink in self._sinks:
             sink.call("finish")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Record the metrics of an optimizer step (or of a round, in step 3), counted from 1.
+        """Record the metrics of an optimizer step (in step 3 a PPO iteration), counted from 1.
 
         Raises:
-            TrainingStopped: an alarm went off, and was to end the training.
+            TrainingStopped: an alarm went off, and `stop_on_alarm` is set.
         """
         elapsed = self._seconds_before + time.perf_counter() - self._start
         row = {"step": step, **metrics, "time/elapsed": elapsed}
         self._write(METRICS_FILE, row)
-        for sink in self._outside:
+        for sink in self._sinks:
             sink.call("log", metrics, step=step)
         self._show(metrics, step)
         alarms = self._alarms.check(row) if self._alarms else []
@@ -153,11 +138,11 @@ class Tracker:
             self.event(alarm.kind, step, alarm.message, alarm=True)
         if alarms and self._stop_on_alarm:
             kinds = ", ".join(alarm.kind for alarm in alarms)
-            where = f"; what was recorded is in {self._folder}" if self._folder else ""
+            where = f"; metrics are in {self._folder}" if self._folder else ""
             raise TrainingStopped(f"--stop_on_alarm: stopped at step {step} by: {kinds}{where}")
 
     def event(self, kind: str, step: int, message: str = "", alarm: bool = False) -> None:
-        """Record that something happened: an alarm, a checkpoint (kind `checkpoint`)."""
+        """Record an event: an alarm, or a checkpoint (kind `checkpoint`)."""
         self._write(EVENTS_FILE, {"step": step, "kind": kind, "message": message, "alarm": alarm})
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
@@ -165,11 +150,11 @@ class Tracker:
         for row in rows:
             self._write(SAMPLES_FILE, {"step": step, **row})
         cells = [[row["prompt"], row["reply"], f"{row['score']:.2f}"] for row in rows]
-        for sink in self._outside:
+        for sink in self._sinks:
             sink.table("samples", SAMPLE_COLUMNS, cells, step)
 
     def note(self, message: str) -> None:
-        """A line on the console that is no metric."""
+        """Write a line on the console, above the progress bar."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stdout)
         else:
@@ -189,7 +174,7 @@ class Tracker:
             if name in metrics
         )
         if self._bar is not None:
-            # By itself it shows nothing on a terminal that does not say its size.
+            # Without it nothing is shown on a terminal that does not report its size.
             self._bar.ncols = shutil.get_terminal_size().columns - 1
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -204,11 +189,11 @@ class Tracker:
 
 
 class _Sink:
-    """One of accelerate's trackers, left behind with a line at its first failure.
+    """One of accelerate's trackers; it is dropped, with a warning, at its first failure.
 
     Args:
-        name: accelerate's.
-        tracker: has been started.
+        name: accelerate's name of it.
+        tracker: the started tracker.
     """
 
     def __init__(self, name: str, tracker: Any) -> None:
@@ -216,12 +201,12 @@ class _Sink:
         self._tracker = tracker
 
     def call(self, method: str, *values: Any, **options: Any) -> None:
-        """Pass on, as long as it works."""
+        """Call a method of the tracker, unless it has failed before."""
         if self._tracker is None:
             return
         try:
             getattr(self._tracker, method)(*values, **options)
-        except Exception as error:  # whatever a tracker's network or disk comes up with
+        except Exception as error:  # any error of its network or disk
             self._tracker = None
             console.say(f"warning: --tracker {self._name} failed, and is left out from here: "
                             f"{shortened(repr(error), 200)}")
@@ -229,7 +214,7 @@ class _Sink:
     def table(
         self, title: str, columns: Sequence[str], rows: list[list[str]], step: int
     ) -> None:
-        """Texts, where the tracker has a place for them."""
+        """Log texts as a table, if the tracker has tables."""
         if hasattr(self._tracker, "log_table"):
             self.call("log_table", title, list(columns), rows, step=step)
         elif self._name == "tensorboard":
@@ -238,26 +223,28 @@ class _Sink:
             self.call("log", {title: "\n".join(f"| {line} |" for line in lines)}, step=step)
 
 
-def _start(outside: Outside, folder: Path | None) -> list[_Sink]:
-    """The trackers, started and told the arguments.
+def _start(
+    tracking: TrackingConfig, folder: Path | None, arguments: Mapping[str, Any]
+) -> list[_Sink]:
+    """Start the trackers.
 
     Raises:
-        UserError: one can not be started: it is not logged in, say.
+        UserError: one cannot be started, for instance because it is not logged in.
     """
-    if not outside.names:
+    if not tracking.trackers:
         return []
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    # Their decorators ask this for the rank. Left to itself it would set the number of threads.
+    # Their decorators ask it for the rank. On its own it would set the number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     PartialState(cpu=distributed.on_cpu())
-    run, where = _run_name(folder), outside.folder or str((folder or Path()) / LOGS_FOLDER)
+    run, where = _run_name(folder), tracking.logging_dir or str((folder or Path()) / LOGS_FOLDER)
     named = {"wandb": {"name": run}, "mlflow": {"run_name": run}}
     config = {name: value if isinstance(value, bool | int | float | str) else str(value)
-              for name, value in outside.config.items()}
+              for name, value in arguments.items()}
     sinks: list[_Sink] = []
-    for name in outside.names:
+    for name in tracking.trackers:
         make: Any = LOGGER_TYPE_TO_CLASS[name]
         try:
             tracker = (make(run, where) if make.requires_logging_directory
@@ -267,14 +254,14 @@ def _start(outside: Outside, folder: Path | None) -> list[_Sink]:
         except Exception as error:
             for sink in sinks:
                 sink.call("finish")
-            raise UserError(f"--tracker {name}: can not be started: {shortened(repr(error), 300)}; "
-                            "see to it, or leave the flag out") from error
+            raise UserError(f"--tracker {name}: cannot be started: {shortened(repr(error), 300)}; "
+                            "solve that, or remove the flag") from error
         sinks.append(_Sink(name, tracker))
     return sinks
 
 
 def _run_name(folder: Path | None) -> str:
-    """`tiny-actor` for output/tiny/actor."""
+    """Return `tiny-actor` for output/tiny/actor."""
     if folder is None:
         return "run"
     name = folder.name.removesuffix(".partial")
