@@ -1,30 +1,23 @@
 """The terminal chat: at a terminal, driven key by key; and with its input from a file."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pexpect
 import pytest
+from programs import REPOSITORY, environment
 
-from alpaca_rlhf.inference import chat, flags, serve, web_chat
+from alpaca_rlhf.inference import chat, serve, web_chat
+from alpaca_rlhf.inference.terminal import Session
 from alpaca_rlhf.training_model.step1_supervised_finetuning import prompt_eval
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import rw_eval
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import win_rate
+from alpaca_rlhf.utils.configs import ChatConfig
 from alpaca_rlhf.utils.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "alpaca_rlhf.inference.chat"]
-MODULES = (chat, serve, web_chat, prompt_eval, rw_eval, win_rate)
-
-
-def environment():
-    away = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in away}
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"}
+PROGRAMS = (chat, serve, web_chat, prompt_eval, rw_eval, win_rate)
 
 
 def test_a_session_at_a_terminal(small, tmp_path):
@@ -38,11 +31,11 @@ def test_a_session_at_a_terminal(small, tmp_path):
         ("What is ice?", "model> "),
         ("And what is fire?", "model> "),
         ("/set temperature 0", r"temperature 0\.0, top_p 0\.95, .* max_new_tokens 6, seed 1"),
-        ("/set temperature hot", "error: /set temperature 'hot': must be a number, 0 or more"),
+        ("/set temperature hot", "error: --temperature hot: must be a number"),
         ("/set heat 3", "error: /set heat: no such setting"),
-        ("/set max_new_tokens 128", "error: /set max_new_tokens 128: the model reads 128"),
+        ("/set max_new_tokens 128", "error: --max_new_tokens 128: .* reads 128 tokens"),
         ("/save", r"\(saved to chat\.jsonl\)"),
-        ("/system Be kind.", "a new dialogue, with that before it"),
+        ("/system Be kind.", "a new dialogue, with that system message"),
         ("Hello", "model> "),
         ("/save", r"\(saved to chat\.jsonl\)"),
         ("/reset", r"\(a new dialogue\)"),
@@ -71,34 +64,27 @@ def test_a_session_at_a_terminal(small, tmp_path):
     assert [m["role"] for m in second["messages"]] == ["system", "user", "assistant"]
 
 
-class Endless:
-    """A model that writes until it is stopped, and then again."""
+def test_ctrl_c_stops_the_response_and_keeps_what_there_is_of_it(capsys):
+    class Interrupted:
+        closed = False
 
-    class policy:  # noqa: N801
-        context = 128
-
-    def __init__(self, after):
-        self.after, self.stopped = after, 0
-
-    def stream(self, messages, sampling, seed):
-        try:
-            for _ in range(self.after):
+        def stream(self, messages, sampling, seed):
+            try:
                 yield "more "
-            raise KeyboardInterrupt
-        finally:
-            self.stopped += 1
+                yield "more "
+                raise KeyboardInterrupt
+            finally:
+                self.closed = True
 
-
-def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(capsys):
-    model = Endless(after=3)
-    session = chat.Session(model, None, None, "")
-    session.turn("Go on.")
-    assert model.stopped == 1 and session.goes_on
-    assert session._talk.turns[-1] == {"role": "assistant", "content": "more more more "}
+    model = Interrupted()
+    session = Session(model, ChatConfig(), None)
+    session.obey("Go on.")
+    assert model.closed and session.running
+    assert session.conversation.turns[-1] == {"role": "assistant", "content": "more more "}
     assert "(stopped)" in capsys.readouterr().out
 
 
-def test_any_input_gets_an_answer_or_one_clear_line_and_its_end_leaves(small):
+def test_any_input_gets_a_response_or_one_clear_line_and_its_end_leaves(small):
     lines = [
         "🙂 e\u0301 مرحبا 你好".encode(),
         b"\x1b[2J\x00\x07bell",
@@ -112,7 +98,7 @@ def test_any_input_gets_an_answer_or_one_clear_line_and_its_end_leaves(small):
         *[b"What is ice?"] * 8,
     ]
     done = subprocess.run(
-        [*COMMAND, "--path", small.actor, "--max_new_tokens", "6", "--greedy"],
+        [*COMMAND, "--path", small.actor, "--max_new_tokens", "6", "--temperature", "0"],
         input=b"\n".join(lines), env=environment(), capture_output=True, timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, b"")
@@ -121,18 +107,18 @@ def test_any_input_gets_an_answer_or_one_clear_line_and_its_end_leaves(small):
     kinds = ["model" if a.startswith("model> ") else a.strip() for a in answers]
     assert kinds[:3] == ["model"] * 3
     assert kinds[3:6] == ["error: the message is empty; write something"] * 3
-    assert "tokens; with 6 for the reply the model can read 122; shorten it" in kinds[6]
+    assert "tokens; with 6 for the response the model can read 122; shorten it" in kinds[6]
     assert "1,000,000 characters, far more than fit" in kinds[7]
     assert kinds[8:-1] == ["model"] * 9
-    assert "no longer fit and were left off" in answers[-2]
+    assert "no longer fit and were left out" in answers[-2]
     assert not any(set(answer) & set("\x00\x07\x1b") for answer in answers)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_help_and_mistakes_answer_before_anything_heavy_is_loaded(module):
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_help_and_mistakes_answer_before_anything_heavy_is_loaded(program):
     code = (
         "import runpy, sys; sys.argv = ['x', '--help']\n"
-        f"try: runpy.run_module({module.__name__!r}, run_name='__main__')\n"
+        f"try: runpy.run_module({program.__name__!r}, run_name='__main__')\n"
         "except SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)"
     )
     done = subprocess.run(
@@ -140,22 +126,18 @@ def test_help_and_mistakes_answer_before_anything_heavy_is_loaded(module):
         text=True, timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"python -m {module.__name__}" in done.stdout
-    with pytest.raises(UserError, match="--temperature.*'-1': must be a number, 0 or more; see"):
-        module.parse(["--temperature", "-1"])
+    assert f"    python -m {program.__name__} " in done.stdout
+    with pytest.raises(UserError, match="--temperature -1.0: must be 0 or more"):
+        program.main(["--path", "x", "--temperature", "-1"])
     with pytest.raises(UserError, match="unknown flag --temprature; did you mean --temperature"):
-        module.parse(["--path", "x", "--temprature", "1"])
-
-
-def test_a_missing_library_is_one_line_with_the_command_that_installs_it():
-    with pytest.raises(UserError, match="no_such_lib not installed; pip install no_such_lib"):
-        flags.require("json", "no_such_lib")
+        program.main(["--path", "x", "--temprature", "1"])
 
 
 @pytest.mark.parametrize(("argv", "line"), [
     (["--path", "a", "b", "c"], "3 models; give one or two"),
     (["--path", "a", "--arena"], "--arena: needs two models"),
+    (["--path", "a", "--port", "70000"], "--port 70000: must be from 0 to 65535"),
 ])
 def test_the_web_chat_takes_one_or_two_models(argv, line):
     with pytest.raises(UserError, match=line):
-        web_chat.parse(argv)
+        web_chat.main(argv)

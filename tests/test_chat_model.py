@@ -1,7 +1,6 @@
-"""Many talk to one model: each reply is what it would be alone, and none is lost."""
+"""Many chats with one model are decoded in one batch: each response is what it would be alone."""
 
 import queue
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
 
-GREEDY = SamplingConfig(8, temperature=0.0)
+GREEDY = SamplingConfig(max_new_tokens=8, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -24,87 +23,104 @@ def policy(small):
 
 @pytest.fixture
 def chat(policy):
-    model = ChatModel(policy, at_once=3)
+    model = ChatModel(policy, slots=3)
     yield model
     model.close()
+
+
+class Ids:
+    """A tokenizer whose text is the ids, so that texts are equal where all ids are."""
+
+    def __init__(self, chat):
+        self.tokenizer, self.prompt_ids = self, chat.prompt_ids
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
 
 
 def asked(number):
     return [user_turn(f"How many legs have {number} cats?")]
 
 
-def told(chat, messages, sampling=GREEDY, seed=None):
-    """The pieces and the End of a reply."""
+def streamed(chat, messages, sampling=GREEDY, seed=None):
+    """The pieces and the End of a response."""
     *pieces, end = chat.stream(messages, sampling, seed)
     assert "".join(pieces) == end.text
     return pieces, end
 
 
-def drawn(chat, messages, sampling=GREEDY):
-    """A queue for what is delivered of a reply, and its job."""
-    delivered = queue.SimpleQueue()
-    return delivered, chat.submit(messages, sampling, delivered.put)
-
-
-def until_the_end(delivered):
-    text = ""
-    while not isinstance(piece := delivered.get(timeout=120), End):
-        text += piece
-    assert text == piece.text
-    return piece
+def ends_of(chat, prompts, sampling=GREEDY):
+    """Submit all prompts at once; the End of each."""
+    arriving = [queue.SimpleQueue() for _ in prompts]
+    for messages, pieces in zip(prompts, arriving, strict=True):
+        chat.submit(messages, sampling, pieces.put)
+    ends = []
+    for pieces in arriving:
+        text = ""
+        while not isinstance(piece := pieces.get(timeout=120), End):
+            text += piece
+        assert text == piece.text
+        ends.append(piece)
+    return ends
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_a_greedy_reply_is_the_one_that_step_3_would_draw(chat, policy, penalty):
+def test_200_chats_at_once_get_the_responses_of_a_rollout(policy, penalty):
     sampling = replace(GREEDY, repetition_penalty=penalty)
-    prompts = [policy.form.prompt_ids(asked(i)) for i in range(4)]
-    expected = [some[0] for some in policy.replies(prompts, sampling, seed=0)]
-    for number, reply in enumerate(expected):
-        delivered, job = drawn(chat, asked(number), sampling)
-        end = until_the_end(delivered)
-        assert job.ids == reply.ids
-        assert (end.reply_tokens, end.prompt_tokens) == (len(reply.ids), len(prompts[number]))
-        assert end.reason == ("stop" if reply.ended else "length")
+    chat = ChatModel(replace(policy, chat=Ids(policy.chat)), slots=3)
+    prompts = [asked(i) for i in range(200)]
+    expected = [some[0] for some in policy.respond(prompts, sampling, seed=0)]
+    assert len({response.text for response in expected}) > 10
+    ends = ends_of(chat, prompts, sampling)
+    chat.close()
+    assert [(end.text, end.reason) for end in ends] == [
+        (" ".join(map(str, response.ids)), "stop" if response.ended else "length")
+        for response in expected]
+    assert ends[7].response_tokens == len(expected[7].ids)
+    assert ends[7].prompt_tokens == len(policy.chat.prompt_ids(asked(7)))
 
 
-def test_200_chats_at_once_by_8_clients_lose_nothing(chat, policy):
-    prompts = [policy.form.prompt_ids(asked(i)) for i in range(200)]
-    expected = [some[0].ids for some in policy.replies(prompts, GREEDY, seed=0)]
-    assert len(set(map(tuple, expected))) > 10
-    with ThreadPoolExecutor(8) as clients:
-        waiting = list(clients.map(lambda i: drawn(chat, asked(i)), range(200)))
-        ends = list(clients.map(until_the_end, [delivered for delivered, _ in waiting]))
-    assert [job.ids for _, job in waiting] == expected
-    assert [end.reply_tokens for end in ends] == [len(ids) for ids in expected]
-
-
-def test_a_seed_fixes_a_reply_whoever_else_is_talking(chat):
-    sampling = SamplingConfig(8)
-    alone = told(chat, asked(1), sampling, seed=5)[1].text
+def test_a_seed_fixes_a_response_whatever_it_is_batched_with(chat):
+    sampling = SamplingConfig(max_new_tokens=8)
+    alone = streamed(chat, asked(1), sampling, seed=5)[1].text
     with ThreadPoolExecutor(4) as clients:
         seeds = [5, 6, 5, 7]
-        among = list(clients.map(lambda seed: told(chat, asked(1), sampling, seed)[1].text, seeds))
+        among = list(clients.map(
+            lambda seed: streamed(chat, asked(1), sampling, seed)[1].text, seeds))
     assert among[0] == among[2] == alone
     assert len(set(among)) > 1
 
 
-def test_whoever_stops_listening_frees_the_place_for_the_next(policy):
-    chat = ChatModel(policy, at_once=1)
-    endless = SamplingConfig(100, temperature=1.0)
-    ends = queue.SimpleQueue()
+def test_chats_are_decoded_in_one_forward_pass(policy):
+    rows = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, input_ids, **rest):
+            rows.append(input_ids.shape[0])
+            return policy.model(input_ids=input_ids, **rest)
+
+    chat = ChatModel(replace(policy, model=Counting()), slots=4)
+    ends_of(chat, [asked(i) for i in range(4)], SamplingConfig(max_new_tokens=30))
+    chat.close()
+    assert max(rows) == 4 and len(rows) < 40
+
+
+def test_closing_a_stream_frees_its_slot_for_the_next(policy):
+    chat = ChatModel(policy, slots=1)
+    endless = SamplingConfig(max_new_tokens=100)
     for _ in range(3):
         stream = chat.stream(asked(1), endless, seed=1)
         next(stream)
         stream.close()
-    job = chat.submit(asked(2), endless, ends.put)
-    job.cancel()
-    assert told(chat, asked(3))[1].reason in ("stop", "length")
-    end = ends.get(timeout=60)
+    pieces = queue.SimpleQueue()
+    chat.submit(asked(2), endless, pieces.put).cancel()
+    assert streamed(chat, asked(3))[1].reason in ("stop", "length")
+    end = pieces.get(timeout=60)
     assert isinstance(end, End) and end.reason == "cancelled"
     chat.close()
 
 
-def test_a_chat_that_fails_does_not_take_the_others_with_it(policy, monkeypatch):
+def test_a_chat_that_fails_does_not_fail_the_others(policy):
     class Failing(torch.nn.Module):
         def forward(self, input_ids, **rest):
             if input_ids.shape[1] > 80:
@@ -112,23 +128,19 @@ def test_a_chat_that_fails_does_not_take_the_others_with_it(policy, monkeypatch)
             return policy.model(input_ids=input_ids, **rest)
 
     chat = ChatModel(replace(policy, model=Failing()))
-    results = {}
+    texts = ["Hi.", "Is ice cold? " * 11, "Go on.", "Name a colour."]
+    expected = [streamed(ChatModel(policy), [user_turn(text)])[1].text for text in texts]
 
-    def client(name, text):
+    def outcome(text):
         try:
-            results[name] = told(chat, [user_turn(text)])[1].reason
+            return streamed(chat, [user_turn(text)])[1].text
         except RuntimeError as error:
-            results[name] = str(error)
+            return str(error)
 
-    threads = [threading.Thread(target=client, args=pair)
-               for pair in (("good", "Hi."), ("bad", "Is ice cold? " * 11), ("late", "Go on."))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    with ThreadPoolExecutor(4) as clients:
+        outcomes = list(clients.map(outcome, texts))
     chat.close()
-    assert results["bad"] == "out of memory", results
-    assert {results["good"], results["late"]} <= {"stop", "length"}
+    assert outcomes == [expected[0], "out of memory", *expected[2:]]
 
 
 def test_a_message_that_does_not_fit_is_refused_before_it_waits(chat):
@@ -136,16 +148,9 @@ def test_a_message_that_does_not_fit_is_refused_before_it_waits(chat):
         next(chat.stream([user_turn("Is ice cold? " * 200)], GREEDY))
 
 
-class Spelling:
-    """A tokenizer whose ids are bytes."""
-
-    def decode(self, ids, skip_special_tokens):
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-
-
 def test_characters_and_spaces_come_out_whole(policy):
-    text = "a  🙂 b"
-    ids = iter([*text.encode(), policy.form.eos_id + 1000])
+    text, eos = "a  🙂 b", 1999
+    ids = iter([*text.encode(), eos])
 
     class Writing(torch.nn.Module):
         def forward(self, input_ids, **rest):
@@ -153,10 +158,13 @@ def test_characters_and_spaces_come_out_whole(policy):
             logits[0, 0, next(ids)] = 1.0
             return type("Output", (), {"logits": logits})()
 
-    form = type("Form", (), {"tokenizer": Spelling(), "prompt_ids": lambda self, messages: [1]})()
-    chat = ChatModel(replace(policy, model=Writing(), form=form,
-                             eos_ids=[policy.form.eos_id + 1000]))
-    pieces, end = told(chat, [user_turn("x")], SamplingConfig(50, temperature=0.0))
+    class Bytes:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    form = type("Form", (), {"tokenizer": Bytes(), "prompt_ids": lambda self, messages: [1]})()
+    chat = ChatModel(replace(policy, model=Writing(), chat=form, eos_ids=[eos]))
+    pieces, end = streamed(chat, [user_turn("x")], replace(GREEDY, max_new_tokens=50))
     chat.close()
     assert pieces == ["a", "  🙂", " b"]
     assert (end.text, end.reason) == (text, "stop")

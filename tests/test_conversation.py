@@ -1,11 +1,11 @@
-"""A dialogue as it grows: what becomes of any text, and what of it fits into the context."""
+"""Dialogues: what becomes of any text, and which turns fit the context."""
 
 import json
 
 import pytest
 from loading import load
 
-from alpaca_rlhf.inference.conversation import Conversation, cleaned, fitted, printable
+from alpaca_rlhf.evaluation.conversation import Conversation, cleaned, fit_context, printable
 from alpaca_rlhf.utils.errors import UserError
 
 
@@ -13,11 +13,11 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def reply(text):
+def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-TALK = [user("What is ice?"), reply("Cold."), user("Who wrote Faust?"), reply("Goethe."),
+TALK = [user("What is ice?"), assistant("Cold."), user("Who wrote Faust?"), assistant("Goethe."),
         user("Is it long?")]
 
 
@@ -28,12 +28,12 @@ TALK = [user("What is ice?"), reply("Cold."), user("Who wrote Faust?"), reply("G
     ("half \ud83d done", "half  done"),
     ("🙂 e\u0301 مرحبا 你好", "🙂 e\u0301 مرحبا 你好"),
 ])
-def test_control_characters_go_and_all_else_stays(text, kept):
+def test_control_characters_are_removed_and_all_else_stays(text, kept):
     assert cleaned(text) == kept
 
 
 @pytest.mark.parametrize("text", ["", "  \n ", "\x00\x1b", "\ud83d"])
-def test_what_is_empty_is_refused(text):
+def test_empty_text_is_refused(text):
     with pytest.raises(UserError, match="the message is empty"):
         cleaned(text)
 
@@ -42,48 +42,48 @@ def test_a_models_escape_sequences_reach_no_terminal():
     assert "\x1b" not in printable("\x1b]0;title\x07red \x1b[31m")
 
 
-def test_everything_is_given_while_it_fits(small):
-    ids, dropped = fitted(small.form, TALK, 128, 8)
+def test_a_dialogue_that_fits_is_kept_whole(small):
+    ids, dropped = fit_context(small.form, TALK, 128, 8)
     assert (ids, dropped) == (small.form.prompt_ids(TALK), 0)
 
 
-def test_the_oldest_turns_go_first_whole_and_the_last_one_stays(small):
-    for start, left in ((2, 2), (4, 4)):
+def test_the_oldest_turns_are_left_out_first_and_the_last_one_stays(small):
+    for start in (2, 4):
         rest = small.form.prompt_ids(TALK[start:])
-        assert fitted(small.form, TALK, len(rest) + 8, 8) == (rest, left)
-        assert fitted(small.form, TALK, len(rest) + 7, 8)[1] > left if start == 2 else True
+        assert fit_context(small.form, TALK, len(rest) + 8, 8) == (rest, start)
+    assert fit_context(small.form, TALK, len(small.form.prompt_ids(TALK[2:])) + 7, 8)[1] == 4
 
 
-def test_a_systems_text_stays_whatever_goes(small):
+def test_the_system_message_stays(small):
     system = {"role": "system", "content": "Be kind."}
     rest = small.form.prompt_ids([system, TALK[-1]])
-    assert fitted(small.form, [system, *TALK], len(rest) + 8, 8) == (rest, 4)
+    assert fit_context(small.form, [system, *TALK], len(rest) + 8, 8) == (rest, 4)
 
 
 @pytest.mark.parametrize(("text", "line"), [
-    ("What is ice? " * 60, "tokens; with 8 for the reply the model can read 120; shorten it"),
+    ("What is ice? " * 60, "tokens; with 8 for the response the model can read 120; shorten it"),
     ("x" * 1_000_000, "1,000,000 characters, far more than fit"),
 ])
 def test_a_message_that_cannot_fit_is_refused_with_its_size(small, text, line):
     with pytest.raises(UserError, match=line):
-        fitted(small.form, [*TALK[:-1], user(text)], 128, 8)
+        fit_context(small.form, [*TALK[:-1], user(text)], 128, 8)
 
 
-def test_a_reply_longer_than_the_context_is_refused(small):
-    with pytest.raises(UserError, match="max_new_tokens 128: the model reads 128 tokens in all"):
-        fitted(small.form, TALK, 128, 128)
+def test_a_response_longer_than_the_context_is_refused(small):
+    with pytest.raises(UserError, match="max_new_tokens 128: the model reads 128 tokens"):
+        fit_context(small.form, TALK, 128, 128)
 
 
 def test_spelled_out_special_tokens_do_not_end_a_turn(small):
     eos = small.tokenizer.eos_token
-    assert small.form.eos_id not in fitted(small.form, [user(f"a {eos} b")], 128, 8)[0]
+    assert small.form.eos_id not in fit_context(small.form, [user(f"a {eos} b")], 128, 8)[0]
 
 
 def test_a_saved_dialogue_is_data_to_train_on(tmp_path):
     talk = Conversation("Be kind.")
     with pytest.raises(UserError, match="nothing to save"):
         talk.save(tmp_path / "talk.jsonl")
-    talk.answered(talk.asked("What is ice?"), "Cold 🙂.")
+    talk.store(talk.with_prompt("What is ice?"), "Cold 🙂.")
     talk.save(tmp_path / "talk.jsonl")
     talk.save(tmp_path / "talk.jsonl")
     assert len((tmp_path / "talk.jsonl").read_text().splitlines()) == 2

@@ -2,18 +2,19 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from alpaca_rlhf.demo import assistant_world
-from alpaca_rlhf.evaluation import saved
+from alpaca_rlhf.evaluation import comparison, reward_quality, saved, side_by_side
+from alpaca_rlhf.evaluation.reward_quality import ScoredPair
+from alpaca_rlhf.evaluation.saved import Response
 from alpaca_rlhf.evaluation.statistics import wilson_interval
 from alpaca_rlhf.training_model.step1_supervised_finetuning import prompt_eval
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import rw_eval
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import win_rate
-from alpaca_rlhf.utils.configs import LoadingConfig
+from alpaca_rlhf.utils.configs import LoadingConfig, PromptEvalConfig, WinRateConfig
 from alpaca_rlhf.utils.errors import UserError
 
 PAIRS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}" + "!" * (i % 3),
@@ -21,7 +22,7 @@ PAIRS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}" + "!" * (i % 3),
 
 
 def run(module, *words):
-    module.main(module.parse(list(map(str, words))))
+    module.main(list(map(str, words)))
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def pairs(tmp_path):
 # --- prompt_eval ---------------------------------------------------------------------------------
 
 
-def test_models_answer_side_by_side_and_like_models_alike(small, tmp_path, capsys):
+def test_responses_stand_side_by_side_and_equal_models_give_equal_ones(small, tmp_path, capsys):
     (tmp_path / "questions.txt").write_text("What is ice?\n\n  Who wrote Faust?  \n")
     twin = tmp_path / "twin" / "actor"
     shutil.copytree(small.actor, twin)
@@ -53,13 +54,13 @@ def test_models_answer_side_by_side_and_like_models_alike(small, tmp_path, capsy
         assert all(a["tokens"] <= 6 for a in first)
     assert len({a["reply"] for row in rows for a in row["answers"]}) > 3
     shown = capsys.readouterr().out
-    assert "twin/actor" in shown and "share that ended" in shown
+    assert "twin/actor" in shown and "share with eos" in shown
 
 
 def test_markdown_keeps_every_text_in_its_cell(small, tmp_path):
     prompts = [[{"role": "user", "content": "a | b <i>\nc"}]]
     answers = [[{"model": "m", "reply": "x|y\nz & <b>", "tokens": 3, "ended": False}]]
-    text = "".join(prompt_eval.markdown(prompts, answers))
+    text = "".join(side_by_side.markdown(prompts, answers))
     assert "| m | x&#124;y<br>z &amp; &lt;b> | 3 (cut) |\n" in text
     assert "> a &#124; b &lt;i>\n" in text
 
@@ -73,8 +74,8 @@ def test_markdown_keeps_every_text_in_its_cell(small, tmp_path):
      ["a"]),
     ({"conversations": [{"from": "human", "value": "a"}]}, ["a"]),
 ])
-def test_prompts_come_in_many_forms(row, expected):
-    assert [m["content"] for m in prompt_eval.messages_in(row)] == expected
+def test_prompts_are_read_from_many_formats(row, expected):
+    assert [m["content"] for m in side_by_side.messages_in(row)] == expected
 
 
 @pytest.mark.parametrize(("content", "line"), [
@@ -82,22 +83,23 @@ def test_prompts_come_in_many_forms(row, expected):
     ('{"prompt": ""}\n', "row 1: empty prompt"),
     ("", "has no prompt in it"),
 ])
-def test_a_file_that_asks_nothing_is_refused(tmp_path, content, line):
+def test_a_file_without_prompts_is_refused(tmp_path, content, line):
     (tmp_path / "p.jsonl").write_text(content)
-    args = SimpleNamespace(prompts=str(tmp_path / "p.jsonl"), prompt=[], limit=0, system="")
     with pytest.raises(UserError, match=line):
-        prompt_eval.dialogues(args)
+        side_by_side.read_prompts(PromptEvalConfig(prompts=str(tmp_path / "p.jsonl")))
 
 
 @pytest.mark.parametrize(("module", "words", "line"), [
     (prompt_eval, ["--path", "x"], "--prompts or --prompt is required"),
     (prompt_eval, ["--path", "x", "--prompt", "y", "--output", "z.txt"], "must end in .jsonl or"),
     (rw_eval, ["--path", "x", "--output", "/dev/null/z.json"], "--output .* cannot be written"),
+    (rw_eval, ["--limit", "4"], "--path is required"),
+    (rw_eval, ["--path", "x", "--data_split", "1"], "--data_split 1: must be three numbers"),
     (win_rate, ["--path", "x"], "--path and --baseline are required"),
 ])
-def test_what_could_not_end_well_does_not_begin(module, words, line):
+def test_mistakes_are_refused_before_anything_is_loaded(module, words, line):
     with pytest.raises(UserError, match=line):
-        module.parse(words)
+        module.main(words)
 
 
 # --- rw_eval -------------------------------------------------------------------------------------
@@ -105,9 +107,9 @@ def test_what_could_not_end_well_does_not_begin(module, words, line):
 
 def test_the_figures_of_a_reward_model_by_hand():
     names = ("chosen", "rejected", "chosen_length", "rejected_length", "length")
-    scored = [rw_eval.Scored(**dict(zip(names, row, strict=True))) for row in (
+    scored = [ScoredPair(**dict(zip(names, row, strict=True))) for row in (
         (2.0, 0.0, 10, 5, 30), (0.5, 1.0, 4, 8, 9), (3.0, 1.0, 6, 6, 8), (1.0, -1.0, 20, 3, 40))]
-    results = rw_eval.measure(scored, seed=0)
+    results = reward_quality.measure(scored, seed=0)
     low, high = wilson_interval(3, 4)
     assert results["accuracy"] == {"share": 0.75, "low": low, "high": high, "pairs": 4}
     which = {k: (v["share"], v["pairs"]) for k, v in results["by_which_is_longer"].items()}
@@ -121,14 +123,14 @@ def test_the_figures_of_a_reward_model_by_hand():
     assert results["length_correlation"]["pearson"] == pytest.approx(
         np.corrcoef(lengths, scores)[0, 1])
     assert results["length_correlation"]["longer_is_chosen"]["share"] == pytest.approx(2 / 3)
-    assert "neither is longer" in rw_eval.describe(results)
+    assert "neither is longer" in reward_quality.describe(results)
 
 
 def test_a_tie_is_wrong_and_is_told():
-    tied = rw_eval.Scored(chosen=1, rejected=1, chosen_length=2, rejected_length=3, length=9)
-    results = rw_eval.measure([tied], seed=0)
+    tied = ScoredPair(chosen=1, rejected=1, chosen_length=2, rejected_length=3, length=9)
+    results = reward_quality.measure([tied], seed=0)
     assert (results["accuracy"]["share"], results["ties"]) == (0.0, 1)
-    assert "1 ties, counted as wrong" in rw_eval.describe(results)
+    assert "1 ties, counted as wrong" in reward_quality.describe(results)
 
 
 def test_pairs_are_scored_as_step_2_reads_them(small, pairs, tmp_path):
@@ -140,8 +142,8 @@ def test_pairs_are_scored_as_step_2_reads_them(small, pairs, tmp_path):
     scorer = saved.open_scorer(small.critic, LoadingConfig())
     right = 0
     for row in PAIRS:
-        prompt = scorer.form.prompt_ids([{"role": "user", "content": row["prompt"]}])
-        sides = [prompt + scorer.form.response_ids(row[side]) for side in ("chosen", "rejected")]
+        prompt = scorer.chat.prompt_ids([{"role": "user", "content": row["prompt"]}])
+        sides = [prompt + scorer.chat.response_ids(row[side]) for side in ("chosen", "rejected")]
         better, worse = scorer.score(sides)
         right += better > worse
     assert results["accuracy"]["share"] == right / 40
@@ -186,22 +188,24 @@ def test_a_python_function_may_judge_and_something_must(small, pairs, tmp_path, 
         "--output", output)
     results = json.loads(output.read_text())
     assert list(results["judges"]) == ["reward function"] and results["prompts"] == 40
-    with pytest.raises(UserError, match="something must judge the replies"):
+    with pytest.raises(UserError, match="no gold rule to judge"):
         run(win_rate, "--path", small.actor, "--baseline", small.actor, "--data_path", pairs)
 
 
 def test_win_rates_by_hand():
     judged = [{"gold": [1.0, 0.5, 0.2, 0.9]}, {"gold": [0.0, 0.5, 0.6, 0.1]}]
-    results = win_rate.compare(judged, [[5, 5, 5, 5], [5, 5, 5, 5]], seed=0)
+    responses = [[Response("", [5] * 3, ended) for ended in (True, True, False, True)]] * 2
+    results = comparison.compare(responses, judged, seed=0)
     one = results["judges"]["gold"]
     assert (one["wins"], one["ties"], one["losses"], one["win_rate"]) == (2, 1, 1, 0.625)
     assert one["mean"] == pytest.approx([0.65, 0.3])
     low, high = one["win_rate_interval"]
     assert 0 <= low < 0.625 < high <= 1
     assert one["length_controlled"] == pytest.approx(0.625, abs=1e-4)
+    assert (results["tokens"], results["ended"]) == ([3, 3], [0.75, 0.75])
 
 
 def test_a_whole_run_is_named_by_its_folder():
-    args = win_rate.parse(["--run", "out", "--baseline", "base"])
-    assert (args.path, args.baseline, args.reward_model) == ("out/final/actor", "base",
-                                                             "out/critic")
+    models = win_rate.completed(WinRateConfig(run="out", baseline="base"))
+    assert (models.path, models.baseline, models.reward_model) == (
+        "out/final/actor", "base", "out/critic")

@@ -1,4 +1,4 @@
-"""Any saved model is opened alike: whole, as an adapter, and in neither case as something else."""
+"""Saved models are opened in one way, whole or as an adapter, and never as the wrong kind."""
 
 import json
 import shutil
@@ -13,13 +13,13 @@ from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.run import export
 
-OPTIONS = LoadingConfig()
+LOADING = LoadingConfig()
 QUESTIONS = [[user_turn(text)] for text in ("What is ice?", "Hi.", "Who wrote Faust?")]
 
 
 @pytest.fixture(scope="module")
 def exported(small, tmp_path_factory):
-    """`actor` and `critic`, exported with an adapter, and what stands around them in a run."""
+    """The folders of `actor` and `critic`, each exported with an adapter."""
     folder = tmp_path_factory.mktemp("run") / "out"
     for role, model in (("actor", small.causal_lm()), ("critic", small.reward_model())):
         adapted = with_adapter(model)
@@ -32,32 +32,32 @@ def exported(small, tmp_path_factory):
     return folder
 
 
-def ids(policy):
-    return [policy.form.prompt_ids(messages) for messages in QUESTIONS]
+def ids(model):
+    return [model.chat.prompt_ids(messages) for messages in QUESTIONS]
 
 
-def texts(policy, **changes):
-    sampling = SamplingConfig(**{"max_new_tokens": 6, "temperature": 0.0, **changes})
-    return [[r.text for r in some] for some in policy.replies(ids(policy), sampling, seed=3)]
+def texts(policy):
+    sampling = SamplingConfig(max_new_tokens=6, temperature=0.0)
+    return [response.text for response, in policy.respond(QUESTIONS, sampling, seed=3)]
 
 
-def test_an_adapter_and_its_merged_model_write_and_score_alike(exported, small):
-    whole, adapter = (saved.open_policy(str(exported / path), OPTIONS)
+def test_an_adapter_and_its_merged_model_generate_and_score_alike(exported, small):
+    whole, adapter = (saved.open_policy(str(exported / path), LOADING)
                       for path in ("actor", "actor/adapter"))
     assert texts(whole) == texts(adapter)
-    assert texts(whole) != texts(saved.open_policy(small.actor, OPTIONS))
-    scorers = [saved.open_scorer(str(exported / path), OPTIONS)
+    assert texts(whole) != texts(saved.open_policy(small.actor, LOADING))
+    scorers = [saved.open_scorer(str(exported / path), LOADING)
                for path in ("critic", "critic/adapter")]
     first, second = (scorer.score(ids(whole)) for scorer in scorers)
     assert first == pytest.approx(second, abs=1e-4)
-    base = saved.open_scorer(small.critic, OPTIONS).score(ids(whole))
+    base = saved.open_scorer(small.critic, LOADING).score(ids(whole))
     assert max(abs(a - b) for a, b in zip(first, base, strict=True)) > 0.1
 
 
 def test_an_adapters_tokenizer_and_template_come_from_the_folder_around_it(exported, small):
-    policy = saved.open_policy(str(exported / "actor" / "adapter"), OPTIONS)
-    assert policy.form.tokenizer.name_or_path == str(exported / "actor")
-    assert policy.form.tokenizer.chat_template == small.tokenizer.chat_template
+    policy = saved.open_policy(str(exported / "actor" / "adapter"), LOADING)
+    assert policy.chat.tokenizer.name_or_path == str(exported / "actor")
+    assert policy.chat.tokenizer.chat_template == small.tokenizer.chat_template
 
 
 def test_a_relative_base_is_found_around_the_adapter(exported, small, tmp_path):
@@ -66,61 +66,83 @@ def test_a_relative_base_is_found_around_the_adapter(exported, small, tmp_path):
     file = tmp_path / "runs" / "one" / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "base_model_name_or_path": "models/base"}))
-    assert texts(saved.open_policy(str(file.parent), OPTIONS)) == texts(
-        saved.open_policy(str(exported / "actor"), OPTIONS))
+    assert texts(saved.open_policy(str(file.parent), LOADING)) == texts(
+        saved.open_policy(str(exported / "actor"), LOADING))
 
 
 @pytest.mark.parametrize(("open_it", "path", "line"), [
-    (saved.open_policy, "critic", "is a reward model, which scores and does not write"),
+    (saved.open_policy, "critic", "is a reward model, which scores and does not generate"),
     (saved.open_scorer, "actor", "is no reward model"),
     (saved.open_scorer, "actor/adapter", "is no reward model"),
     (saved.open_policy, "nothing", "no such folder"),
 ])
-def test_what_is_not_what_was_asked_for_is_refused(exported, open_it, path, line):
+def test_the_wrong_kind_of_model_is_refused(exported, open_it, path, line):
     with pytest.raises(UserError, match=line):
-        open_it(str(exported / path), OPTIONS)
+        open_it(str(exported / path), LOADING)
 
 
-def test_an_adapter_without_its_base_says_which_one(exported, tmp_path):
+def test_an_adapter_without_its_base_model_names_it(exported, tmp_path):
     shutil.copytree(exported / "actor" / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "base_model_name_or_path": "/gone/llama"}))
-    with pytest.raises(UserError, match="made for /gone/llama, and no such folder is there"):
-        saved.open_policy(str(tmp_path / "adapter"), OPTIONS)
+    with pytest.raises(UserError, match="base model is /gone/llama, and there is no such folder"):
+        saved.open_policy(str(tmp_path / "adapter"), LOADING)
 
 
-def test_replies_are_fixed_by_the_seed_and_not_by_what_they_are_drawn_with(small):
-    policy = saved.open_policy(small.actor, OPTIONS)
-    sampling = SamplingConfig(6, num_generations=2)
-    together = policy.replies(ids(policy), sampling, seed=3)
+def test_responses_are_fixed_by_the_seed_and_not_by_the_batch(small):
+    policy = saved.open_policy(small.actor, LOADING)
+    sampling = SamplingConfig(max_new_tokens=6, num_generations=2)
+    together = policy.respond(QUESTIONS, sampling, seed=3)
     assert [len(some) for some in together] == [2, 2, 2]
-    assert together == policy.replies(ids(policy), sampling, seed=3, slots=2)
-    assert together != policy.replies(ids(policy), sampling, seed=4)
-    for reply in (reply for some in together for reply in some):
-        assert reply.ended == (reply.ids[-1] == policy.form.eos_id)
-        assert reply.ended or len(reply.ids) == 6
+    assert together == policy.respond(QUESTIONS, sampling, seed=3, slots=2)
+    assert together != policy.respond(QUESTIONS, sampling, seed=4)
+    for response in (response for some in together for response in some):
+        assert response.ended == (response.ids[-1] == policy.chat.eos_id)
+        assert response.ended or len(response.ids) == 6
 
 
-def test_scores_do_not_depend_on_the_batch_and_a_cut_reply_has_no_end(small, monkeypatch):
-    scorer = saved.open_scorer(small.critic, OPTIONS)
-    rows = [scorer.form.prompt_ids(messages) for messages in QUESTIONS]
+def test_a_long_prompt_is_cut_to_its_last_tokens_or_refused(small):
+    policy = saved.open_policy(small.actor, LOADING)
+    sampling = SamplingConfig(max_new_tokens=6, temperature=0.0)
+    end = " What is ice?" * 80
+    first, second = ([user_turn(start + end)] for start in ("Hi.", "Who wrote Faust?"))
+    for most in (20, 1000):
+        responses = policy.respond([first, second], sampling, seed=0, max_prompt_tokens=most)
+        assert responses[0] == responses[1]
+    with pytest.raises(UserError, match="actor, prompt 2: the message has .* shorten it"):
+        policy.respond([QUESTIONS[0], first], sampling, seed=0)
+
+
+@pytest.mark.parametrize(("context", "given", "resolved"), [
+    (1000, None, 256), (128, None, 64), (128, 127, 127)])
+def test_the_default_length_of_a_response_leaves_room_for_a_prompt(context, given, resolved):
+    policy = saved.Policy("p", None, None, context, [2])
+    sampling = SamplingConfig(max_new_tokens=given)
+    assert policy.resolve(sampling).max_new_tokens == resolved
+    with pytest.raises(UserError, match="--max_new_tokens 1000: p reads"):
+        policy.resolve(SamplingConfig(max_new_tokens=1000))
+
+
+def test_scores_do_not_depend_on_the_batch_and_a_cut_response_has_no_eos(small, monkeypatch):
+    scorer = saved.open_scorer(small.critic, LOADING)
+    rows = ids(scorer)
     together = scorer.score(rows)
-    monkeypatch.setattr(saved, "_SCORED_AT_ONCE", 1)
+    monkeypatch.setattr(saved, "_TOKENS_PER_BATCH", 1)
     assert together == pytest.approx(scorer.score(rows), abs=1e-4)
-    whole = rows[0] + scorer.form.response_ids("ice")
-    for ended, expected in ((True, whole), (False, whole[:-1])):
-        reply = saved.Reply("ice", [], ended)
-        assert scorer.rate([QUESTIONS[0]], [reply]) == pytest.approx(scorer.score([expected]))
+    whole = rows[0] + scorer.chat.response_ids("ice")
+    both = [saved.Response("ice", [], ended) for ended in (True, False)]
+    assert scorer.rate([QUESTIONS[0]], [both]) == [
+        pytest.approx(scorer.score([whole, whole[:-1]]))]
 
 
-def test_of_a_dialogue_that_is_too_long_to_score_the_end_counts(small):
-    scorer = saved.open_scorer(small.critic, OPTIONS)
+def test_the_end_of_a_dialogue_that_is_too_long_is_scored(small):
+    scorer = saved.open_scorer(small.critic, LOADING)
     long = [user_turn("What is ice? " * 80)]
-    answer = scorer.form.response_ids("ice")
-    expected = scorer.form.prompt_ids(long)[-(scorer.context - len(answer)) :] + answer
+    response = scorer.chat.response_ids("ice")
+    expected = scorer.chat.prompt_ids(long)[-(scorer.context - len(response)) :] + response
     assert len(expected) == scorer.context == 128
-    assert scorer.rate([long], [saved.Reply("ice", [], True)]) == scorer.score([expected])
+    assert scorer.rate([long], [[saved.Response("ice", [], True)]]) == [scorer.score([expected])]
 
 
 @pytest.mark.parametrize(("paths", "names"), [
@@ -150,7 +172,7 @@ def test_a_hub_id_is_opened_from_the_cache_without_a_network(
                         dirs_exist_ok=True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    opened = saved.open_policy(f"somebody/{name}", OPTIONS)
+    opened = saved.open_policy(f"somebody/{name}", LOADING)
     place = {"whole": "somebody/whole", "adapter": str(place / "snapshots" / "abc")}[name]
-    assert opened.form.tokenizer.name_or_path == place
-    assert texts(opened) == texts(saved.open_policy(str(exported / "actor"), OPTIONS))
+    assert opened.chat.tokenizer.name_or_path == place
+    assert texts(opened) == texts(saved.open_policy(str(exported / "actor"), LOADING))

@@ -1,42 +1,42 @@
-"""The endpoint, as OpenAI's own client sees it: a server process, and everything through HTTP."""
+"""The endpoint as OpenAI's own client sees it: a server process, and everything through HTTP."""
 
 import asyncio
-import os
+import json
+import queue
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import openai
 import pytest
+from programs import environment
 
 from alpaca_rlhf.evaluation import saved
-from alpaca_rlhf.inference.chat_model import ChatModel
+from alpaca_rlhf.inference import server
+from alpaca_rlhf.inference.chat_model import ChatModel, End
+from alpaca_rlhf.inference.endpoint import application
 from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
 from alpaca_rlhf.utils.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 GREEDY = {"model": "actor", "temperature": 0, "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
 def address(small, tmp_path_factory):
     """Of a server with the small actor, started as a command."""
-    away = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in away}
     errors = tmp_path_factory.mktemp("server") / "stderr"
+    command = [sys.executable, "-m", "alpaca_rlhf.inference.serve", "--path", small.actor,
+               "--port", "0"]
     with errors.open("w") as stderr, subprocess.Popen(
-        [sys.executable, "-m", "alpaca_rlhf.inference.serve", "--path", small.actor, "--port", "0"],
-        stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=REPOSITORY,
-        env={**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-    ) as server:
-        line = server.stdout.readline()
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
+    ) as process:
+        line = process.stdout.readline()
         found = re.fullmatch(r"serving actor at (http://127\.0\.0\.1:\d+/v1)\n", line)
         assert found, (line, errors.read_text())
         yield found[1]
-        server.terminate()
-        server.wait(timeout=60)
+        process.terminate()
+        process.wait(timeout=60)
     assert errors.read_text() == ""
 
 
@@ -48,14 +48,15 @@ def client(address):
 
 @pytest.fixture(scope="module")
 def expected(small):
-    """The end and the pieces of the reply to a text, drawn in this process."""
+    """The end and the pieces of the response to a text, generated in this process."""
     chat = ChatModel(saved.open_policy(small.actor, LoadingConfig()))
 
-    def reply(text):
-        *pieces, end = chat.stream([user_turn(text)], SamplingConfig(8, temperature=0.0))
+    def respond(text):
+        sampling = SamplingConfig(max_new_tokens=8, temperature=0.0)
+        *pieces, end = chat.stream([user_turn(text)], sampling)
         return end, pieces
 
-    yield reply
+    yield respond
     chat.close()
 
 
@@ -63,7 +64,7 @@ def asked(text):
     return [{"role": "user", "content": text}]
 
 
-def test_a_reply_streams_piece_by_piece_with_its_end_and_its_usage(client, expected):
+def test_a_response_streams_piece_by_piece_with_its_end_and_usage(client, expected):
     stream = client.chat.completions.create(
         **GREEDY, messages=asked("What is ice?"), stream=True,
         stream_options={"include_usage": True},
@@ -74,17 +75,17 @@ def test_a_reply_streams_piece_by_piece_with_its_end_and_its_usage(client, expec
     assert len(chunks) > 3 and chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices[0].finish_reason == end.reason
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (
-        end.prompt_tokens, end.reply_tokens)
+        end.prompt_tokens, end.response_tokens)
 
 
-def test_a_reply_comes_whole_too_and_the_models_are_listed(client, expected):
+def test_a_response_comes_whole_too_and_the_models_are_listed(client, expected):
     done = client.chat.completions.create(**GREEDY, messages=asked("Hi."))
     assert done.choices[0].message.content == expected("Hi.")[0].text
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
     assert [model.id for model in client.models.list()] == ["actor"]
 
 
-def test_a_reply_ends_before_a_stop_text_also_when_it_streams(client, expected):
+def test_a_response_ends_before_a_stop_string_also_when_it_streams(client, expected):
     end, pieces = expected("What is ice?")
     text, borders = end.text, [len("".join(pieces[:i])) for i in range(2, len(pieces))]
     # One that begins in a piece and ends in the next.
@@ -101,7 +102,7 @@ def test_a_reply_ends_before_a_stop_text_also_when_it_streams(client, expected):
         assert (said, reason) == (text[: text.index(stop)], "stop")
 
 
-def test_a_seed_fixes_a_drawn_reply(client):
+def test_a_seed_fixes_a_sampled_response(client):
     drawn = {"model": "actor", "max_tokens": 8, "messages": asked("Hi."), "temperature": 1}
     texts = [client.chat.completions.create(**drawn, seed=seed).choices[0].message.content
              for seed in (3, 3, 4)]
@@ -133,6 +134,44 @@ def test_200_chats_at_once_by_8_clients_lose_nothing(address, expected):
     assert answers == [(end.text, end.reason) for end, _ in map(expected, questions)]
 
 
+def test_a_client_that_disconnects_ends_its_response(small):
+    chat, ends = ChatModel(saved.open_policy(small.actor, LoadingConfig())), queue.SimpleQueue()
+    submit = chat.submit
+
+    def spying(messages, sampling, deliver, *rest):
+        def both(piece):
+            deliver(piece)
+            if isinstance(piece, End):
+                ends.put(piece.reason)
+        return submit(messages, sampling, both, *rest)
+
+    chat.submit = spying
+    body = {"model": "actor", "messages": asked("Hi."), "max_tokens": 100, "stream": True}
+
+    async def disconnect_after_the_first_chunk():
+        arriving = [{"type": "http.request", "body": json.dumps(body).encode()}]
+        streaming = asyncio.Event()
+
+        async def receive():
+            if not arriving:
+                await streaming.wait()
+                return {"type": "http.disconnect"}
+            return arriving.pop()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                streaming.set()
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [],
+                 "query_string": b"", "http_version": "1.1"}
+        endpoint = application({"actor": chat}, SamplingConfig(max_new_tokens=8))
+        await endpoint(scope, receive, send)
+
+    asyncio.run(disconnect_after_the_first_chunk())
+    assert ends.get(timeout=30) == "cancelled"
+    chat.close()
+
+
 LONG = "What is ice? " * 60
 HISTORY = [m for i in range(12) for m in (
     {"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "A number."})]
@@ -144,29 +183,29 @@ HISTORY = [m for i in range(12) for m in (
     [{"role": "developer", "content": "Be kind."}, *asked("Hi.")],
     asked([{"type": "text", "text": "What is"}, {"type": "text", "text": "ice?"}]),
 ])
-def test_whatever_can_be_answered_is(client, messages):
+def test_unusual_requests_are_served(client, messages):
     done = client.chat.completions.create(**GREEDY, messages=messages)
     assert done.choices[0].finish_reason in ("stop", "length")
 
 
 @pytest.mark.parametrize(("changes", "line"), [
-    ({"messages": asked("")}, "messages, 1: the message is empty"),
-    ({"messages": asked("\x00\x1b")}, "messages, 1: the message is empty"),
-    ({"messages": asked(LONG)}, "tokens; with 8 for the reply the model can read 120; shorten it"),
+    ({"messages": asked("")}, "messages.0: the message is empty"),
+    ({"messages": asked("\x00\x1b")}, "messages.0: the message is empty"),
+    ({"messages": asked(LONG)}, "tokens; with 8 for the response the model can read 120; shorten"),
     ({"messages": asked("x" * 1_000_000)}, "1,000,000 characters, far more than fit"),
-    ({"messages": []}, "at least one message"),
-    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages, 1: the ro"),
+    ({"messages": []}, "messages: List should have at least 1 item"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.role: "),
     ({"messages": [*asked("x"), {"role": "assistant", "content": "y"}]}, "must be the user's"),
     ({"messages": [*asked("x"), {"role": "system", "content": "y"}]}, "must be the first"),
-    ({"messages": asked([{"type": "image_url", "image_url": {"url": "x"}}])}, "must be text"),
-    ({"temperature": -1}, "temperature '-1.0': must be a number, 0 or more"),
-    ({"max_tokens": 0}, "max_tokens '0': must be a whole number, 1 or more"),
-    ({"stop": [""]}, "stop: must be a text or a list of texts"),
-    ({"n": 2}, "n: not served here"),
-    ({"logprobs": True}, "logprobs: not served here"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty: not served here"),
+    ({"messages": asked([{"type": "image_url", "image_url": {"url": "x"}}])}, "0.content: Input"),
+    ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
+    ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+    ({"stop": [""]}, "stop.0: String should have at least 1 character"),
+    ({"n": 2}, "n: not supported; leave it out"),
+    ({"logprobs": True}, "logprobs: not supported"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty: not supported"),
 ])
-def test_what_cannot_be_answered_says_why(client, changes, line):
+def test_a_request_that_cannot_be_served_gets_the_reason(client, changes, line):
     with pytest.raises(openai.BadRequestError) as refusal:
         client.chat.completions.create(**{**GREEDY, "messages": asked("Hi."), **changes})
     assert line in refusal.value.body["message"]
@@ -178,14 +217,20 @@ def test_an_unknown_model_is_told_from_the_known(client):
 
 
 def test_a_body_that_is_no_request_is_refused(client):
-    for body in (b"", b"{", b"[]", b"[" * 100_000):
+    for body, line in ((b"", "Invalid JSON"), (b"{", "Invalid JSON"), (b"[]", "an object"),
+                       (b"[" * 100_000, "Invalid JSON")):
         answer = client._client.post("/chat/completions", content=body)
-        assert answer.status_code == 400 and "the body is not" in answer.json()["error"]["message"]
+        assert answer.status_code == 400 and line in answer.json()["error"]["message"]
+    answer = client._client.get("/nothing")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (404, "Not Found")
 
 
 def test_a_port_that_is_taken_is_one_line(address):
-    from alpaca_rlhf.inference.serve import listen
-
     port = int(re.search(r":(\d+)/", address)[1])
     with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
-        listen("127.0.0.1", port)
+        server.listen("127.0.0.1", port)
+
+
+def test_a_missing_library_is_one_line_with_the_command_that_installs_it():
+    with pytest.raises(UserError, match="no_such_lib not installed; pip install no_such_lib"):
+        server.require("json", "no_such_lib")

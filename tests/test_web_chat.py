@@ -12,21 +12,22 @@ import pytest
 from loading import load
 
 from alpaca_rlhf.evaluation import saved
-from alpaca_rlhf.inference import web_chat
+from alpaca_rlhf.inference import web_chat, web_page
 from alpaca_rlhf.inference.chat_model import ChatModel
-from alpaca_rlhf.inference.votes import VoteBook
-from alpaca_rlhf.inference.web_chat import Site, launch
+from alpaca_rlhf.inference.votes import VoteFile
+from alpaca_rlhf.inference.web_page import Site, launch
 from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
+from alpaca_rlhf.utils.errors import UserError
 
 CHROMIUM = shutil.which("chromium")
-SAMPLING = SamplingConfig(12, temperature=0.0)  # what is drawn could be empty, or alike
+SAMPLING = SamplingConfig(max_new_tokens=12, temperature=0.0)  # sampled ones could be equal
 STEP_2 = "alpaca_rlhf.training_model.step2_reward_model_finetuning.main"
 WAIT = 60_000  # milliseconds, for what takes one or two
 
 
 @pytest.fixture(scope="module")
 def models(small, tmp_path_factory):
-    """Two policies that do not answer alike."""
+    """Two policies whose responses differ."""
     import torch
     from conftest import small_config
     from transformers import LlamaForCausalLM
@@ -35,8 +36,8 @@ def models(small, tmp_path_factory):
     torch.manual_seed(11)
     LlamaForCausalLM(small_config(small.tokenizer)).save_pretrained(other)
     small.tokenizer.save_pretrained(other)
-    paths = str(small.actor), str(other)
-    made = [ChatModel(saved.open_policy(path, LoadingConfig())) for path in paths]
+    made = [ChatModel(saved.open_policy(str(path), LoadingConfig()))
+            for path in (small.actor, other)]
     yield made
     for model in made:
         model.close()
@@ -56,7 +57,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, capsys):
-    """Serves a site and opens it; at the end it is checked that the page was content."""
+    """Serve a site and open it; afterwards check that the page had no errors and stayed local."""
     pages = []
 
     def open_site(site):
@@ -89,9 +90,9 @@ def say(page, text):
 
 
 def turns(page, side=0):
-    """What stands in a chat: user and reply in turn."""
-    said = page.locator(f"#chat-{side} :is([data-testid=user], [data-testid=bot])")
-    return [part.strip() for part in said.all_inner_texts()]
+    """The turns that a chat shows, the user's and the model's."""
+    shown = page.locator(f"#chat-{side} :is([data-testid=user], [data-testid=bot])")
+    return [part.strip() for part in shown.all_inner_texts()]
 
 
 def wait_for(page, condition):
@@ -130,30 +131,36 @@ def test_two_models_side_by_side_each_under_its_name(models, opened):
     assert "sft" in page.locator("#chat-1").inner_text()
 
 
-def test_a_vote_in_the_arena_is_a_pair_that_step_2_trains_on(
-    models, opened, small, tmp_path, monkeypatch, group
-):
-    path = tmp_path / "votes.jsonl"
-    monkeypatch.setattr(web_chat.random, "shuffle", list.reverse)
-    site = Site(["rlhf", "sft"], models, SAMPLING, "Be kind.", VoteBook(path))
-    page = opened(site)
+def test_the_arena_hides_the_names_until_the_vote(models, opened, tmp_path):
+    page = opened(Site(["rlhf", "sft"], models, SAMPLING, "", VoteFile(tmp_path / "votes.jsonl")))
     notice = page.locator("#notice")
-    for number, (text, side) in enumerate((("What is ice?", "right"), ("And fire?", "left")), 1):
-        say(page, text)
-        page.locator("#notice", has_text="Which is better?").wait_for()
-        shown = turns(page, 0)[-1], turns(page, 1)[-1]
-        assert "rlhf" not in page.inner_text("body").replace(notice.inner_text(), "")
-        say(page, "Not before the vote")
-        page.locator("#notice", has_text="Vote on these replies first").wait_for()
-        page.locator(f"#vote-{side}").click()
-        page.locator("#notice", has_text=f"of {number} votes").wait_for()
+    say(page, "What is ice?")
+    page.locator("#notice", has_text="Which is better?").wait_for()
+    better = turns(page, 1)[-1]
+    assert "rlhf" not in page.inner_text("body").replace(notice.inner_text(), "")
+    say(page, "Not before the vote")
+    page.locator("#notice", has_text="Vote on these responses first").wait_for()
+    page.locator("#vote-right").click()
+    page.locator("#notice", has_text="of 1 votes").wait_for()
+    assert "rlhf" in notice.inner_text()
+    row = json.loads((tmp_path / "votes.jsonl").read_text())
+    assert " ".join(row["chosen"].split()) == " ".join(better.split())
+
+
+def test_votes_are_pairs_that_step_2_trains_on(models, small, tmp_path, monkeypatch, group):
+    path = tmp_path / "votes.jsonl"
+    monkeypatch.setattr(web_page.random, "shuffle", list.reverse)
+    site, visit = Site(["rlhf", "sft"], models, SAMPLING, "Be kind.", VoteFile(path)), None
+    for number, (text, side) in enumerate((("What is ice?", 1), ("And fire?", 0)), 1):
+        *_, (_, visit, notice, *shown) = site.respond(text, visit, 0.0, 1.0, 12)
+        assert notice == "Which is better?"
+        notice = site.vote(side, visit)[1]
         row = json.loads(path.read_text().splitlines()[-1])
-        better = shown[0] if side == "left" else shown[1]
-        assert " ".join(row["chosen"].split()) == " ".join(better.split())
+        assert row["chosen"] == shown[side][-1]["content"] != row["rejected"]
         who = "rlhf" if row["models"][0] == small.actor else "sft"
-        assert f"{side.title()}: {who}" in notice.inner_text()
+        assert f"{('Left', 'Right')[side]}: {who}" in notice and f"of {number} votes" in notice
     first, second = (json.loads(line) for line in path.read_text().splitlines())
-    # Both sides went on with the reply that was better.
+    # Both sides continue with the better response.
     assert [m["content"] for m in second["prompt"]] == [
         "Be kind.", "What is ice?", first["chosen"], "And fire?"]
     assert len(load([str(path)]).train) == 2
@@ -166,48 +173,49 @@ def test_a_vote_in_the_arena_is_a_pair_that_step_2_trains_on(
     importlib.import_module(STEP_2).main()
     results = json.loads((tmp_path / "critic" / "results.json").read_text())
     assert (results["data"]["train"], results["data"]["counted_out"]) == (2, {})
-    metrics = (tmp_path / "critic" / "metrics.jsonl").read_text().splitlines()
-    assert len(metrics) == 2
+    assert len((tmp_path / "critic" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_tie_and_what_is_said_before_any_message(models, tmp_path):
-    site = Site(["rlhf", "sft"], models, SAMPLING, "", VoteBook(tmp_path / "votes.jsonl"))
+def test_a_tie_and_votes_without_responses(models, tmp_path):
+    site = Site(["rlhf", "sft"], models, SAMPLING, "", VoteFile(tmp_path / "votes.jsonl"))
     assert site.vote(0, None)[1] == "Write something first."
     settings = (0.0, 1.0, 6)
-    *_, (_, room, notice, *_) = site.answer("Hi.", None, *settings)
+    *_, (_, visit, notice, *_) = site.respond("Hi.", None, *settings)
     assert notice == "Which is better?"
-    assert next(site.answer("Again.", room, *settings))[2].startswith("Vote on these")
-    assert "0 won, 1 tied, 0 lost" in site.vote(None, room)[1]
-    assert site.vote(None, room)[1] == "Write something first."
+    assert next(site.respond("Again.", visit, *settings))[2].startswith("Vote on these")
+    assert "0 won, 1 tied, 0 lost" in site.vote(None, visit)[1]
+    assert site.vote(None, visit)[1] == "Write something first."
 
 
-def test_what_one_model_cannot_answer_is_said_to_neither(models, tmp_path):
+def test_a_message_that_one_model_cannot_take_is_kept_by_neither(models, tmp_path):
     narrow = ChatModel(replace(models[1].policy, context=20))
     site = Site(["rlhf", "sft"], [models[0], narrow], SAMPLING, "",
-                VoteBook(tmp_path / "votes.jsonl"))
-    *_, (text, room, notice, *_) = site.answer("What is ice? " * 4, None, 0.0, 1.0, 6)
+                VoteFile(tmp_path / "votes.jsonl"))
+    *_, (text, visit, notice, *_) = site.respond("What is ice? " * 4, None, 0.0, 1.0, 6)
     narrow.close()
     assert "shorten it" in notice and text.startswith("What is ice?")
-    assert [talk.turns for talk in room.talks] == [[], []]
-    assert site.vote(0, room)[1] == "Write something first."
+    assert [talk.turns for talk in visit.conversations] == [[], []]
+    assert site.vote(0, visit)[1] == "Write something first."
 
 
-def test_stopping_keeps_what_was_said_and_clearing_begins_anew(models):
-    site = Site(["actor"], models[:1], SamplingConfig(100, temperature=0.0))
-    replies = site.answer("Hi.", None, 0.0, 1.0, 100)
-    room = next(replies)[1]
-    while not room.talks[0].turns[-1]["content"]:
-        next(replies)
-    assert next(site.answer("Too soon.", room, 0.0, 1.0, 100))[2] == "Still answering."
-    site.stop(room)
-    list(replies)
-    assert room.jobs == [] and len(room.talks[0].turns) == 2 and room.talks[0].turns[-1]["content"]
-    assert site.clear(room)[0].talks[0].turns == []
+def test_stopping_keeps_the_text_and_clearing_starts_anew(models):
+    site = Site(["actor"], models[:1], SamplingConfig(max_new_tokens=100, temperature=0.0))
+    responses = site.respond("Hi.", None, 0.0, 1.0, 100)
+    visit = next(responses)[1]
+    while not visit.conversations[0].turns[-1]["content"]:
+        next(responses)
+    assert next(site.respond("Too soon.", visit, 0.0, 1.0, 100))[2] == "Still generating."
+    site.stop(visit)
+    list(responses)
+    _, last = visit.conversations[0].turns
+    assert visit.jobs == [] and last["content"]
+    assert site.clear(visit)[0].conversations[0].turns == []
 
 
-def test_nothing_is_told_to_gradios_servers():
+def test_nothing_is_sent_to_gradios_servers():
     os.environ.pop("GRADIO_ANALYTICS_ENABLED", None)
-    web_chat.parse(["--path", "x"])
+    with pytest.raises(UserError, match="no such folder"):
+        web_chat.main(["--path", "/no/such/folder", "--port", "0"])
     from gradio import analytics
 
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

@@ -1,7 +1,7 @@
-"""Samples to measure on: those that no step trained on, or all of a data set that is a test set.
+"""Samples to measure on: those that no step was trained on, or all of a test set.
 
-What a run held out is drawn anew from what it has recorded with its model (data sets, seed, shares,
-languages), so an evaluation needs no flags to be fair; flags win over the record.
+The split of a run is repeated from what the run recorded with its model (data sets, seed, shares,
+languages), so a fair evaluation needs no flags; flags override the record.
 """
 
 import json
@@ -11,93 +11,87 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from alpaca_rlhf.demo import assistant_world
+from alpaca_rlhf.evaluation.saved import Response
+from alpaca_rlhf.utils import console
+from alpaca_rlhf.utils.configs import HeldOutConfig, SeedConfig, SourcesConfig
 from alpaca_rlhf.utils.data import split as splitting
 from alpaca_rlhf.utils.data.formats import EMBEDDED
 from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
 from alpaca_rlhf.utils.data.split import Split
+from alpaca_rlhf.utils.data.tokenizer import Message
 from alpaca_rlhf.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to measure on.
+class HeldOut:
+    """Samples to measure on.
 
     Attributes:
-        data_path: entries as of --data_path; empty takes those that the model's record names.
-        seed, shares, languages: of the split; None, or no language, takes the record's.
-        part: "held_out", or "all" of the data.
-        limit: most samples; drawn by the seed. 0 is no limit.
-        pairs: whether only samples with a rejected reply are of use; else each prompt counts once.
-    """
-
-    data_path: tuple[str, ...]
-    seed: int | None
-    shares: tuple[float, float, float] | None
-    languages: tuple[str, ...]
-    part: str
-    limit: int
-    pairs: bool
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Samples, and what should be known about them.
-
-    Attributes:
-        samples: in an order drawn by the seed.
-        embedded: whether all of them are of the embedded data set, which has a gold rule.
-        seed: the seed of the split.
-        notes: lines for the console: where they come from, and what was trained on nevertheless.
+        samples: in an order fixed by the seed.
+        embedded: all of them are from the embedded data set, which has a gold rule.
+        seed: of the split.
+        description: their number and origin, in one line.
     """
 
     samples: list[Sample]
     embedded: bool
     seed: int
-    notes: list[str]
+    description: str
 
 
-def choose(wanted: Wanted, models: Sequence[str], default: Split) -> Chosen:
-    """Samples for measuring models.
+def choose(config: HeldOutConfig, models: Sequence[str], pairs: bool) -> HeldOut:
+    """Choose the samples on which models are measured, and say which they are.
 
     Args:
-        wanted: which.
-        models: folders; the first that has a record says what was held out, and each is asked
-            whether it was trained on any of the samples.
-        default: the split where no model has a record.
+        config: data sets, split, part and limit.
+        models: folders; the first with a record of its data gives what `config` leaves open. For
+            each that was trained on some of the samples, the console says so.
+        pairs: use only samples with a rejected response; otherwise each prompt is used once.
 
     Raises:
-        UserError: the data cannot be read, or nothing in it is of use.
+        UserError: the data cannot be read, or none of it can be used.
     """
     folders = [folder for path in models if (folder := record_folder(path)) is not None]
-    record = _record(folders[0]) if folders else {}
-    split = _split(record, default, wanted)
-    entries = list(wanted.data_path) or [one["data_set"] for one in record.get("data", [])]
-    sources = open_sources(entries or [EMBEDDED])
-    tallies = [Tally() for _ in sources]
+    config = _resolved(config, _record(folders[0]) if folders else {})
+    split = Split(3, config.shares, config.seed, tuple(config.lang))
+    sources = open_sources(config.data_path)
     kept: dict[str, Sample] = {}
-    for one in splitting.placed(sources, split, tallies):
-        unwanted = wanted.part == "held_out" and one.step != 0
-        if unwanted or (wanted.pairs and one.sample.rejected is None):
-            continue
-        mark = f"{len(kept)}" if wanted.pairs else one.key
-        kept.setdefault(mark, one.sample)
+    for placed in splitting.placed(sources, split, [Tally() for _ in sources]):
+        trained_on = config.part == "held_out" and placed.step != 0
+        if not trained_on and not (pairs and placed.sample.rejected is None):
+            kept.setdefault(str(len(kept)) if pairs else placed.key, placed.sample)
     if not kept:
-        raise UserError(_nothing(sources, wanted))
+        raise UserError(_nothing(sources, config.part, pairs))
     samples = list(kept.values())
     random.Random(f"measure {split.seed}").shuffle(samples)
-    samples = samples[: wanted.limit or None]
-    what = "pairs" if wanted.pairs else "prompts"
-    which = "held out of all three steps" if wanted.part == "held_out" else "all there are"
-    notes = [f"data: {len(samples):,} of {len(kept):,} {what} ({which}) of "
-             f"{', '.join(source.label for source in sources)}, seed {split.seed}"]
+    samples = samples[: config.limit or None]
+    which = "held out of all three steps" if config.part == "held_out" else "all there are"
+    labels = [source.label for source in sources]
+    description = (
+        f"data: {len(samples):,} of {len(kept):,} {'pairs' if pairs else 'prompts'} ({which}) "
+        f"of {', '.join(labels)}, seed {split.seed}"
+    )
+    console.say(description)
     for folder in folders:
-        notes += _leaks(folder, samples, split)
-    return Chosen(samples, all(s.label == EMBEDDED for s in sources), split.seed, notes)
+        for leak in _leaks(folder, samples, split):
+            console.say(leak)
+    return HeldOut(samples, set(labels) == {EMBEDDED}, split.seed, description)
+
+
+def gold_scores(
+    dialogues: Sequence[Sequence[Message]], responses: Sequence[Sequence[Response]]
+) -> list[list[float]]:
+    """Score responses by the embedded data set's own rule, in [0, 1]."""
+    return [
+        [assistant_world.gold_score(list(messages), response.text) for response in some]
+        for messages, some in zip(dialogues, responses, strict=True)
+    ]
 
 
 def record_folder(path: str) -> Path | None:
-    """The folder that holds the record of a model: its own, or the one around an adapter."""
+    """Return the folder with a model's record: its own, or the one around an adapter."""
     around = (Path(path), Path(path).absolute().parent)
     return next((p for p in around if (p / splitting.RECORD_FILE).is_file()), None)
 
@@ -106,34 +100,33 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / splitting.RECORD_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / splitting.RECORD_FILE}: is broken; give --data_path and --seed "
-                        "and take the file away") from error
+        raise UserError(f"{folder / splitting.RECORD_FILE}: is broken; remove it, and give "
+                        "--data_path and --seed") from error
 
 
-def _split(record: dict[str, Any], default: Split, wanted: Wanted) -> Split:
-    if record:
-        default = replace(
-            default, shares=tuple(record["shares"]), seed=record["seed"],
-            languages=tuple(record["languages"]),
-        )
-    seed = default.seed if wanted.seed is None else wanted.seed
+def _resolved(config: HeldOutConfig, record: dict[str, Any]) -> HeldOutConfig:
+    """Fill in what was not given: from a model's record, else the defaults of the steps."""
+    recorded = ",".join(map(str, record.get("shares", []))) or SourcesConfig.data_split
+    seed = record.get("seed", SeedConfig.seed)
+    paths = [one["data_set"] for one in record.get("data", [])] or [EMBEDDED]
     return replace(
-        default, seed=seed, shares=wanted.shares or default.shares,
-        languages=wanted.languages or default.languages,
+        config, data_path=config.data_path or paths, data_split=config.data_split or recorded,
+        seed=seed if config.seed is None else config.seed,
+        lang=config.lang or record.get("languages", []),
     )
 
 
-def _nothing(sources: Sequence[Source], wanted: Wanted) -> str:
+def _nothing(sources: Sequence[Source], part: str, pairs: bool) -> str:
     where = ", ".join(source.label for source in sources)
-    kind = "pair with a chosen and a rejected reply" if wanted.pairs else "prompt"
-    if wanted.part == "held_out":
-        return (f"--data_path {where}: no {kind} is held out; take --part all to measure on all of "
-                "it, or give more data")
+    kind = "pair with a chosen and a rejected response" if pairs else "prompt"
+    if part == "held_out":
+        return (f"--data_path {where}: no {kind} is held out; give --part all to measure on all of "
+                "it, or more data")
     return f"--data_path {where}: has no {kind}; give other data"
 
 
 def _leaks(folder: Path, samples: Sequence[Sample], split: Split) -> list[str]:
-    """What the model in `folder` should not have seen, a line each."""
+    """Return one line for each way in which the model in `folder` has seen the samples."""
     report = {"split": {"seed": split.seed, "shares": list(split.shares)}}
     digests = [
         int.from_bytes(splitting.digest(sample.prompt_key()), "big", signed=True)

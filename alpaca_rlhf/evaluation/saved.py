@@ -1,17 +1,17 @@
-"""Any saved model, opened for use: a folder that a step wrote, an adapter alone, or a hub id.
+"""Open any saved model for use: a folder that a step exported, an adapter alone, or a hub id.
 
     policy = open_policy("output/actor", LoadingConfig())
-    replies = policy.replies([policy.form.prompt_ids(messages)], SamplingConfig(64), seed=0)
+    responses = policy.respond([messages], SamplingConfig(max_new_tokens=64), seed=0)
     scorer = open_scorer("output/critic", LoadingConfig())
-    scorer.score([prompt + reply.ids for …])
+    scorer.rate([messages], responses)
 
-An adapter is loaded onto the model it was made for and merged, so all that follows knows whole
-models only. The tokenizer is the adapter's own, or that of the folder around it (`OUT/adapter` lies
-in `OUT`), or the base model's.
+An adapter is loaded onto its base model and merged, so all other code sees whole models only. The
+tokenizer is the adapter's own, or that of the folder around it (`OUT/adapter` is in `OUT`), or the
+base model's.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from alpaca_rlhf.evaluation.conversation import fit_context
 from alpaca_rlhf.utils import distributed, preflight
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, pad
@@ -37,74 +38,115 @@ from alpaca_rlhf.utils.model.reward_model import (
 from alpaca_rlhf.utils.run import export
 from alpaca_rlhf.utils.run.run_folder import read_json
 
-# Whole on one device: that is what DeepSpeed's configuration says to the loaders.
+# The part of DeepSpeed's configuration that loading reads: the whole model on one device.
 _WHOLE: dict[str, Any] = {"zero_optimization": {"stage": 0}}
-# Where neither the model nor its tokenizer says how much it can read.
-_USUAL_CONTEXT = 4096
-_ENDLESS = 10**9  # what some tokenizers say for "no limit" is larger still
+_DEFAULT_CONTEXT = 4096  # where neither the model nor its tokenizer states a limit
+_NO_LIMIT = 10**9  # tokenizers without a limit state a larger number
+_DEFAULT_NEW_TOKENS = 256
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth"]
-_SCORED_AT_ONCE = 16384  # tokens, padding included
+_TOKENS_PER_BATCH = 16384  # scored at once, padding included
+
+Dialogue = Sequence[Message]
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What a policy has written.
+class Response:
+    """A generated response.
 
     Attributes:
         text: without special tokens.
         ids: its tokens, eos included if it has one.
-        ended: whether it ended by itself rather than at the limit.
+        ended: whether it ended with eos rather than at the maximum length.
     """
 
     text: str
     ids: list[int]
     ended: bool
 
+    def record(self) -> dict[str, Any]:
+        """Return the response as it stands in files of results."""
+        return {"reply": self.text, "tokens": len(self.ids), "ended": self.ended}
+
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal LM in evaluation mode, with all that drawing replies takes.
+    """A causal LM in evaluation mode, with what generation needs.
 
     Attributes:
-        name: for people; the path it was opened by.
+        name: the path it was opened by.
         model: on this process's device.
-        form: its tokenizer and the chat template it was trained with.
-        context: most tokens of prompt and reply together.
-        eos_ids: what ends a reply.
+        chat: its tokenizer and the chat template it was trained with.
+        context: maximum number of tokens of prompt and response together.
+        eos_ids: tokens that end a response.
     """
 
     name: str
     model: PreTrainedModel
-    form: ChatFormat
+    chat: ChatFormat
     context: int
     eos_ids: list[int]
 
-    def replies(
-        self, prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int, slots: int = 32
-    ) -> list[list[Reply]]:
-        """For each prompt `num_generations` replies, fixed by the seed.
+    def resolve(self, sampling: SamplingConfig) -> SamplingConfig:
+        """Fill in `max_new_tokens` where it is None: 256, or half of a short context.
+
+        Raises:
+            UserError: it leaves no room for a prompt.
+        """
+        longest = sampling.max_new_tokens or min(_DEFAULT_NEW_TOKENS, self.context // 2)
+        if longest >= self.context:
+            raise UserError(f"--max_new_tokens {longest}: {self.name} reads {self.context} tokens, "
+                            "prompt and response together; take fewer")
+        return replace(sampling, max_new_tokens=longest)
+
+    def prompt_ids(self, messages: Dialogue, max_new_tokens: int) -> tuple[list[int], int]:
+        """Tokenize the part of a dialogue that fits, and count the turns left out."""
+        return fit_context(self.chat, messages, self.context, max_new_tokens)
+
+    def respond(
+        self, dialogues: Sequence[Dialogue], sampling: SamplingConfig, seed: int,
+        max_prompt_tokens: int | None = None, slots: int = 32,
+    ) -> list[list[Response]]:
+        """Generate `num_generations` responses to each dialogue, fixed by the seed.
+
+        Two policies draw with the same random numbers, so equal policies give equal responses.
 
         Args:
-            prompts: ids, bos included.
-            sampling: the distribution.
-            seed: of the numbers they are drawn with; the same for two policies, so that like
-                policies give like replies.
-            slots: most replies that are drawn at once.
+            dialogues: the last turn of each is the user's.
+            sampling: parameters; see `resolve`.
+            seed: of the random numbers.
+            max_prompt_tokens: keep the last tokens of a longer prompt, as step 3 does; None leaves
+                out the oldest turns, as the chats do.
+            slots: maximum number of responses that are decoded together.
+
+        Raises:
+            UserError: a dialogue does not fit, or the chat template refuses it.
         """
+        sampling = self.resolve(sampling)
+        limit = self.context - sampling.max_new_tokens
+        prompts = []
+        for number, messages in enumerate(dialogues, 1):
+            try:
+                if max_prompt_tokens is None:
+                    ids, _ = self.prompt_ids(messages, sampling.max_new_tokens)
+                else:
+                    ids = self.chat.prompt_ids(messages)[-min(max_prompt_tokens, limit) :]
+            except UserError as error:
+                raise UserError(f"{self.name}, prompt {number}: {error}") from None
+            prompts.append(ids)
         device = distributed.device()
-        ids, mask = (part.to(device) for part in pad(list(prompts), self.form.pad_id, left=True))
-        batch = Decoder(self.model, slots).generate(
-            PromptBatch(ids, mask), sampling, torch.tensor(self.eos_ids, device=device),
-            self.form.pad_id, torch.Generator(device=device).manual_seed(seed),
+        rollout = Decoder(self.model, slots).generate(
+            PromptBatch(*pad(prompts, self.chat.pad_id, left=True)).to(device), sampling,
+            torch.tensor(self.eos_ids, device=device), self.chat.pad_id,
+            torch.Generator(device=device).manual_seed(seed),
         )
-        tokens = batch.input_ids[:, ids.shape[1] :].tolist()
-        lengths = batch.response_mask.sum(-1).tolist()
-        made = [self._reply(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+        lengths = rollout.response_mask.sum(-1).tolist()
+        made = [self._response(row[:length])
+                for row, length in zip(rollout.responses.tolist(), lengths, strict=True)]
         n = sampling.num_generations
         return [made[start : start + n] for start in range(0, len(made), n)]
 
-    def _reply(self, ids: list[int]) -> Reply:
-        return Reply(self.form.decode(ids), ids, ids[-1] in self.eos_ids)
+    def _response(self, ids: list[int]) -> Response:
+        return Response(self.chat.decode(ids), ids, ids[-1] in self.eos_ids)
 
 
 @dataclass(frozen=True)
@@ -112,135 +154,126 @@ class Scorer:
     """A reward model in evaluation mode.
 
     Attributes:
-        name: for people; the path it was opened by.
-        model: gives a value at every token.
-        form: its tokenizer and the chat template it was trained with.
-        context: most tokens of prompt and reply together.
+        model: computes a value for every token.
+        chat: its tokenizer and the chat template it was trained with.
+        context: maximum number of tokens of prompt and response together.
     """
 
-    name: str
     model: TokenScorer
-    form: ChatFormat
+    chat: ChatFormat
     context: int
 
     def rate(
-        self, dialogues: Sequence[Sequence[Message]], replies: Sequence[Reply]
-    ) -> list[float]:
-        """The score of each reply to its dialogue, whatever tokenizer it was written with.
+        self, dialogues: Sequence[Dialogue], responses: Sequence[Sequence[Response]]
+    ) -> list[list[float]]:
+        """Score the responses to each dialogue, whichever tokenizer they were generated with.
 
-        As in step 3 a reply that was cut has no eos; of a dialogue that is too long the end counts.
+        As in step 3 a response that was cut off has no eos. Of a dialogue that is too long the end
+        is used.
         """
         rows = []
-        for messages, reply in zip(dialogues, replies, strict=True):
-            ids = self.form.response_ids(reply.text)[: None if reply.ended else -1]
-            room = max(1, self.context - len(ids))
-            rows.append(self.form.prompt_ids(messages)[-room:] + ids)
-        return self.score(rows)
+        for messages, some in zip(dialogues, responses, strict=True):
+            prompt = self.chat.prompt_ids(messages)
+            for response in some:
+                ids = self.chat.response_ids(response.text)[: None if response.ended else -1]
+                rows.append(prompt[-max(1, self.context - len(ids)) :] + ids)
+        rated = iter(self.score(rows))
+        return [[next(rated) for _ in some] for some in responses]
 
     @torch.no_grad()
     def score(self, rows: Sequence[list[int]]) -> list[float]:
-        """The score of each whole sequence of ids, prompt and reply; like lengths go together."""
+        """Score whole sequences, prompt and response; those of similar length go together."""
         found = [0.0] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        device = distributed.device()
         while order:
-            size = max(1, _SCORED_AT_ONCE // max(1, len(rows[order[0]])))
+            size = max(1, _TOKENS_PER_BATCH // max(1, len(rows[order[0]])))
             batch, order = order[:size], order[size:]
-            ids, mask = pad([rows[i] for i in batch], self.form.pad_id)
-            device = distributed.device()
-            for i, score in zip(
-                batch, scores(self.model, ids.to(device), mask.to(device)).tolist(), strict=True
-            ):
-                found[i] = score
+            ids, mask = pad([rows[i] for i in batch], self.chat.pad_id)
+            values = scores(self.model, ids.to(device), mask.to(device)).tolist()
+            for i, value in zip(batch, values, strict=True):
+                found[i] = value
         return found
 
 
-def open_policy(path: str, options: LoadingConfig) -> Policy:
-    """A causal LM from a whole model's folder, an adapter's, or the hub.
+def open_policy(path: str, loading: LoadingConfig) -> Policy:
+    """Open a causal LM: a whole model's folder, an adapter's, or a hub id.
 
     Raises:
         UserError: there is none, it is a reward model, or its base model cannot be found.
     """
-    model, form = _open(path, options, load_causal_lm, scorer=False)
+    model, chat = _open(path, loading, scorer=False)
     return Policy(
-        path, model, form, context_length(model, form.tokenizer),
-        export.eos_ids(model, form.tokenizer),
+        name=path, model=model, chat=chat, context=context_length(model, chat.tokenizer),
+        eos_ids=export.eos_ids(model, chat.tokenizer),
     )
 
 
-def open_scorer(path: str, options: LoadingConfig) -> Scorer:
-    """A reward model from a whole model's folder, an adapter's, or the hub.
+def open_scorer(path: str, loading: LoadingConfig) -> Scorer:
+    """Open a reward model: a whole model's folder, an adapter's, or a hub id.
 
     Raises:
-        UserError: there is none, or what is there gives no scores.
+        UserError: there is none, or the model there is not a reward model.
     """
-    model, form = _open(path, options, load_reward_model, scorer=True)
-    context = context_length(model, form.tokenizer)
-    return Scorer(path, TokenScorer(model).eval(), form, context)
+    model, chat = _open(path, loading, scorer=True)
+    return Scorer(TokenScorer(model).eval(), chat, context_length(model, chat.tokenizer))
 
 
-Load = Callable[..., PreTrainedModel]
-
-
-def _open(
-    path: str, options: LoadingConfig, load: Load, scorer: bool
-) -> tuple[PreTrainedModel, ChatFormat]:
+def _open(path: str, loading: LoadingConfig, scorer: bool) -> tuple[PreTrainedModel, ChatFormat]:
     preflight.require_cached(path)
     config = _adapter_config(path)
     if config is None:
-        if is_reward_model(RoleConfig(model_name_or_path=path), options) != scorer:
-            raise UserError(_other_kind(path, scorer))
-        tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
-        model = load(RoleConfig(model_name_or_path=path), options, _WHOLE, tokenizer)
+        base = tokenizer_path = path
+        right_kind = is_reward_model(RoleConfig(model_name_or_path=path), loading) == scorer
     else:
         adapter = read_json(Path(config), f"no adapter in {path}")
-        if scorer and "score" not in (adapter.get("modules_to_save") or []):
-            raise UserError(_other_kind(path, scorer))
-        base = _base_of(path, adapter)
-        tokenizer = load_tokenizer(
-            _tokenizer_of(path, base), trust_remote_code=options.trust_remote_code
-        )
-        model = _merged(path, load(RoleConfig(model_name_or_path=base), options, _WHOLE, tokenizer))
+        base = _base_model(path, adapter)
+        tokenizer_path = _tokenizer_path(path, base)
+        right_kind = not scorer or "score" in (adapter.get("modules_to_save") or [])
+    if not right_kind and scorer:
+        raise UserError(f"{path}: is no reward model (a sequence classifier with one label); give "
+                        "the folder that step 2 exported")
+    if not right_kind:
+        raise UserError(f"{path}: is a reward model, which scores and does not generate; give the "
+                        "folder that step 1 exported, or actor/ of step 3")
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=loading.trust_remote_code)
+    load = load_reward_model if scorer else load_causal_lm
+    model = load(RoleConfig(model_name_or_path=base), loading, _WHOLE, tokenizer)
+    if config is not None:
+        model = _merged(path, model)
     return model.to(distributed.device()).eval(), ChatFormat(tokenizer)
 
 
 def _adapter_config(path: str) -> str | None:
-    """The configuration of an adapter; None for what is none, or cannot be had at all."""
+    """Return the path of an adapter's configuration; None for anything else."""
     try:
         return find_adapter_config_file(path)
-    except (OSError, ValueError):  # no such folder and no such model: the model's loader says so
+    except (OSError, ValueError):  # no such folder and no such model: loading it raises the error
         return None
 
 
-def _other_kind(path: str, scorer: bool) -> str:
-    if scorer:
-        return (f"{path}: is no reward model (a sequence classifier with one label); give the "
-                "folder that step 2 wrote")
-    return (f"{path}: is a reward model, which scores and does not write; give the folder that "
-            "step 1 wrote, or actor/ of step 3")
-
-
-def _base_of(path: str, adapter: dict[str, Any]) -> str:
-    """The model an adapter was made for; a relative folder is looked for around the adapter too.
+def _base_model(path: str, adapter: dict[str, Any]) -> str:
+    """Return the base model of an adapter; a relative folder may be in any folder around it.
 
     Raises:
-        UserError: the adapter names none, or a folder that is not there.
+        UserError: the adapter names none, or a folder that does not exist.
     """
     base = adapter.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{path}: the adapter does not say which model it was made for; set "
+        raise UserError(f"{path}: the adapter does not name its base model; set "
                         "base_model_name_or_path in its adapter_config.json")
     around = [Path(), *Path(path).absolute().parents]
     found = next((str(folder / base) for folder in around if (folder / base).is_dir()), None)
     if found is None and (Path(base).is_absolute() or base.count("/") != 1 or base[0] == "."):
-        raise UserError(f"{path}: the adapter was made for {base}, and no such folder is there; "
+        raise UserError(f"{path}: the adapter's base model is {base}, and there is no such folder; "
                         "put it there, or set base_model_name_or_path in adapter_config.json")
     if found is None:
         preflight.require_cached(base)
     return found or base
 
 
-def _tokenizer_of(path: str, base: str) -> str:
-    """Where an adapter's tokenizer is: beside it, in the folder around it, or with its base."""
+def _tokenizer_path(path: str, base: str) -> str:
+    """Find an adapter's tokenizer: beside it, in the folder around it, or with its base model."""
     beside = [Path(path), Path(path).absolute().parent]
     if not Path(path).exists():
         beside = [Path(snapshot_download(path, ignore_patterns=_WEIGHTS))]
@@ -257,13 +290,14 @@ def _merged(path: str, base: PreTrainedModel) -> PreTrainedModel:
 
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Most tokens the model can read, as its configuration or its tokenizer says."""
-    said = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
-    return min((n for n in said if isinstance(n, int) and 0 < n < _ENDLESS), default=_USUAL_CONTEXT)
+    """Return the maximum sequence length that the model's configuration or tokenizer states."""
+    stated = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    return min((n for n in stated if isinstance(n, int) and 0 < n < _NO_LIMIT),
+               default=_DEFAULT_CONTEXT)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """For people: the last parts of paths, as many as tell them apart."""
+    """Shorten paths to their last parts, as many as tell them apart."""
     parts = [Path(path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -1,91 +1,89 @@
-"""A policy that many talk to at once: a queue before it, and replies that come piece by piece.
+"""A policy for many chats at once: one thread decodes them in one batch, each streams its text.
 
-One thread owns the model. It takes up to `at_once` chats from the queue, in the order they came,
-and gives each of them a token in turn, so that all of them stream; the others wait. What a reply is
-drawn with is a generator of its own, so it does not depend on who else is talking.
+Chats join the batch in the order in which they came, up to `slots` of them; the others wait. Each
+response is drawn with random numbers of its own, so it does not depend on the other chats.
 
     chat = ChatModel(open_policy("output/actor", LoadingConfig()))
-    for piece in chat.stream(messages, SamplingConfig(256, temperature=0.7)):
+    for piece in chat.stream(messages, SamplingConfig(max_new_tokens=64, temperature=0.7)):
         …
 """
 
 import queue
+import secrets
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache
 
+from alpaca_rlhf.evaluation.conversation import printable
 from alpaca_rlhf.evaluation.saved import Policy
-from alpaca_rlhf.inference.conversation import fitted, printable
-from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import SamplingConfig
 from alpaca_rlhf.utils.data.tokenizer import Message
-from alpaca_rlhf.utils.generation.sampling import sample
+from alpaca_rlhf.utils.generation.decoder import Decoder, DecodingSession, Response
 
-_HALF_CHARACTER = "\ufffd"  # what a tokenizer gives while bytes of a character are still to come
+_INCOMPLETE = "\ufffd"  # the tokenizer's text for bytes of a character whose rest is to come
 
 
 @dataclass(frozen=True)
 class End:
-    """The last thing that is delivered of a reply.
+    """The last piece of a response.
 
     Attributes:
-        reason: "stop" (it ended by itself), "length" (at the limit) or "cancelled".
-        prompt_tokens, reply_tokens: how many.
-        dropped_turns: turns of the dialogue that did not fit.
-        text: the whole reply.
+        reason: "stop" (at eos or a stop string), "length" (at the maximum length) or "cancelled".
+        prompt_tokens, response_tokens: token counts.
+        dropped_turns: turns of the dialogue that did not fit the context.
+        text: the whole response.
     """
 
     reason: str
     prompt_tokens: int
-    reply_tokens: int
+    response_tokens: int
     dropped_turns: int
     text: str
 
 
-Deliver = Callable[[str | End | Exception], None]
+Piece = str | End | Exception
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """One reply on its way.
+    """A response that was asked for.
 
     Attributes:
-        prompt: ids.
-        dropped_turns: of the dialogue, to make it fit.
-        sampling: the distribution.
-        seed: None is a new one each time.
-        deliver: is given the pieces, and an End or an exception at last.
+        prompt: token ids.
+        dropped_turns: turns of the dialogue that did not fit the context.
+        sampling: sampling parameters.
+        seed: of its random numbers.
+        stop: strings before which the text ends.
+        deliver: receives pieces of text, and last an `End` or an exception.
+        text: what was delivered so far.
     """
 
     prompt: list[int]
     dropped_turns: int
     sampling: SamplingConfig
-    seed: int | None
-    deliver: Deliver
-    ids: list[int] = field(default_factory=list)
+    seed: int
+    stop: Sequence[str]
+    deliver: Callable[[Piece], None]
     text: str = ""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Stop it at the next token; what there is of it stays."""
+        """End the response before its next token; it keeps the tokens it has."""
         self.cancelled.set()
 
 
 class ChatModel:
-    """A policy, the thread that owns it and the queue before it.
+    """A policy, the thread that uses it, and the queue of responses to generate.
 
     Args:
-        policy: is used by no one else from here on.
-        at_once: chats that stream at the same time; each holds a KV cache.
+        policy: used by nothing else from here on.
+        slots: maximum number of responses that are decoded together.
     """
 
-    def __init__(self, policy: Policy, at_once: int = 8) -> None:
-        self.policy = policy
-        self._at_once = at_once
+    def __init__(self, policy: Policy, slots: int = 8) -> None:
+        self.policy, self._slots = policy, slots
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         # A fast tokenizer refuses to be used by two threads at once.
         self._tokenizer = threading.Lock()
@@ -93,31 +91,39 @@ class ChatModel:
         self._thread.start()
 
     def submit(
-        self, messages: Sequence[Message], sampling: SamplingConfig, deliver: Deliver,
-        seed: int | None = None,
+        self, messages: Sequence[Message], sampling: SamplingConfig,
+        deliver: Callable[[Piece], None], seed: int | None = None, stop: Sequence[str] = (),
     ) -> Job:
-        """Join the queue; `deliver` is called from the model's thread.
+        """Queue a response; `deliver` is called in the model's thread.
+
+        Args:
+            messages: the dialogue; the last turn is the user's.
+            sampling: parameters; `num_generations` is ignored.
+            deliver: receives pieces of text, and last an `End` or an exception.
+            seed: of the random numbers; None for another one each time.
+            stop: strings before which the text ends.
 
         Raises:
             UserError: the dialogue does not fit, or the template refuses it.
         """
         with self._tokenizer:
-            prompt, dropped = fitted(
-                self.policy.form, messages, self.policy.context, sampling.max_new_tokens
-            )
-        job = Job(prompt, dropped, sampling, seed, deliver)
+            prompt, dropped = self.policy.prompt_ids(messages, sampling.max_new_tokens)
+        job = Job(
+            prompt=prompt, dropped_turns=dropped, sampling=sampling, deliver=deliver, stop=stop,
+            seed=secrets.randbits(63) if seed is None else seed,
+        )
         self._waiting.put(job)
         return job
 
     def stream(
         self, messages: Sequence[Message], sampling: SamplingConfig, seed: int | None = None
     ) -> Generator[str | End, None, None]:
-        """The pieces of a reply, and an End; whoever stops listening cancels it.
+        """Yield the pieces of a response, and last an `End`; closing the generator cancels it.
 
         Raises:
             UserError: as `submit` does.
         """
-        pieces: queue.SimpleQueue[str | End | Exception] = queue.SimpleQueue()
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         job = self.submit(messages, sampling, pieces.put, seed)
         try:
             while True:
@@ -131,82 +137,88 @@ class ChatModel:
             job.cancel()
 
     def close(self) -> None:
-        """End the thread once the replies at hand are done."""
+        """End the thread after the responses that were asked for."""
         self._waiting.put(None)
         self._thread.join()
 
-    # --------------------------------------------------------------- the model's thread
+    # ---------------------------------------------------------------- the model's thread
 
     @torch.inference_mode()
     def _work(self) -> None:
-        active: deque[tuple[Job, Iterator[int]]] = deque()
-        closing = False
-        while not (closing and not active):
-            while not closing and len(active) < self._at_once:
+        session, jobs, closing = self._session(), dict[Response, Job](), False
+        while jobs or not closing:
+            while session.free and not closing:
                 try:
-                    job = self._waiting.get(block=not active)
+                    job = self._waiting.get(block=not jobs)
                 except queue.Empty:
                     break
                 closing = job is None
                 if job is not None:
-                    active.append((job, self._tokens(job)))
-            if active:
-                job, tokens = active.popleft()
-                if self._advance(job, tokens):
-                    active.append((job, tokens))
+                    jobs[session.add(job.prompt, job.sampling, job.seed)] = job
+            try:
+                self._step(session, jobs)
+            except Exception:  # out of memory, for instance
+                failed = list(jobs.values())
+                session, jobs = self._session(), {}
+                for job in failed:
+                    self._retry_alone(job)
 
-    def _advance(self, job: Job, tokens: Iterator[int]) -> bool:
-        """Draw one token and deliver what it adds; whether the reply goes on."""
+    def _session(self) -> DecodingSession:
+        return DecodingSession(Decoder(self.policy.model), self._slots, self.policy.eos_ids)
+
+    def _retry_alone(self, job: Job) -> None:
+        """Generate a response again, without the others, after a step that failed.
+
+        Its seed gives it the same tokens, so text that was delivered is not delivered again.
+        """
+        session = self._session()
+        jobs = {session.add(job.prompt, job.sampling, job.seed): job}
         try:
-            token = None if job.cancelled.is_set() else next(tokens, None)
-            if token is not None:
-                job.ids.append(token)
-            goes_on = token is not None and token not in self.policy.eos_ids
-            self._deliver_text(job, at_end=not goes_on)
-            if not goes_on:
-                job.deliver(self._end(job))
-            return goes_on
-        except Exception as error:  # out of memory, say: that chat fails, the others go on
+            while jobs:
+                self._step(session, jobs)
+        except Exception as error:
             job.deliver(error)
-            return False
 
-    def _deliver_text(self, job: Job, at_end: bool) -> None:
-        """What the reply's text has grown by; half characters and spaces at its end wait."""
+    def _step(self, session: DecodingSession, jobs: dict[Response, Job]) -> None:
+        """Make one forward pass and deliver the text it adds; remove the jobs that have ended."""
+        cancelled = [response for response, job in jobs.items() if job.cancelled.is_set()]
+        for response in cancelled:
+            session.cancel(response)
+        for response in cancelled + session.step():
+            job = jobs[response]
+            stopped = self._deliver(job, response)
+            if stopped:
+                session.cancel(response)
+            if response.ended:
+                del jobs[response]
+                job.deliver(self._end(job, response, stopped))
+
+    def _deliver(self, job: Job, response: Response) -> bool:
+        """Deliver new text; return whether it has reached a stop string.
+
+        Incomplete characters, spaces, and what may begin a stop string wait for the next token.
+        """
         with self._tokenizer:
-            text = self.policy.form.tokenizer.decode(job.ids, skip_special_tokens=True)
-        if text.endswith(_HALF_CHARACTER) and not at_end:
-            return
-        # What was sent stays sent, though bytes that make no character may respell it.
-        piece = printable(text).strip()[len(job.text) :]
+            text = self.policy.chat.tokenizer.decode(response.tokens, skip_special_tokens=True)
+        if text.endswith(_INCOMPLETE) and not response.ended:
+            return False
+        text = printable(text).strip()
+        found = [at for string in job.stop if (at := text.find(string)) >= 0]
+        end = min(found, default=len(text))
+        if not (found or response.ended):
+            end -= max(map(len, job.stop), default=1) - 1
+        # What was delivered stays, even if later bytes change how it is spelled.
+        piece = text[len(job.text) : end]
         if piece:
             job.text += piece
             job.deliver(piece)
+        return bool(found)
 
-    def _end(self, job: Job) -> End:
-        ended = bool(job.ids) and job.ids[-1] in self.policy.eos_ids
-        reason = "stop" if ended else "cancelled" if job.cancelled.is_set() else "length"
-        return End(reason, len(job.prompt), len(job.ids), job.dropped_turns, job.text)
-
-    def _tokens(self, job: Job) -> Iterator[int]:
-        """Tokens of a reply, one at each `next`, at most as many as may be."""
-        device, sampling = distributed.device(), job.sampling
-        generator = torch.Generator(device=device)
-        if job.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(job.seed)
-        cache = DynamicCache()
-        ids = torch.tensor([job.prompt], device=device)
-        seen = None
-        for _ in range(sampling.max_new_tokens):
-            logits = self.policy.model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
-            if sampling.repetition_penalty != 1:
-                seen = torch.zeros_like(logits, dtype=torch.bool) if seen is None else seen
-                seen.scatter_(1, ids, True)
-            uniform = None if sampling.temperature == 0 else torch.rand(
-                1, dtype=torch.float64, device=device, generator=generator
-            )
-            ids = sample(logits, sampling, uniform, seen).unsqueeze(0)
-            yield int(ids)
+    def _end(self, job: Job, response: Response, stopped: bool) -> End:
+        reason = "cancelled" if job.cancelled.is_set() else "length"
+        if stopped or (response.tokens and response.tokens[-1] in self.policy.eos_ids):
+            reason = "stop"
+        return End(
+            reason=reason, prompt_tokens=len(job.prompt), response_tokens=len(response.tokens),
+            dropped_turns=job.dropped_turns, text=job.text,
+        )

@@ -23,7 +23,7 @@ from argparse import (
     ArgumentError,
     ArgumentParser,
     ArgumentTypeError,
-    HelpFormatter,
+    RawDescriptionHelpFormatter,
 )
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -194,7 +194,7 @@ _KINDS: dict[Any, str] = {
 }
 
 
-class _HelpFormatter(HelpFormatter):
+class _HelpFormatter(RawDescriptionHelpFormatter):
     """One line for each flag: its names with underscores, its kind, and the default."""
 
     def add_argument(self, action: Action) -> None:
@@ -213,7 +213,7 @@ class _HelpFormatter(HelpFormatter):
 
     def _get_help_string(self, action: Action) -> str:
         text = action.help or ""
-        if action.nargs == 0 or "(default" in text or action.default == "":
+        if action.nargs == 0 or re.search(r"\(default|\(required", text) or action.default == "":
             return text
         names = {"True": "on", "False": "off", "None": "none", "[]": "none"}
         return f"{text} (default: {names.get(str(action.default), '%(default)s')})"
@@ -224,9 +224,10 @@ class _Parser(ArgumentParser):
 
     def __init__(self, record: type, doc: str | None) -> None:
         purpose, _, rest = str(doc or getattr(record, "purpose", "")).partition("\n")
+        config = "[--config FILE] " * any(option.flag == "config" for option in options(record))
         super().__init__(
-            description=purpose, epilog=rest.strip() or None, allow_abbrev=False,
-            usage="%(prog)s [--config FILE] [--flag value ...]", formatter_class=_HelpFormatter,
+            description=purpose, epilog=rest.strip("\n") or None, allow_abbrev=False,
+            usage=f"%(prog)s {config}[--flag value ...]", formatter_class=_HelpFormatter,
         )
         sections: dict[str, Any] = {}
         for name, group, declared in groups(record):
@@ -357,7 +358,7 @@ def _kind(hint: Any) -> tuple[type, list[Any] | None, bool]:
 
 
 def _help(option: Option, declared: dict[str, Any]) -> str:
-    text = option.metadata["help"]
+    text = option.metadata["help"] + " (required)" * option.metadata["required"]
     if "{" not in text or option.group not in ("model", "actor", "critic"):
         return text.replace("%", "%%")
     rates = declared["defaults"].get("rates", RoleConfig.rates)
@@ -394,6 +395,8 @@ def _check_values(args: Any, given: frozenset[str]) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and not text.strip() and option.flag in given:
                 _refuse(option.flag, text, "is empty; give a value or remove the flag")
+        if option.flag == "data_split" and value is not None:
+            split_shares(value)
         for part in (option.hint, *get_args(option.hint)):
             for bound in getattr(part, "__metadata__", ()):
                 if isinstance(bound, Bound) and value is not None and not bound.holds(value):

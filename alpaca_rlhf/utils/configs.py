@@ -73,9 +73,15 @@ def _no_effect(default: Any, reason: str) -> Any:
     return option(default, text, on_resume="free", no_effect=reason)
 
 
-def group(prefix: str = "", **defaults: Any) -> Any:
-    """Declare a group of a program's record, with a prefix for its flags and other defaults."""
-    return field(metadata={"prefix": prefix, "defaults": defaults})
+def group(prefix: str = "", without: tuple[str, ...] = (), **defaults: Any) -> Any:
+    """Declare a group of a program's record.
+
+    Args:
+        prefix: of its flags.
+        without: options that the program does not have; they keep the group's defaults.
+        **defaults: the program's own defaults.
+    """
+    return field(metadata={"prefix": prefix, "without": without, "defaults": defaults})
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -361,7 +367,8 @@ class SamplingConfig:
     title: ClassVar[str] = "sampling"
 
     max_new_tokens: Count = option(
-        256, "maximum length of a response in tokens, eos included", "max_new_tokens",
+        256, "maximum length of a response in tokens, eos included (default: 256; in evaluations "
+        "and chats at most half of the model's context)", "max_new_tokens",
         flag="max_answer_seq_len")
     temperature: NonNegative = option(
         1.0, "divides the logits, also those of the log-probabilities; 0: greedy")
@@ -563,6 +570,184 @@ class Step3Config(StepConfig):
     report: ReportConfig = group()
 
 
+# --- evaluations, chats and the endpoint ---------------------------------------------------------
+
+_MODEL = "folder of a model or an adapter, or hub id"
+_MODELS = "folders of models or adapters, or hub ids"
+_RECORDED = "(default: as recorded with the model, else {})"
+
+
+@dataclass(frozen=True)
+class HeldOutConfig(SourcesConfig, SeedConfig):
+    """Prompts or pairs that an evaluation measures on; None: as recorded with the model."""
+
+    title: ClassVar[str] = "data"
+
+    data_path: list[str] = option(
+        [], "data sets, as in training " + _RECORDED.format("the embedded data set"))
+    data_split: str = option(None, "shares of the three steps " + _RECORDED.format("2,4,4"))
+    seed: Whole = option(
+        None, "seed of the split, of sampling and of the bootstrap " + _RECORDED.format("1234"))
+    part: Literal["held_out", "all"] = option(
+        "held_out", "held_out: what no step was trained on; all: everything, for a test set")
+    limit: Whole = option(0, "maximum number of prompts or pairs; 0: all")
+
+
+@dataclass(frozen=True)
+class PromptEvalConfig(SeedConfig):
+    """Models whose responses are shown side by side, and the prompts."""
+
+    title: ClassVar[str] = "prompts"
+
+    path: list[str] = option([], _MODELS, required=True)
+    prompts: str | None = option(
+        None, "file of prompts: .txt (one per line), .jsonl, .json or .parquet")
+    prompt: list[str] = option([], "prompts, after those of the file")
+    limit: Whole = option(0, "maximum number of prompts; 0: all")
+    system: str = option("", "system message before every prompt")
+    replies: Count = option(1, "responses of each model to each prompt")
+    reward_model: str | None = option(None, f"scores the responses: {_MODEL}")
+    output: str | None = option(None, "file for the responses: .jsonl, or .md for people")
+
+
+@dataclass(frozen=True)
+class RewardEvalConfig:
+    """The reward model that is evaluated, and its best-of-n curve."""
+
+    title: ClassVar[str] = "reward model"
+
+    path: str = option("", "folder of a reward model or an adapter, or hub id", required=True)
+    max_seq_len: Annotated[int, Bound(lambda n: n >= 2, "must be 2 or more")] = option(
+        512, "maximum length of prompt and response in tokens, cut as in training")
+    policy: str | None = option(None, "a model whose responses give the best-of-n curve")
+    best_of: Count = option(
+        16, "responses to each prompt for that curve, which has the powers of two up to it")
+    best_of_prompts: Whole = option(64, "prompts for that curve; 0: all")
+    output: str | None = option(None, "file for the results: .json")
+
+
+@dataclass(frozen=True)
+class WinRateConfig:
+    """Two policies that are compared, and the judges."""
+
+    title: ClassVar[str] = "models"
+
+    run: str | None = option(
+        None, "folder of a whole run: its final/actor against its actor, judged by its critic")
+    path: str | None = option(None, f"the policy: {_MODEL}")
+    baseline: str | None = option(
+        None, "the policy it is compared with, such as that of step 1")
+    reward_model: str | None = option(None, f"a judge: {_MODEL}")
+    reward_function: str | None = option(
+        None, "a judge: module:name of a Python function, as in step 3")
+    max_prompt_seq_len: Count = option(
+        256, "maximum length of a prompt in tokens, cut as in step 3")
+    output: str | None = option(None, "file for the results and all responses: .json")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """The model of the terminal chat."""
+
+    title: ClassVar[str] = "chat"
+
+    path: str = option("", _MODEL, required=True)
+    system: str = option("", "system message before the dialogue")
+    seed: Whole | None = option(
+        None, "seed of every response (default: another one for each response)")
+
+
+@dataclass(frozen=True)
+class WebChatConfig:
+    """The page of the web chat, and the arena."""
+
+    title: ClassVar[str] = "chat"
+
+    arena: bool = option(False, "hide which of two models is which, and vote")
+    votes: str = option("votes.jsonl", "file to which the arena's votes are appended")
+    system: str = option("", "system message before every dialogue")
+    share: bool = option(False, "make a public link through Gradio's servers")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Models that a server serves, where it listens, and its batch."""
+
+    title: ClassVar[str] = "server"
+
+    path: list[str] = option([], _MODELS, required=True)
+    host: str = option("127.0.0.1", "address to listen on")
+    port: Annotated[int, Bound(lambda n: 0 <= n <= 65535, "must be from 0 to 65535")] = option(
+        8000, "port to listen on; 0: any free one")
+    at_once: Count = option(
+        8, "responses of a model that are generated together; others wait for a free place")
+
+
+def _loading() -> Any:
+    return group(without=("tokenizer_name_or_path",))
+
+
+def _sampling(**defaults: Any) -> Any:
+    return group(without=("num_generations",), max_new_tokens=None, **defaults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEvalProgram:
+    """Options of `prompt_eval`."""
+
+    prompts: PromptEvalConfig = group()
+    sampling: SamplingConfig = _sampling()
+    loading: LoadingConfig = _loading()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEvalProgram:
+    """Options of `rw_eval`."""
+
+    scoring: RewardEvalConfig = group()
+    data: HeldOutConfig = group()
+    sampling: SamplingConfig = _sampling()
+    loading: LoadingConfig = _loading()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRateProgram:
+    """Options of `win_rate`."""
+
+    models: WinRateConfig = group()
+    data: HeldOutConfig = group(limit=256)
+    sampling: SamplingConfig = _sampling()
+    loading: LoadingConfig = _loading()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatProgram:
+    """Options of the terminal chat."""
+
+    chat: ChatConfig = group()
+    sampling: SamplingConfig = _sampling(temperature=0.7, top_p=0.95)
+    loading: LoadingConfig = _loading()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebChatProgram:
+    """Options of the web chat."""
+
+    server: ServerConfig = group(port=7860)
+    chat: WebChatConfig = group()
+    sampling: SamplingConfig = _sampling(temperature=0.7, top_p=0.95)
+    loading: LoadingConfig = _loading()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeProgram:
+    """Options of the endpoint."""
+
+    server: ServerConfig = group()
+    sampling: SamplingConfig = _sampling()
+    loading: LoadingConfig = _loading()
+
+
 # --- all options of a program --------------------------------------------------------------------
 
 
@@ -588,7 +773,7 @@ class Option:
 
 
 def groups(record: type) -> Iterator[tuple[str, type, dict[str, Any]]]:
-    """Yield name, class and declaration (`prefix`, `defaults`) of each group of a record."""
+    """Yield name, class and declaration (see `group`) of each group of a record."""
     hints = get_type_hints(record)
     for entry in fields(record):
         if "prefix" in entry.metadata:
@@ -600,7 +785,7 @@ def options(record: type) -> Iterator[Option]:
     for name, group, declared in groups(record):
         hints = get_type_hints(group, include_extras=True)
         for entry in fields(group):
-            if "help" not in entry.metadata:
+            if "help" not in entry.metadata or entry.name in declared["without"]:
                 continue
             default = entry.default
             if entry.default_factory is not MISSING:

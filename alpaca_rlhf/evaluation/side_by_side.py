@@ -1,0 +1,191 @@
+"""Responses of several models to the same prompts, side by side."""
+
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alpaca_rlhf.evaluation.conversation import cleaned, printable
+from alpaca_rlhf.evaluation.results import write_output
+from alpaca_rlhf.evaluation.saved import Policy, Scorer, open_policy, open_scorer, short_names
+from alpaca_rlhf.utils.configs import LoadingConfig, PromptEvalConfig, SamplingConfig
+from alpaca_rlhf.utils.console import say, table
+from alpaca_rlhf.utils.data.formats import instruction_turns
+from alpaca_rlhf.utils.data.reading import read_rows
+from alpaca_rlhf.utils.data.samples import Unusable, in_order, messages_of, turns_of, user_turn
+from alpaca_rlhf.utils.data.tokenizer import Message
+from alpaca_rlhf.utils.errors import UserError
+
+Record = dict[str, Any]  # of a response: model, path, reply, tokens, ended and, if scored, score
+WIDTH = 100
+
+
+def run(config: PromptEvalConfig, *, sampling: SamplingConfig, loading: LoadingConfig) -> None:
+    """Generate with one model after the other; show and write all responses.
+
+    Raises:
+        UserError: a model or the prompts cannot be used.
+    """
+    prompts = read_prompts(config)
+    names = short_names(config.path)
+    sampling = replace(sampling, num_generations=config.replies)
+    scorer = open_scorer(config.reward_model, loading) if config.reward_model else None
+    records: list[list[Record]] = [[] for _ in prompts]
+    for name, path in zip(names, config.path, strict=True):
+        policy = open_policy(path, loading)
+        for collected, new in zip(
+            records, respond(policy, prompts, sampling, config.seed, scorer), strict=True
+        ):
+            collected += [{"model": name, "path": path, **record} for record in new]
+        del policy  # only one model is in memory at a time
+    for number, (messages, responses) in enumerate(zip(prompts, records, strict=True), 1):
+        say(shown(number, messages, responses))
+    say(totals(names, records))
+    lines = markdown if (config.output or "").endswith(".md") else jsonl
+    write_output(config.output, "".join(lines(prompts, records)))
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def read_prompts(config: PromptEvalConfig) -> list[list[Message]]:
+    """Read the prompts of the file and of the command line, with the system message if given.
+
+    Raises:
+        UserError: the file cannot be read, or has a row that is no prompt.
+    """
+    found = list(prompts_of_file(Path(config.prompts))) if config.prompts else []
+    found += [[user_turn(cleaned(text))] for text in config.prompt]
+    if not found:
+        raise UserError(f"--prompts {config.prompts}: has no prompt in it")
+    found = found[: config.limit or None]
+    if config.system:
+        system: Message = {"role": "system", "content": cleaned(config.system)}
+        found = [[system, *(m for m in one if m["role"] != "system")] for one in found]
+    return found
+
+
+def prompts_of_file(path: Path) -> Iterator[list[Message]]:
+    """Read a file of prompts.
+
+    Raises:
+        UserError: it cannot be read, or a row is no prompt; names the row.
+    """
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {path}: cannot be read ({error})") from error
+        yield from ([user_turn(line.strip())] for line in lines if line.strip())
+        return
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file")
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            yield messages_in(row)
+        except Unusable as reason:
+            raise UserError(f"--prompts {path}, row {number}: {reason}; mend it") from None
+
+
+def messages_in(row: dict[str, Any]) -> list[Message]:
+    """Return the prompt in a row; of a whole dialogue, all before its last response.
+
+    Raises:
+        Unusable: there is none.
+    """
+    for column in ("messages", "conversations"):
+        if column in row:
+            turns = turns_of(row[column], column)
+            while turns and turns[-1]["role"] == "assistant":
+                turns.pop()
+            return in_order(turns)
+    if "prompt" in row:
+        return messages_of(row["prompt"])
+    if "instruction" in row:
+        return instruction_turns(row["instruction"], row.get("input"))
+    if "question" in row:
+        return messages_of(row["question"], "question")
+    raise Unusable(f"the columns {', '.join(row) or '(none)'} have no prompt, messages, "
+                   "instruction or question")
+
+
+# --- responses -----------------------------------------------------------------------------------
+
+
+def respond(
+    policy: Policy, prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int,
+    scorer: Scorer | None,
+) -> list[list[Record]]:
+    """Generate a model's responses to each prompt, and score them."""
+    responses = policy.respond(prompts, sampling, seed)
+    records = [[response.record() for response in some] for some in responses]
+    if scorer is not None:
+        for some, scores in zip(records, scorer.rate(prompts, responses), strict=True):
+            for record, score in zip(some, scores, strict=True):
+                record["score"] = score
+    return records
+
+
+def shown(number: int, messages: Sequence[Message], responses: Sequence[Record]) -> str:
+    """Format a prompt and all responses to it for the console."""
+    lines = [f"\n--- {number}: " + "\n    ".join(_turns(messages))]
+    for record in responses:
+        facts = f"{record['tokens']} tokens" + ("" if record["ended"] else ", cut")
+        facts += f", score {record['score']:.2f}" if "score" in record else ""
+        lines.append(f"{record['model']} ({facts})")
+        for part in (printable(record["reply"]) or "(nothing)").splitlines():
+            lines += textwrap.wrap(part, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _turns(messages: Sequence[Message]) -> list[str]:
+    if len(messages) == 1:
+        return messages[0]["content"].splitlines()
+    return [f"{m['role']}: {line}" for m in messages for line in m["content"].splitlines()]
+
+
+def totals(names: Sequence[str], records: Sequence[Sequence[Record]]) -> str:
+    """Format the means over all prompts, a line for each model."""
+    rows = []
+    for name in names:
+        mine = [record for some in records for record in some if record["model"] == name]
+        means = [f"{sum(record[key] for record in mine) / len(mine):.3f}"
+                 for key in ("tokens", "ended", "score") if key in mine[0]]
+        rows.append([name, str(len(mine)), *means])
+    headers = ["model", "responses", "tokens", "share with eos", "score"]
+    return "\n" + table(headers[: len(rows[0])], rows)
+
+
+def jsonl(
+    prompts: Sequence[list[Message]], records: Sequence[Sequence[Record]]
+) -> Iterator[str]:
+    """Yield a line of JSON for each prompt."""
+    for messages, responses in zip(prompts, records, strict=True):
+        row = {"prompt": messages, "answers": list(responses)}
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def markdown(
+    prompts: Sequence[list[Message]], records: Sequence[Sequence[Record]]
+) -> Iterator[str]:
+    """Yield a Markdown table for each prompt, with a row for each response."""
+    for number, (messages, responses) in enumerate(zip(prompts, records, strict=True), 1):
+        headers = ["model", "response", "tokens", "score"]
+        headers = headers if "score" in responses[0] else headers[:3]
+        rows = [headers, ["---"] * len(headers)]
+        for record in responses:
+            tokens = f"{record['tokens']}" + ("" if record["ended"] else " (cut)")
+            score = [f"{record['score']:.2f}"] if "score" in record else []
+            rows.append([record["model"], _cell(record["reply"]), tokens, *score])
+        prompt = "\n\n".join(f"> {_cell(line)}" for line in _turns(messages))
+        lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        yield f"## {number}\n\n{prompt}\n\n{lines}\n"
+
+
+def _cell(text: str) -> str:
+    """Escape text so that it stays in its cell and is shown as it is."""
+    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", "<br>")):
+        text = text.replace(mark, safe)
+    return text

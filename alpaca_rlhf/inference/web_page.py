@@ -1,0 +1,260 @@
+"""The page of the web chat: one model, two side by side, or a blind arena."""
+
+import queue
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import gradio
+
+from alpaca_rlhf.evaluation.conversation import Conversation
+from alpaca_rlhf.inference.chat_model import ChatModel, End, Job, Piece
+from alpaca_rlhf.inference.votes import Candidate, VoteFile
+from alpaca_rlhf.utils.configs import SamplingConfig
+from alpaca_rlhf.utils.console import say
+from alpaca_rlhf.utils.data.tokenizer import Message
+from alpaca_rlhf.utils.errors import UserError
+
+SIDES = ("Left", "Right")
+THREADS = 64  # chats that may wait at the same time; further ones wait in Gradio's own queue
+_FONTS = ["system-ui", "sans-serif"]  # the browser's own: none is fetched
+
+
+def launch(site: "Site", host: str, port: int, share: bool = False, wait: bool = True) -> Any:
+    """Serve the page until stopped, or with `wait` false return Gradio's Blocks at once."""
+    page = site.page()
+    page.queue(default_concurrency_limit=THREADS)
+    page.launch(
+        server_name=host, server_port=port, share=share, inbrowser=False, quiet=True,
+        prevent_thread_lock=True, show_error=True, max_threads=2 * THREADS, ssr_mode=False,
+        footer_links=[], theme=gradio.themes.Default(font=_FONTS, font_mono=["monospace"]),
+    )
+    say(f"chat with {' and '.join(site.names)} at http://{host}:{port}")
+    if share:
+        say(f"public link: {page.share_url}")
+    if wait:
+        page.block_thread()
+    return page
+
+
+@dataclass
+class Visit:
+    """The state of one visitor.
+
+    Attributes:
+        conversations: one for each side.
+        models: index of the model on each side.
+        unvoted: in the arena, the prompt whose responses await a vote.
+        better: side of the last vote; both sides continue with its response.
+        jobs: responses that are being generated.
+    """
+
+    conversations: list[Conversation]
+    models: list[int]
+    unvoted: list[Message] = field(default_factory=list)
+    better: int | None = None
+    jobs: list[Job] = field(default_factory=list)
+
+    def stop(self) -> None:
+        """End the responses where they are."""
+        for job in self.jobs:
+            job.cancel()
+
+    def next_round(self) -> None:
+        """Give both sides the better response of the last vote, and put them in random order."""
+        if self.better is not None:
+            turns = self.conversations[self.better].turns
+            for conversation in self.conversations:
+                conversation.turns = list(turns)
+        self.better = None
+        random.shuffle(self.models)
+
+    def shown(self) -> list[list[Message]]:
+        """Return the turns of each side, for Gradio."""
+        return [[{**turn} for turn in one.turns] for one in self.conversations]
+
+
+class Site:
+    """The page and what its buttons do.
+
+    Args:
+        names: of the models, for people.
+        models: one or two.
+        sampling: parameters to start with.
+        system: message before every dialogue.
+        votes: file of the votes; makes the page an arena.
+    """
+
+    def __init__(
+        self, names: list[str], models: list[ChatModel], sampling: SamplingConfig,
+        system: str = "", votes: VoteFile | None = None,
+    ) -> None:
+        self.names, self._models, self._sampling = names, models, sampling
+        self._system, self._votes = system.strip(), votes
+
+    def _visit(self) -> Visit:
+        sides = range(len(self._models))
+        return Visit([Conversation(self._system) for _ in sides], list(sides))
+
+    # ---------------------------------------------------------------- what the buttons do
+
+    def respond(
+        self, text: str, visit: Visit | None, temperature: float, top_p: float, new_tokens: float
+    ) -> Iterator[tuple]:
+        """Stream the response of each side.
+
+        Yields:
+            The text box, the visit, a notice, and the turns of each side.
+        """
+        visit = visit or self._visit()
+        if visit.jobs or visit.unvoted:
+            notice = ("Still generating." if visit.jobs
+                      else "Vote on these responses first, or clear.")
+            yield (text, visit, notice, *visit.shown())
+            return
+        if self._votes is not None:
+            visit.next_round()
+        pieces: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
+        before = [conversation.turns for conversation in visit.conversations]
+        sampling = replace(self._sampling, temperature=temperature, top_p=top_p,
+                           max_new_tokens=int(new_tokens))
+        try:
+            prompts = [one.with_prompt(text or "") for one in visit.conversations]
+            for side, messages in enumerate(prompts):
+                model = self._models[visit.models[side]]
+                visit.jobs.append(model.submit(messages, sampling, partial(_put, pieces, side)))
+                visit.conversations[side].store(messages, "")
+            visit.unvoted = prompts[0] if self._votes is not None else []
+            yield ("", visit, "…", *visit.shown())
+            yield from self._follow(visit, pieces)
+            yield ("", visit, "Which is better?" if self._votes else "", *visit.shown())
+        except UserError as error:  # on one side: then neither side keeps the message
+            visit.unvoted = []
+            for conversation, turns in zip(visit.conversations, before, strict=True):
+                conversation.turns = turns
+            yield (text, visit, f"**{error}**", *visit.shown())
+        finally:
+            visit.stop()
+            visit.jobs = []
+
+    def _follow(
+        self, visit: Visit, pieces: "queue.SimpleQueue[tuple[int, Piece]]"
+    ) -> Iterator[tuple]:
+        """Add pieces to the dialogues as they come, until every side has ended."""
+        running = len(visit.jobs)
+        while running:
+            arrived = [pieces.get()]
+            while not pieces.empty():
+                arrived.append(pieces.get())
+            for side, piece in arrived:
+                if isinstance(piece, Exception):
+                    raise UserError(f"the model failed: {type(piece).__name__}: {piece}")
+                if isinstance(piece, End):
+                    running -= 1
+                else:
+                    visit.conversations[side].turns[-1]["content"] += piece
+            yield ("", visit, "…", *visit.shown())
+
+    def vote(self, side: int | None, visit: Visit | None) -> tuple:
+        """Record a vote for a side, and reveal the names.
+
+        None is a tie, after which both sides continue with a response chosen at random.
+
+        Returns:
+            The visit, a notice, and the turns of each side.
+        """
+        assert self._votes is not None
+        visit = visit or self._visit()
+        if visit.jobs or not visit.unvoted:
+            notice = "Wait for both responses." if visit.jobs else "Write something first."
+            return visit, notice, *visit.shown()
+        better = random.choice((0, 1)) if side is None else side
+        first, second = (
+            Candidate(self._models[visit.models[i]].policy.name,
+                    visit.conversations[i].turns[-1]["content"])
+            for i in (better, 1 - better)
+        )
+        self._votes.add(visit.unvoted, first, second, tie=side is None)
+        visit.unvoted, visit.better = [], better
+        who = ", ".join(
+            f"{SIDES[i]}: {self.names[model]}" for i, model in enumerate(visit.models)
+        )
+        return visit, f"**{who}**. {self._tally(self._votes)}", *visit.shown()
+
+    def _tally(self, votes: VoteFile) -> str:
+        tally = votes.tally(*(model.policy.name for model in self._models))
+        return f"{tally.describe(self.names[0])}."
+
+    def stop(self, visit: Visit | None) -> None:
+        """End the responses where they are; what there is of them stays."""
+        if visit is not None:
+            visit.stop()
+
+    def clear(self, visit: Visit | None) -> tuple:
+        """Start new dialogues."""
+        self.stop(visit)
+        visit = self._visit()
+        return visit, "", *visit.shown()
+
+    # ---------------------------------------------------------------- the page
+
+    def page(self) -> gradio.Blocks:
+        """Build the page."""
+        labels = self.names if self._votes is None else SIDES
+        opening = "" if self._votes is None else (
+            f"Two models, hidden until the vote. {self._tally(self._votes)}")
+        with gradio.Blocks(analytics_enabled=False, title="alpaca-rlhf") as page:
+            visit = gradio.State(None)
+            with gradio.Row():
+                chats = [_chatbot(labels[i], i) for i in range(len(self._models))]
+            notice = gradio.Markdown(opening, elem_id="notice")
+            if self._votes is not None:
+                with gradio.Row():
+                    for name, side in (("left", 0), ("tie", None), ("right", 1)):
+                        title = "Tie" if side is None else f"{SIDES[side]} is better"
+                        gradio.Button(title, elem_id=f"vote-{name}").click(
+                            partial(self.vote, side), [visit], [visit, notice, *chats],
+                            api_visibility="private",
+                        )
+            text = gradio.Textbox(
+                label="Message", placeholder="Enter sends, Shift+Enter is a new line", lines=1,
+                max_lines=8, autofocus=True, elem_id="message",
+            )
+            with gradio.Row():
+                send = gradio.Button("Send", variant="primary", elem_id="send")
+                stop = gradio.Button("Stop", elem_id="stop")
+                clear = gradio.Button("Clear", elem_id="clear")
+            sent = gradio.on(
+                [send.click, text.submit], self.respond, [text, visit, *self._settings()],
+                [text, visit, notice, *chats], api_visibility="private",
+            )
+            stop.click(self.stop, [visit], None, api_visibility="private")
+            # The bin in a corner of each chat does what the button does.
+            gradio.on([clear.click, *(chat.clear for chat in chats)], self.clear, [visit],
+                      [visit, notice, *chats], cancels=[sent], api_visibility="private")
+        return page
+
+    def _settings(self) -> list[gradio.Slider]:
+        sampling = self._sampling
+        context = min(model.policy.context for model in self._models)
+        with gradio.Accordion("Settings", open=False):
+            return [
+                gradio.Slider(0, 2, sampling.temperature, step=0.05, label="temperature"),
+                gradio.Slider(0.05, 1, sampling.top_p, step=0.05, label="top_p"),
+                gradio.Slider(1, context - 1, sampling.max_new_tokens, step=1,
+                              label="max_new_tokens"),
+            ]
+
+
+def _put(pieces: "queue.SimpleQueue[tuple[int, Piece]]", side: int, piece: Piece) -> None:
+    pieces.put((side, piece))
+
+
+def _chatbot(label: str, side: int) -> gradio.Chatbot:
+    # Plain text: Markdown could hide parts of a response, or fetch pictures from elsewhere.
+    return gradio.Chatbot(
+        label=label, elem_id=f"chat-{side}", height="60vh", render_markdown=False,
+        buttons=["copy"], latex_delimiters=[],
+    )
