@@ -215,16 +215,22 @@ class Small:
         ids = [self.form.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
         return collate_prompts([{"prompt_ids": row} for row in ids[:count]], self.form.pad_id)
 
-    def experience(self, maker: Any, count: int = 4, kl_coef: float = 0.05) -> tuple[Any, Any]:
-        """The experience of one PPO iteration, and its metrics."""
+    def experience(
+        self, maker: Any, count: int = 4, *, prompts: Any = None, generations: int = 1,
+        **reward: Any,
+    ) -> tuple[Any, Any]:
+        """The experience of one PPO iteration, and its metrics; scores are not normalized."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
             ScoreNormalizer,
             make_experience,
         )
 
-        scored = maker.score(maker.generate(self.prompts(count)))
-        reward = RewardConfig(reward_normalization="none")
-        return make_experience(scored, ScoreNormalizer(reward, ""), reward, PPOConfig(), kl_coef)
+        prompts = prompts or self.prompts(count)
+        config = RewardConfig(**{"reward_normalization": "none", **reward})
+        return make_experience(
+            maker.score(maker.generate(prompts, generations)), ScoreNormalizer(config, ""), config,
+            PPOConfig(), config.kl_coef,
+        )
 
     def trainer(
         self, engine: Any, most: int = 10, accumulation: int = 1, temperature: float = 1.0,
@@ -263,13 +269,28 @@ def learn(trainer: Any, experience: Any, number: int = 0, *more: Any) -> dict[st
     return trainer.update(Iteration(experience, {}), number, *more)
 
 
+def fill_adapters(model: Any) -> Any:
+    """Fill what an adapter starts with, matrices B of 0 and the old head: it changes the model."""
+    import deepspeed
+    import torch
+
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if parameter.numel():
+                    torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 def with_adapter(model: Any, names: str | None = None, only_lora: bool = True) -> Any:
-    """The model with a LoRA adapter of rank 4 on these modules, by default on all projections."""
+    """The model with a LoRA adapter on these modules, by default on all projections."""
     from alpaca_rlhf.utils.model import lora
 
     role = RoleConfig(lora_dim=4, lora_module_name=names)
     adapters = AdapterConfig(only_optimize_lora=only_lora)
-    return lora.add_lora(model, lora.match_modules(model, role), role, adapters)
+    targets = lora.match_modules(model, role)
+    return fill_adapters(lora.add_lora(model, targets, role, adapters)).eval()
 
 
 def snapshot(model: Any) -> dict[str, Any]:
@@ -283,20 +304,6 @@ def moved(before: dict[str, Any], model: Any) -> set[str]:
     """Names of the weights that are no longer, bit for bit, what they were."""
     after = snapshot(model)
     return {name for name in after if not after[name].equal(before[name])}
-
-
-def fill_adapters(model: Any) -> Any:
-    """Fill the matrices B of the adapters, zero at first, so that an adapter changes its model."""
-    import deepspeed
-    import torch
-
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if parameter.numel():
-                    torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -24,21 +24,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import deepspeed
 import torch
 import torch._dynamo  # DeepSpeed would import it in each rank
-from conftest import Small, hybrid_engine, learn, moved, snapshot
+from conftest import Small, fill_adapters, hybrid_engine, learn, moved, snapshot
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
-    ScoreNormalizer,
-    make_experience,
-)
 from alpaca_rlhf.utils import console, distributed, supervised, training_loop
-from alpaca_rlhf.utils.configs import BatchConfig, PPOConfig, RewardConfig, SamplingConfig
+from alpaca_rlhf.utils.configs import BatchConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
     collate_pairs,
@@ -58,8 +53,6 @@ STEP3 = ((0, 0, False), (0, 4, False), (0, 0, True), (0, 4, True), (1, 0, True),
          (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, False), (3, 4, True))
 # Prompts that are answered greedily: several waves of 16 on each rank.
 GREEDY = 72
-# Adam then follows the gradient's size, not its sign alone: what is compared is the gradient.
-PLAIN = {"adam_eps": 0.1, "learning_rate": 0.1, "lora_learning_rate": 0.1}
 # Eight rows of unlike length, so that the ranks hold unlike numbers of tokens.
 TOKENS = [
     {"input_ids": [1, *range(50, 50 + n)], "labels": [-100, *range(50, 50 + n)]}
@@ -69,12 +62,6 @@ PAIRS = [
     {"chosen_ids": [1, *range(60, 60 + n), 2], "rejected_ids": [1, *range(90, 92 + n % 3), 2]}
     for n in (5, 1, 3, 2, 4, 6, 1, 2)
 ]
-
-
-def ending_often(engine: Any, small: Small) -> Any:
-    """Let every sixth id end a response, so that the ranks decode for different times."""
-    engine.eos_ids = torch.arange(0, len(small.tokenizer), 6)
-    return engine
 
 
 def of_this_rank(batch: PromptBatch) -> PromptBatch:
@@ -89,7 +76,7 @@ def of_this_rank(batch: PromptBatch) -> PromptBatch:
 def two_steps(small: Small, role: str, stage: int, lora_rank: int = 0) -> Any:
     """Two optimizer steps over the eight rows: micro-batches of 4 rows over all ranks."""
     torch.manual_seed(0)  # of the adapter
-    engine = small.trained(role, stage, lora_rank, **PLAIN)
+    engine = small.trained(role, stage, lora_rank, **small.comparable)
     world = distributed.world_size()
     if role == "actor":
         rows, collate, loss = TOKENS, collate_tokens, step1.loss
@@ -105,7 +92,7 @@ def two_steps(small: Small, role: str, stage: int, lora_rank: int = 0) -> Any:
 
 def ppo_step(small: Small, stage: int, lora_rank: int, experience: Experience) -> Any:
     """One update from the same eight rollouts, dealt out over all ranks."""
-    engine = small.roles(stage, lora_rank, **PLAIN)
+    engine = small.roles(stage, lora_rank, **small.comparable)
     mine = experience.rows(list(range(8))[distributed.rank() :: distributed.world_size()])
     learn(small.trainer(engine, micro=8), mine)
     return engine
@@ -135,21 +122,16 @@ def iterations(
     small: Small, folder: Path, stage: int, lora_rank: int, hybrid: bool
 ) -> dict[str, Any]:
     """Run two PPO iterations."""
-    engine = ending_often(small.roles(stage, lora_rank, **PLAIN), small)
+    engine = small.roles(stage, lora_rank, eos_every=6, **small.comparable)
     maker = small.maker(engine, hybrid=hybrid, tokens=8)
     trainer = small.trainer(engine, accumulation=2)
     before, tokens, records = snapshot(engine.actor.module), [], []
     for number in range(2):
-        prompts = of_this_rank(small.prompts(8))
-        scored = maker.score(maker.generate(prompts))
-        experience, metrics = make_experience(
-            scored, ScoreNormalizer(RewardConfig(reward_normalization="none"), ""), RewardConfig(),
-            PPOConfig(), kl_coef=0.05
-        )
+        experience, metrics = small.experience(maker, prompts=of_this_rank(small.prompts(8)))
         metrics |= learn(trainer, experience, number)
         tokens.append(distributed.gather_rows(
             [row[kept.bool()].tolist()
-             for row, kept in zip(scored.responses, scored.response_mask, strict=True)]
+             for row, kept in zip(experience.responses, experience.response_mask, strict=True)]
         ))
         records.append(metrics)
     save(folder, f"step3_{stage}_{lora_rank}_{hybrid}", engine.actor)
@@ -207,12 +189,7 @@ def gathering(small: Small) -> dict[str, Any]:
 def greedy_replies(small: Small, stage: int, unpin: bool, lora_rank: int) -> dict[str, Any]:
     """Greedy responses to this rank's prompts; their lengths differ much between the ranks."""
     engine = small.trained("actor", stage, lora_rank)
-    torch.manual_seed(5)
-    for name, parameter in engine.module.named_parameters():
-        if "lora_B" in name:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if parameter.numel():
-                    torch.nn.init.normal_(parameter, std=0.2)
+    fill_adapters(engine.module)
     texts = [messages for messages, _ in islice(assistant_world.pretraining_texts(3), GREEDY)]
     mine = texts[distributed.rank() :: distributed.world_size()]
     prompts = collate_prompts(
@@ -251,7 +228,7 @@ def averaged(small: Small, stage: int, **changes: Any) -> dict[str, Any]:
     engines = []
     for _ in range(2):
         torch.manual_seed(0)  # of the adapter
-        engines.append(small.trained("actor", stage, lora=4, **PLAIN, **changes))
+        engines.append(small.trained("actor", stage, lora=4, **{**small.comparable, **changes}))
     engine, without = engines
     ema = Ema(engine.module, decay=0.25)
     start = snapshot(engine.module)
@@ -286,7 +263,7 @@ def averaged(small: Small, stage: int, **changes: Any) -> dict[str, Any]:
 
 def one_rank_not_finite(small: Small, stage: int) -> dict[str, Any]:
     """Make the loss non-finite on rank 1 alone: neither rank may step, nor wait for ever."""
-    engine = small.trained("actor", stage, **PLAIN)
+    engine = small.trained("actor", stage, **small.comparable)
     before = snapshot(engine.module)
     micro = [collate_tokens(TOKENS[i : i + 2], pad_id=3) for i in (0, 2)]
 
@@ -306,7 +283,7 @@ def one_rank_not_finite(small: Small, stage: int) -> dict[str, Any]:
 
 def norm(small: Small, stage: int) -> dict[str, Any]:
     """Return loss and gradient norm of the first step."""
-    engine = small.trained("actor", stage, **PLAIN)
+    engine = small.trained("actor", stage, **small.comparable)
     micro = [collate_tokens(TOKENS[distributed.rank() :: distributed.world_size()], pad_id=3)]
     result = training_loop.optimizer_step(
         engine, micro, partial(step1.loss, engine), training_loop.global_weight(micro)
@@ -331,21 +308,16 @@ def measured(small: Small) -> dict[str, Any]:
 def over_ranks(small: Small, experience: Experience) -> dict[str, Any]:
     """Reduce over both ranks: sums, maxima, gathered rows, whitening, mean score."""
     rank = distributed.rank()
-    engine = ending_often(small.roles(0, 4), small)
-    maker = small.maker(engine)
-    scored = maker.score(maker.generate(small.prompts(4)))
-    made, metrics = make_experience(
-        scored, ScoreNormalizer(RewardConfig(reward_normalization="reference"), ""), RewardConfig(),
-        PPOConfig(), kl_coef=0.05
-    )
+    maker = small.maker(small.roles(0, 4, eos_every=6))
+    made, metrics = small.experience(maker, reward_normalization="reference")
     inside = made.advantages[made.response_mask.bool()].tolist()
     return {
         "sum": distributed.sum_over_ranks(torch.tensor([1.0 + rank])).item(),
         "max": distributed.max_over_ranks(torch.tensor([1.0 + rank])).item(),
         "rows": distributed.gather_rows([rank, rank * 10]),
-        "tokens": distributed.gather_rows([scored.responses.tolist()]),
+        "tokens": distributed.gather_rows([made.responses.tolist()]),
         "advantages": distributed.gather_rows([inside]), "score_mean": metrics["reward/score_mean"],
-        "scores": distributed.gather_rows(scored.score.tolist()),
+        "scores": distributed.gather_rows(made.score.tolist()),
     }
 
 

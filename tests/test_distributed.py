@@ -17,7 +17,7 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
-from conftest import Small
+from conftest import Small, fill_adapters
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -40,8 +40,7 @@ def alone(small):
 @pytest.fixture(scope="module")
 def experience(alone):
     """Return eight rollouts of different lengths."""
-    engine = worker.ending_often(alone.roles(), alone)
-    return alone.experience(alone.maker(engine, tokens=8), count=8)[0]
+    return alone.experience(alone.maker(alone.roles(eos_every=6), tokens=8), count=8)[0]
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +224,7 @@ def by_transformers(alone):
     for rank in (0, 4):
         torch.manual_seed(0)  # of the adapter, as in the worker
         engine = alone.trained("actor", 0, rank)
-        torch.manual_seed(5)
-        for name, parameter in engine.module.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-        model = engine.module.eval()
+        model = fill_adapters(engine.module).eval()
         texts = islice(assistant_world.pretraining_texts(3), worker.GREEDY)
         dialogues = [messages for messages, _ in texts]
         for number, often in ((0, 2), (1, 40)):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import hybrid_engine, moved, snapshot
+from conftest import fill_adapters, hybrid_engine, moved, snapshot
 
 from alpaca_rlhf.utils.configs import SamplingConfig
 from alpaca_rlhf.utils.generation import steps
@@ -16,10 +16,7 @@ def engine(small):
     engine = small.trained(
         "actor", lora=4, dropout=0.3, gradient_checkpointing=True, lora_dropout=0.3
     )
-    torch.manual_seed(4)
-    for name, parameter in engine.module.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    fill_adapters(engine.module)
     return engine
 
 

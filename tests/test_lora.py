@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import fill_adapters, moved, snapshot, with_adapter
-from torch import nn
+from conftest import moved, snapshot, with_adapter
 from torch.testing import assert_close
 
 from alpaca_rlhf.utils.configs import RoleConfig
@@ -21,11 +20,6 @@ def load(small, role, **options):
 
 def matches(model, names=None, prefix=""):
     return lora.match_modules(model, RoleConfig(lora_module_name=names, prefix=prefix))
-
-
-def adapted(model, names=None, only_lora=True):
-    """The model with an adapter that changes its output."""
-    return fill_adapters(with_adapter(model, names, only_lora)).eval()
 
 
 @torch.no_grad()
@@ -71,20 +65,21 @@ def test_a_part_of_a_name_matches_all_that_contain_it(small):
 
 @pytest.mark.parametrize(("role", "expected"), [("actor", {"lora"}), ("critic", {"lora", "head"})])
 def test_only_the_adapter_and_a_head_are_trainable(small, role, expected):
-    trained = [name for name, p in adapted(load(small, role)).named_parameters() if p.requires_grad]
+    model = with_adapter(load(small, role))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     kinds = {"lora" if "lora_" in n else "head" if "score" in n else "base" for n in trained}
     assert kinds == expected
 
 
 def test_without_only_lora_all_but_the_saved_head_is_trainable(small):
-    model = adapted(small.reward_model(), only_lora=False)
+    model = with_adapter(small.reward_model(), only_lora=False)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen == ["base_model.model.score.original_module.weight"]
 
 
 def test_the_description_counts_matched_and_trainable_parameters(small):
     # q_proj: 32 x 32 in each of 2 layers; the adapter 4 x (32 + 32) in each.
-    model, targets = adapted(small.causal_lm(), "q_proj"), matches(small.causal_lm(), "q_proj")
+    model, targets = with_adapter(small.causal_lm(), "q_proj"), matches(small.causal_lm(), "q_proj")
     total = sum(p.numel() for p in model.parameters())
     assert lora.describe_training(model, targets) == (
         f"LoRA matched 2 modules with 2,048 parameters; trains 512 of {total:,} parameters "
@@ -99,7 +94,7 @@ def test_the_description_counts_matched_and_trainable_parameters(small):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_every_layer_of_the_adapter_has_a_gradient_under_gradient_checkpointing(small, role):
-    model, batch = adapted(load(small, role, gradient_checkpointing=True)), small.prompts(2)
+    model, batch = with_adapter(load(small, role, gradient_checkpointing=True)), small.prompts(2)
     if role == "actor":
         output = model.train()(input_ids=batch.input_ids).logits
     else:
@@ -127,7 +122,7 @@ def test_the_critics_head_is_trained_and_with_the_adapter_disabled_the_saved_one
 
 
 def test_the_disabled_adapter_gives_the_base_bit_for_bit_and_the_enabled_one_does_not(small):
-    model, batch = adapted(small.causal_lm()), small.prompts(3)
+    model, batch = with_adapter(small.causal_lm()), small.prompts(3)
     plain = logits(small.causal_lm(), batch)
     with lora.adapter_disabled(model):
         assert logits(model, batch).equal(plain)
@@ -141,9 +136,7 @@ def test_a_model_without_an_adapter_cannot_disable_one(small):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_merged_weights_are_those_of_pefts_own_merge_and_merging_changes_nothing(small, role):
-    model = adapted(load(small, role))
-    if role == "critic":
-        nn.init.normal_(model.get_base_model().score.modules_to_save["default"].weight)
+    model = with_adapter(load(small, role))
     before, ours = snapshot(model), merged(model)
     assert moved(before, model) == set()
     theirs = model.merge_and_unload().state_dict()
@@ -152,7 +145,7 @@ def test_merged_weights_are_those_of_pefts_own_merge_and_merging_changes_nothing
 
 
 def test_a_plain_model_with_the_merged_weights_gives_the_adapters_logits(small):
-    model, plain, batch = adapted(small.causal_lm()), small.causal_lm(), small.prompts(3)
+    model, plain, batch = with_adapter(small.causal_lm()), small.causal_lm(), small.prompts(3)
     plain.load_state_dict(merged(model))
     assert_close(logits(plain, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
 
@@ -163,7 +156,7 @@ def test_only_the_rank_that_writes_holds_the_gathered_weights(small):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_folding_gives_the_same_logits_and_restores_every_weight_bit_for_bit(small, dtype):
-    model, batch = adapted(small.causal_lm(dtype=dtype)), small.prompts(3)
+    model, batch = with_adapter(small.causal_lm(dtype=dtype)), small.prompts(3)
     before, expected = snapshot(model), logits(model, batch)
     with lora.folded(model):
         inside, changed = logits(model, batch), moved(before, model)
@@ -177,7 +170,7 @@ def test_folding_gives_the_same_logits_and_restores_every_weight_bit_for_bit(sma
 
 
 def test_folding_is_undone_after_an_exception(small):
-    model = adapted(small.causal_lm())
+    model = with_adapter(small.causal_lm())
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="inside"), lora.folded(model):
         raise RuntimeError("inside")

@@ -14,15 +14,10 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
     Plan,
     PPOTrainer,
 )
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
-    ScoreNormalizer,
-    make_experience,
-)
 from alpaca_rlhf.utils import distributed, losses
 from alpaca_rlhf.utils.configs import (
     PPOConfig,
     ReportConfig,
-    RewardConfig,
     RolloutConfig,
     SamplingConfig,
     ScheduleConfig,
@@ -357,14 +352,10 @@ def iterations(small, reward_function, count, tokens, responses):
         engine.critic.module.model.score.weight.zero_()
     maker = small.maker(engine, tokens=tokens, reward_function=reward_function)
     trainer = small.trainer(engine, micro=8 * responses)
-    reward = RewardConfig(
-        reward_normalization="none", missing_eos_penalty=0.0, clip_reward_value=10.0)
     history = []
     for number in range(count):
-        scored = maker.score(maker.generate(small.prompts(8), responses))
-        experience, metrics = make_experience(
-            scored, ScoreNormalizer(reward, ""), reward, PPOConfig(), kl_coef=0.05
-        )
+        experience, metrics = small.experience(
+            maker, 8, generations=responses, missing_eos_penalty=0.0, clip_reward_value=10.0)
         history.append(metrics | learn(trainer, experience, number))
     return history
 
