@@ -428,7 +428,7 @@ def test_each_script_shows_how_to_call_it(name):
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Gives what `take_place` makes of an environment with these variables."""
+    """Gives what `set_rank` makes of an environment with these variables."""
     from alpaca_rlhf.utils import distributed
 
     kept = {name: value for name, value in os.environ.items()
@@ -436,7 +436,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def take(**given: str) -> dict[str, str]:
         monkeypatch.setattr(os, "environ", {**kept, **given})
-        distributed.take_place()
+        distributed.set_rank()
         return {name: os.environ[name] for name in DISTRIBUTED}
 
     return take

@@ -1,5 +1,6 @@
-"""One `log`: files, console, alarms and other people's trackers, from rank 0."""
+"""One `log` for files, console, alarms and other trackers, on rank 0 only."""
 
+import contextlib
 import io
 import json
 import re
@@ -20,7 +21,7 @@ LOSS = {"loss": "loss"}
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until a test moves it."""
+    """Return the time, which stands still until a test changes it."""
     now = [100.0]
     monkeypatch.setattr(tracking.time, "perf_counter", lambda: now[0])
     return now
@@ -30,21 +31,16 @@ def rows(folder, name="metrics") -> list[dict]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_every_step_is_a_row_with_every_metric(tmp_path, clock):
+def test_every_step_is_at_once_a_row_with_every_metric(tmp_path, clock):
     with Tracker(tmp_path, 3, LOSS) as tracker:
         for step in (1, 2, 3):
             clock[0] += 2
             tracker.log({"loss": step / 2, "hidden": 7}, step)
+            assert len(rows(tmp_path)) == step
     assert rows(tmp_path) == [
         {"step": 1, "loss": 0.5, "hidden": 7, "time/elapsed": 2.0},
         {"step": 2, "loss": 1.0, "hidden": 7, "time/elapsed": 4.0},
         {"step": 3, "loss": 1.5, "hidden": 7, "time/elapsed": 6.0}]
-
-
-def test_a_row_is_on_the_disk_at_once(tmp_path, clock):
-    with Tracker(tmp_path, 3, {}) as tracker:
-        tracker.log({"loss": 1.0}, 1)
-        assert len(rows(tmp_path)) == 1
 
 
 def test_the_console_shows_the_first_the_last_and_one_every_five_seconds(clock, capsys):
@@ -72,7 +68,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, clock):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch, capsys):
+def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setenv("RANK", "1")
     with Tracker(tmp_path, 1, LOSS) as tracker:
@@ -82,25 +78,12 @@ def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_file_is_closed_after_an_exception(tmp_path):
-    tracker = Tracker(tmp_path, 1, {})
-    with pytest.raises(RuntimeError), tracker:
-        tracker.log({}, 1)
-        raise RuntimeError
-    assert [file.closed for file in tracker._files.values()] == [True]
-
-
-def test_what_an_earlier_run_left_in_the_folder_is_gone(tmp_path, clock):
+def test_a_new_run_removes_old_rows_and_records_on_what_it_started(tmp_path, clock):
     for name in ("metrics", "events", "samples"):
         (tmp_path / f"{name}.jsonl").write_text('{"step": 1}\n')
     with Tracker(tmp_path, 1, {}):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_the_run_says_on_what_it_started(tmp_path):
-    with Tracker(tmp_path, 1, {}):
-        pass
     record = json.loads((tmp_path / "run.json").read_text())
     assert record.keys() == {"started", "device", "ranks", "versions"}
     assert record["versions"]["torch"].startswith("2.")
@@ -110,7 +93,7 @@ def test_the_run_says_on_what_it_started(tmp_path):
 
 
 def interrupted(folder, clock, steps=4):
-    """A run killed after some steps: two seconds each, samples and an event in each."""
+    """Record a run that is killed: steps of two seconds, each with samples and an event."""
     with Tracker(folder, 6, {}) as tracker:
         for step in range(1, steps + 1):
             clock[0] += 2
@@ -121,30 +104,22 @@ def interrupted(folder, clock, steps=4):
         file.write('{"step": 5, "kl/')
 
 
-def test_a_resumed_run_keeps_the_rows_up_to_its_step_and_goes_on_after_them(tmp_path, clock):
+def test_a_resumed_run_keeps_rows_and_time_up_to_its_step_and_continues(tmp_path, clock, capsys):
     interrupted(tmp_path, clock)
-    with Tracker(tmp_path, 6, {}, resume_step=3) as tracker:
-        clock[0] += 1
+    capsys.readouterr()
+    with Tracker(tmp_path, 6, {"kl/k1": "KL"}, resume_step=3) as tracker:
+        clock[0] += 5
         tracker.log({"kl/k1": 40.0}, 4)
     assert [(row["step"], row["kl/k1"]) for row in rows(tmp_path)] == [
         (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     for name in ("events", "samples"):
         assert [row["step"] for row in rows(tmp_path, name)] == [1, 2, 3]
-
-
-def test_the_time_of_a_resumed_run_goes_on_and_what_is_left_counts_its_own_steps(
-    tmp_path, clock, capsys
-):
-    interrupted(tmp_path, clock)
-    capsys.readouterr()
-    with Tracker(tmp_path, 6, {"kl/k1": "KL"}, resume_step=3) as tracker:
-        clock[0] += 5
-        tracker.log({"kl/k1": 4.0}, 4)
     assert rows(tmp_path)[-1]["time/elapsed"] == 6 + 5
-    assert capsys.readouterr().out == "step 4/6  KL 4  (10 s left)\n"
+    # The time left is estimated from the resumed run's own steps.
+    assert capsys.readouterr().out == "step 4/6  KL 40  (10 s left)\n"
 
 
-def test_an_alarm_that_was_told_is_not_told_again_after_resuming(tmp_path, clock, capsys):
+def test_an_alarm_is_not_repeated_after_resuming(tmp_path, clock, capsys):
     def tracker(resume_step):
         return Tracker(tmp_path, 9, {}, alarms=Alarms(Limits(window=2)), resume_step=resume_step)
 
@@ -162,24 +137,19 @@ def test_an_alarm_that_was_told_is_not_told_again_after_resuming(tmp_path, clock
 # ------------------------------------------------------------------------------ alarms
 
 
-def test_an_alarm_is_said_and_recorded_and_the_training_goes_on(tmp_path, clock, capsys):
-    with Tracker(tmp_path, 2, {}, alarms=Alarms(Limits())) as tracker:
+@pytest.mark.parametrize("stop", [False, True])
+def test_an_alarm_is_written_and_recorded_and_may_end_the_training(tmp_path, clock, capsys, stop):
+    expected = pytest.raises(
+        TrainingStopped, match="^--stop_on_alarm: stopped at step 1 by: ratio; "
+    ) if stop else contextlib.nullcontext()
+    tracker = Tracker(tmp_path, 2, {}, alarms=Alarms(Limits()), stop_on_alarm=stop)
+    with expected, tracker:
         tracker.log({"policy/first_log_ratio_max": 0.5}, 1)
         tracker.log({}, 2)
-    said = [line for line in capsys.readouterr().out.splitlines() if "alarm" in line]
-    (event,) = rows(tmp_path, "events")
-    assert said == [f"alarm at step 1: {event['message']}"]
+    [event] = rows(tmp_path, "events")
     assert (event["step"], event["kind"], event["alarm"]) == (1, "ratio", True)
-    assert len(rows(tmp_path)) == 2
-
-
-def test_an_alarm_may_end_the_training_after_the_step_is_recorded(tmp_path, clock):
-    with (
-        pytest.raises(TrainingStopped, match="^--stop_on_alarm: stopped at step 1 by: ratio; "),
-        Tracker(tmp_path, 2, {}, alarms=Alarms(Limits()), stop_on_alarm=True) as tracker,
-    ):
-        tracker.log({"policy/first_log_ratio_max": 0.5}, 1)
-    assert len(rows(tmp_path)) == len(rows(tmp_path, "events")) == 1
+    assert f"\nalarm at step 1: {event['message']}\n" in capsys.readouterr().out
+    assert len(rows(tmp_path)) == (1 if stop else 2)
 
 
 # ------------------------------------------------------------------------------ the terminal
@@ -246,8 +216,11 @@ def test_none_is_started_unasked(tmp_path, monkeypatch):
         tracker.log({"loss": 0.5}, 1)
 
 
+WANDB = TrackingConfig(tracker=["wandb"])
+
+
 class Failing:
-    """A tracker whose network is gone from the second step on."""
+    """A tracker without network from the second step on."""
 
     requires_logging_directory = False
     finished = 0
@@ -281,7 +254,7 @@ def failing(monkeypatch, group):
 def test_a_tracker_that_fails_is_left_out_with_one_line_and_the_training_goes_on(
     tmp_path, failing, capsys
 ):
-    with Tracker(tmp_path, 3, {}, tracking=TrackingConfig(tracker=["wandb"])) as tracker:
+    with Tracker(tmp_path, 3, {}, tracking=WANDB) as tracker:
         for step in (1, 2, 3):
             tracker.log({"loss": 1.0}, step)
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
@@ -291,20 +264,19 @@ def test_a_tracker_that_fails_is_left_out_with_one_line_and_the_training_goes_on
 
 
 def test_a_tracker_is_closed_when_the_training_fails(tmp_path, failing):
-    tracking = TrackingConfig(tracker=["wandb"])
-    with pytest.raises(RuntimeError), Tracker(tmp_path, 3, {}, tracking=tracking) as tracker:
-        tracker.log({"loss": 1.0}, 1)
+    tracker = Tracker(tmp_path, 3, {}, tracking=WANDB)
+    with pytest.raises(RuntimeError), tracker:
         raise RuntimeError
     assert Failing.finished == 1
 
 
-def test_a_tracker_that_can_not_start_is_a_mistake_of_the_users(tmp_path, failing, monkeypatch):
+def test_a_tracker_that_cannot_start_is_a_users_error(tmp_path, failing, monkeypatch):
     def refuse(self):
         raise ValueError("not logged in")
 
     monkeypatch.setattr(Failing, "start", refuse)
     with pytest.raises(UserError, match="^--tracker wandb: cannot be started: .*not logged in"):
-        Tracker(tmp_path, 1, {}, tracking=TrackingConfig(tracker=["wandb"]))
+        Tracker(tmp_path, 1, {}, tracking=WANDB)
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():

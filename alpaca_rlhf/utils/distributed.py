@@ -1,6 +1,6 @@
-"""Processes and devices: the only room that knows which device this is and how many ranks.
+"""Ranks, devices, seeds, reductions and memory; no other module asks for the kind of device.
 
-Everything works the same in a single plain process: it becomes rank 0 of a world of one.
+A process that no launcher has started becomes rank 0 of a world of size 1.
 """
 
 import contextlib
@@ -29,19 +29,18 @@ NO_DEBUGPY = "--debug_ranks needs debugpy: pip install debugpy"
 
 
 def initialize(seed: int, timeout: int = 1800) -> None:
-    """Join the process group (or found one of a single process) and seed every generator.
+    """Join the process group and seed every random generator.
 
-    Every rank gets the same seed: what differs by rank (sampling) takes a generator of its own.
+    Every rank gets the same seed; what differs by rank, such as sampling, has its own generator.
 
     Args:
-        seed: of every generator.
-        timeout: seconds that a rank waits for the others before the run ends.
+        seed: seed of Python's, numpy's and torch's generators.
+        timeout: seconds that a rank waits for the others in a collective.
 
     Raises:
-        UserError: mpirun has started this without saying where rank 0 is, or no debugger can be
-            waited for.
+        UserError: mpirun has not said where rank 0 is, or a debugger cannot attach.
     """
-    take_place()
+    set_rank()
     wait_for_debugger()
     import deepspeed
 
@@ -50,8 +49,8 @@ def initialize(seed: int, timeout: int = 1800) -> None:
         # srun may show each rank its own device only.
         local_rank = int(os.environ["LOCAL_RANK"])
         get_accelerator().set_device(local_rank % get_accelerator().device_count())
-    # Only DeepSpeed's own inference uses this extension; on a CPU the first start would compile it,
-    # for a minute and with a compiler that may not be there.
+    # Only DeepSpeed's own inference uses this extension. On a CPU the first start would compile it,
+    # which takes a minute and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout))
     random.seed(seed)
@@ -59,30 +58,29 @@ def initialize(seed: int, timeout: int = 1800) -> None:
     torch.manual_seed(seed)
 
 
-# Which rank this is, of how many, and which on this node, as mpirun and srun say it.
-_PLACES = (
+# RANK, WORLD_SIZE and LOCAL_RANK by the names of mpirun and srun.
+_OTHER_NAMES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
 
 
-def take_place() -> None:
-    """Settle RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous, unless a launcher has.
+def set_rank() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous, unless a launcher has.
 
-    Below mpirun or srun the place is the one they give, if MASTER_ADDR says where rank 0 is (else a
-    plain `python main.py` in a slurm job would wait for the others); otherwise this is the only
-    process.
+    They are those of mpirun or srun if MASTER_ADDR says where rank 0 is; without it a plain
+    `python main.py` in a slurm job would wait for others. Otherwise this is the only process.
 
     Raises:
         UserError: one of several processes of mpirun, without MASTER_ADDR.
     """
     if "RANK" in os.environ:
         return
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    for names in _PLACES:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for names in _OTHER_NAMES:
         if "MASTER_ADDR" in os.environ and all(name in os.environ for name in names):
             os.environ.setdefault("MASTER_PORT", "29500")
-            os.environ.update(zip(place, map(os.environ.__getitem__, names), strict=True))
+            os.environ.update(zip(alone, map(os.environ.__getitem__, names), strict=True))
             return
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         raise UserError("mpirun has started several processes, but MASTER_ADDR is not set; start "
@@ -91,7 +89,7 @@ def take_place() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def wait_for_debugger() -> None:
@@ -126,19 +124,20 @@ def wait_for_debugger() -> None:
 
 
 def on_cpu() -> bool:
-    """Whether this machine has no accelerator."""
+    """Return whether this machine has no accelerator."""
     return get_accelerator().device_name() == "cpu"
 
 
 def device() -> torch.device:
-    """The device of this rank."""
+    """Return the device of this rank."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def has_bf16() -> bool:
-    """Whether there is an accelerator that computes in bf16 by itself.
+    """Return whether the accelerator computes in bf16.
 
-    torch calls it supported also where it is only emulated, slower than fp32 (before Ampere).
+    torch reports bf16 as supported also where it is emulated, which is slower than fp32 (GPUs
+    before Ampere).
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cuda":
@@ -153,7 +152,7 @@ def _note_missing_bf16() -> None:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """auto, fp32, bf16 or fp16 -> dtype; auto is bf16 where the accelerator has it, else fp32.
+    """Return the dtype of a name: fp32, bf16, fp16 or auto (bf16 if the accelerator has it).
 
     Raises:
         UserError: fp16 on a CPU, or bf16 on an accelerator without it.
@@ -171,17 +170,17 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def rank() -> int:
-    """This process's number in the world."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that speaks and writes."""
+    """Return whether this is rank 0, which writes files and messages."""
     return rank() == 0
 
 
@@ -192,12 +191,12 @@ def barrier() -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over ranks, on every rank; the argument is left as it is."""
+    """Return the elementwise sum of a tensor of any shape over ranks, on every rank."""
     return _reduced(values, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
-    """The maximum of a tensor over ranks, on every rank; the argument is left as it is."""
+    """Return the elementwise maximum of a tensor of any shape over ranks, on every rank."""
     return _reduced(values, dist.ReduceOp.MAX)
 
 
@@ -209,7 +208,7 @@ def _reduced(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def gather_rows(rows: list) -> list:
-    """Lists of picklable rows of every rank, joined in the order of the ranks, on every rank."""
+    """Concatenate lists of picklable rows in the order of the ranks, on every rank."""
     if world_size() == 1:
         return rows
     parts: list = [None] * world_size()
@@ -219,7 +218,7 @@ def gather_rows(rows: list) -> list:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """One process of each node runs the body first; the others then find what it has written."""
+    """Run the body in one process of each node, then in the others, which find its files."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not first:
         barrier()
@@ -248,15 +247,15 @@ def describe_devices() -> str:
     return f"{accelerator.device_count()} x {name}, {size:.0f} GB each, {precision}"
 
 
-# What a container may use, and uses: control groups of version 2 and 1.
+# Limit and use of a container's memory, in control groups of version 2 and 1.
 _CONTAINER = (("memory.max", "memory.current"),
               ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
 def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
-    """Bytes that this rank may still take: of its device, and its share of the host's memory.
+    """Return the free bytes of this rank's device, and its share of the free host memory.
 
-    On a CPU the two are the same memory. A container's limit counts.
+    On a CPU both are the same memory. The limit of a container counts.
     """
     import psutil
 
@@ -271,7 +270,7 @@ def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
 
 
 def memory_gb() -> float:
-    """Peak memory of this rank so far in GB: the accelerator's, or the process's on a CPU."""
+    """Return this rank's peak memory so far in GB, on a CPU that of the process."""
     if on_cpu():
         import resource
 

@@ -1,12 +1,12 @@
-"""The small files beside a run's weights that tell what happened: their names and their form.
+"""Files in a run's folder that record its progress: their names, reading and writing.
 
-    metrics.jsonl      a row of numbers for each optimizer step (step 3: each round)
+    metrics.jsonl      a row of numbers for each optimizer step (step 3: each PPO iteration)
     events.jsonl       alarms and checkpoints: step, kind, message
-    samples.jsonl      step 3: a few rollouts, with a number for each token
-    pair_scores.jsonl  step 2: score and length of both replies of each held-out pair
-    run.json           when and on what the run started: versions, device, ranks
+    samples.jsonl      step 3: a few rollouts, with numbers for each token
+    pair_scores.jsonl  step 2: score and length of both responses of each held-out pair
+    run.json           start of the run: time, device, ranks, versions
 
-All are there while the run goes on (in OUTPUT_DIR.partial); `report` reads them.
+They exist from the start of the run (in OUTPUT_DIR.partial); the report reads them.
 """
 
 import importlib.metadata
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from alpaca_rlhf import __version__
 from alpaca_rlhf.utils import distributed
 
 METRICS_FILE = "metrics.jsonl"
@@ -29,30 +30,30 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelera
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none if there is no file. A last line cut short is left out."""
+    """Read a JSONL file; no file gives no rows, and an incomplete last line is left out."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for row in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(row))
         except ValueError:
             break
     return rows
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A JSONL file, anew."""
-    path.write_text("".join(line(row) for row in rows), encoding="utf-8")
+    """Write a JSONL file, replacing an old one."""
+    path.write_text("".join(map(line, rows)), encoding="utf-8")
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as a line of JSON."""
+    """Return a row as a line of JSON."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Cut a JSONL file to its rows up to `step`; where that leaves none, there is no file."""
+def truncate(path: Path, step: int) -> None:
+    """Remove the rows of a JSONL file after `step`, and the file if none are left."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
     if rows:
         write_rows(path, rows)
@@ -61,22 +62,16 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def start_record() -> dict[str, Any]:
-    """When this run started, and on what."""
+    """Return time, device, number of ranks and versions at the start of a run."""
+    versions = {"Python": platform.python_version(), "alpaca-rlhf": __version__}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "device": distributed.describe_devices(),
         "ranks": distributed.world_size(),
-        "versions": {"Python": platform.python_version(),
-                     **{name: _version(name) for name in ("alpaca-rlhf", *LIBRARIES)}},
+        "versions": versions,
     }
-
-
-def _version(name: str) -> str:
-    if name == "alpaca-rlhf":
-        from alpaca_rlhf import __version__
-
-        return __version__
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -1,8 +1,8 @@
-"""Metrics: one `log(metrics, step)` for console, metrics.jsonl, alarms and external trackers.
+"""Tracker of a run: `log(metrics, step)` to the console, metrics.jsonl, alarms and other trackers.
 
-On a terminal the console shows a progress bar, elsewhere a line every few seconds. External
-trackers (`--tracker tensorboard wandb …`) are accelerate's; none is started by default, and one
-that fails during the training is dropped with a warning.
+A terminal shows a progress bar, any other output a line every few seconds. Other trackers
+(`--tracker tensorboard wandb ...`) are Accelerate's; none is started unless asked for, and one that
+fails during the run is dropped with a warning, so that it never ends a training.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import torch
 from tqdm import tqdm
@@ -38,7 +38,7 @@ def require_packages(names: Sequence[str]) -> None:
     """Check that the package of each tracker is installed.
 
     Raises:
-        UserError: one is missing; the message says how to install it.
+        UserError: one is not; says how to install it.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -46,21 +46,21 @@ def require_packages(names: Sequence[str]) -> None:
 
 
 class Tracker:
-    """Records metrics; every rank calls it, and only rank 0 writes.
+    """Every rank logs; only rank 0 writes.
 
     Args:
-        folder: for the files of `records`, or None.
-        total_steps: number of steps, for the progress on the console.
-        shown: metrics for the console, with their names there; the file has all metrics.
-        tracking: trackers besides the files, started with `arguments` as their configuration.
-        arguments: resolved flags of the run.
-        alarms: check every step's metrics, which must be the same on all ranks.
-        stop_on_alarm: whether an alarm ends the training.
-        resume_step: last step before the run was resumed: the files' rows up to this one are kept,
-            later ones are removed, and progress, time and alarms continue from there.
+        folder: folder of the files that `records` names, or None.
+        total_steps: number of steps of the whole run.
+        shown: metrics for the console and their names there; the file has all metrics.
+        tracking: other trackers, and the folder of those that write files.
+        arguments: resolved flags of the run, for the other trackers.
+        alarms: checks the metrics of every step, which must be the same on all ranks.
+        stop_on_alarm: end the training at an alarm.
+        resume_step: last step before a resumed run continues. Rows up to it are kept, later ones
+            are removed; progress, time and alarms continue from there.
 
     Raises:
-        UserError: a tracker cannot be started.
+        UserError: another tracker cannot be started.
     """
 
     def __init__(
@@ -68,43 +68,31 @@ class Tracker:
         tracking: TrackingConfig | None = None, arguments: Mapping[str, Any] | None = None,
         alarms: Alarms | None = None, stop_on_alarm: bool = False, resume_step: int = 0,
     ) -> None:
-        self._folder, self._total, self._first, self._shown = (
-            folder, total_steps, resume_step, shown
-        )
-        self._alarms, self._stop_on_alarm = alarms, stop_on_alarm
-        self._seconds_before = self._continue_files(resume_step)
-        self._files: dict[str, TextIO] = {}
-        self._sinks: list[_Sink] = []
-        if tracking is not None and distributed.is_main():
-            self._sinks = _start(tracking, folder, arguments or {})
-        self._bar = self._new_bar()
+        self._alarms = alarms
+        self._stop_on_alarm = stop_on_alarm
+        self._seconds_before = 0.0
+        if folder is not None:
+            self._resume(folder, resume_step)
+        writes = distributed.is_main()
+        self._folder = folder if writes else None
+        self._sinks = _started(tracking, arguments or {}, folder) if tracking and writes else []
+        self._progress = _Progress(total_steps, resume_step, shown)
         self._start = time.perf_counter()
-        self._last_line = -math.inf
 
-    def _continue_files(self, resume_step: int) -> float:
-        """Keep the rows up to a step, and return the seconds of training until then."""
-        if self._folder is None:
-            return 0.0
-        # Every rank reads before rank 0 removes rows.
-        rows = records.read_rows(self._folder / METRICS_FILE) if resume_step else []
-        rows = [row for row in rows if row["step"] <= resume_step]
+    def _resume(self, folder: Path, step: int) -> None:
+        # Every rank reads before rank 0 writes.
+        rows = records.read_rows(folder / METRICS_FILE) if step else []
+        rows = [row for row in rows if row["step"] <= step]
         distributed.barrier()
         if distributed.is_main():
             for name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE):
-                records.keep_until(self._folder / name, resume_step)
-            record = records.line(records.start_record())
-            (self._folder / RUN_FILE).write_text(record, encoding="utf-8")
-        if self._alarms is not None:
-            for row in rows:
-                self._alarms.check(row)  # reported before
-        return rows[-1].get("time/elapsed", 0.0) if rows else 0.0
-
-    def _new_bar(self) -> tqdm | None:
-        if not (distributed.is_main() and sys.stdout.isatty()):
-            return None
-        size = shutil.get_terminal_size()
-        return tqdm(total=self._total, initial=self._first, file=sys.stdout, bar_format=BAR,
-                    ncols=size.columns - 1, nrows=size.lines)
+                records.truncate(folder / name, step)
+            start = records.line(records.start_record())
+            (folder / RUN_FILE).write_text(start, encoding="utf-8")
+        for row in rows:
+            if self._alarms is not None:
+                self._alarms.check(row)  # these alarms were reported before
+            self._seconds_before = row.get("time/elapsed", 0.0)
 
     def __enter__(self) -> Self:
         return self
@@ -113,25 +101,22 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in self._files.values():
-            file.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._progress.close()
         for sink in self._sinks:
             sink.call("finish")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Record the metrics of an optimizer step (in step 3 a PPO iteration), counted from 1.
+        """Record the metrics of an optimizer step (step 3: PPO iteration), counted from 1.
 
         Raises:
             TrainingStopped: an alarm went off, and `stop_on_alarm` is set.
         """
         elapsed = self._seconds_before + time.perf_counter() - self._start
         row = {"step": step, **metrics, "time/elapsed": elapsed}
-        self._write(METRICS_FILE, row)
+        self._append(METRICS_FILE, row)
         for sink in self._sinks:
             sink.call("log", metrics, step=step)
-        self._show(metrics, step)
+        self._progress.show(metrics, step)
         alarms = self._alarms.check(row) if self._alarms else []
         for alarm in alarms:
             self.note(f"alarm at step {step}: {alarm.message}")
@@ -142,101 +127,108 @@ class Tracker:
             raise TrainingStopped(f"--stop_on_alarm: stopped at step {step} by: {kinds}{where}")
 
     def event(self, kind: str, step: int, message: str = "", alarm: bool = False) -> None:
-        """Record an event: an alarm, or a checkpoint (kind `checkpoint`)."""
-        self._write(EVENTS_FILE, {"step": step, "kind": kind, "message": message, "alarm": alarm})
+        """Record an alarm, or a checkpoint (kind `checkpoint`)."""
+        self._append(EVENTS_FILE, {"step": step, "kind": kind, "message": message, "alarm": alarm})
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
         """Record some rollouts; each has at least `prompt`, `reply` and `score`."""
         for row in rows:
-            self._write(SAMPLES_FILE, {"step": step, **row})
+            self._append(SAMPLES_FILE, {"step": step, **row})
         cells = [[row["prompt"], row["reply"], f"{row['score']:.2f}"] for row in rows]
         for sink in self._sinks:
-            sink.table("samples", SAMPLE_COLUMNS, cells, step)
+            sink.table("samples", cells, step)
 
     def note(self, message: str) -> None:
-        """Write a line on the console, above the progress bar."""
-        if self._bar is not None:
-            self._bar.write(message, file=sys.stdout)
-        else:
-            console.say(message)
+        """Write a line to the console that is no metric."""
+        self._progress.note(message)
 
-    def _write(self, name: str, row: dict[str, Any]) -> None:
-        if self._folder is None or not distributed.is_main():
-            return
-        if name not in self._files:
-            self._files[name] = (self._folder / name).open("a", encoding="utf-8")
-        self._files[name].write(records.line(row))
-        self._files[name].flush()
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        if self._folder is not None:
+            with (self._folder / name).open("a", encoding="utf-8") as file:
+                file.write(records.line(row))
 
-    def _show(self, metrics: dict[str, Any], step: int) -> None:
-        values = "  ".join(
-            f"{label} {metrics[name]:.4g}" for name, label in self._shown.items()
-            if name in metrics
-        )
+
+class _Progress:
+    """Progress bar on a terminal, else a line now and then; rank 0 only."""
+
+    def __init__(self, total: int, first: int, shown: Mapping[str, str]) -> None:
+        self._total, self._first, self._shown = total, first, shown
+        self._start, self._last_line = time.perf_counter(), -math.inf
+        self._bar = None
+        if distributed.is_main() and sys.stdout.isatty():
+            size = shutil.get_terminal_size()
+            self._bar = tqdm(total=total, initial=first, file=sys.stdout, bar_format=BAR,
+                             ncols=size.columns - 1, nrows=size.lines)
+
+    def show(self, metrics: dict[str, Any], step: int) -> None:
+        values = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in self._shown.items()
+                           if name in metrics)
         if self._bar is not None:
-            # Without it nothing is shown on a terminal that does not report its size.
+            # Else tqdm shows nothing on a terminal that does not report its size.
             self._bar.ncols = shutil.get_terminal_size().columns - 1
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.perf_counter()
-        first = self._first + 1
-        if now - self._last_line < SECONDS_BETWEEN_LINES and step not in (first, self._total):
-            return
-        self._last_line = now
-        left = (now - self._start) / (step - self._first) * (self._total - step)
-        console.say(f"step {step}/{self._total}  {values}  ({left:.0f} s left)")
+        due = now - self._last_line >= SECONDS_BETWEEN_LINES
+        if due or step in (self._first + 1, self._total):
+            self._last_line = now
+            left = (now - self._start) / (step - self._first) * (self._total - step)
+            console.say(f"step {step}/{self._total}  {values}  ({left:.0f} s left)")
+
+    def note(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stdout)
+        else:
+            console.say(message)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 class _Sink:
-    """One of accelerate's trackers; it is dropped, with a warning, at its first failure.
-
-    Args:
-        name: accelerate's name of it.
-        tracker: the started tracker.
-    """
+    """One of Accelerate's trackers, already started; dropped with a warning when it fails."""
 
     def __init__(self, name: str, tracker: Any) -> None:
         self._name = name
         self._tracker = tracker
 
     def call(self, method: str, *values: Any, **options: Any) -> None:
-        """Call a method of the tracker, unless it has failed before."""
         if self._tracker is None:
             return
         try:
             getattr(self._tracker, method)(*values, **options)
-        except Exception as error:  # any error of its network or disk
+        except Exception as error:  # of the tracker's network or disk: any type
             self._tracker = None
             console.say(f"warning: --tracker {self._name} failed, and is left out from here: "
-                            f"{shortened(repr(error), 200)}")
+                        f"{shortened(repr(error), 200)}")
 
-    def table(
-        self, title: str, columns: Sequence[str], rows: list[list[str]], step: int
-    ) -> None:
-        """Log texts as a table, if the tracker has tables."""
+    def table(self, title: str, rows: list[list[str]], step: int) -> None:
+        """Log rows of texts, if the tracker can."""
         if hasattr(self._tracker, "log_table"):
-            self.call("log_table", title, list(columns), rows, step=step)
+            self.call("log_table", title, list(SAMPLE_COLUMNS), rows, step=step)
         elif self._name == "tensorboard":
-            lines = [" | ".join(_cell(cell) for cell in row)
-                     for row in [list(columns), ["---"] * len(columns), *rows]]
-            self.call("log", {title: "\n".join(f"| {line} |" for line in lines)}, step=step)
+            cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row]
+                     for row in [SAMPLE_COLUMNS, ["---"] * len(SAMPLE_COLUMNS), *rows]]
+            text = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+            self.call("log", {title: text}, step=step)
 
 
-def _start(
-    tracking: TrackingConfig, folder: Path | None, arguments: Mapping[str, Any]
+def _started(
+    tracking: TrackingConfig, arguments: Mapping[str, Any], folder: Path | None
 ) -> list[_Sink]:
-    """Start the trackers.
+    """Start the trackers that were asked for, and log the arguments to them.
 
     Raises:
-        UserError: one cannot be started, for instance because it is not logged in.
+        UserError: one cannot be started, for example because nobody is logged in.
     """
     if not tracking.trackers:
         return []
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    # Their decorators ask it for the rank. On its own it would set the number of threads.
+    # The trackers ask this for the rank. Without the variable it would set the number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     PartialState(cpu=distributed.on_cpu())
     run, where = _run_name(folder), tracking.logging_dir or str((folder or Path()) / LOGS_FOLDER)
@@ -255,7 +247,7 @@ def _start(
             for sink in sinks:
                 sink.call("finish")
             raise UserError(f"--tracker {name}: cannot be started: {shortened(repr(error), 300)}; "
-                            "solve that, or remove the flag") from error
+                            "fix it, or leave the flag out") from error
         sinks.append(_Sink(name, tracker))
     return sinks
 
@@ -266,7 +258,3 @@ def _run_name(folder: Path | None) -> str:
         return "run"
     name = folder.name.removesuffix(".partial")
     return f"{folder.parent.name}-{name}" if folder.parent.name else name
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
