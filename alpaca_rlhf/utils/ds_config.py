@@ -6,20 +6,15 @@ from typing import Any
 
 import torch
 
+from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.errors import UserError
 
 MAX_GRAD_NORM = 1.0
 
 
 def make(
-    *,
-    zero_stage: int,
-    dtype: torch.dtype,
-    micro_batch_size: int,
-    accumulation_steps: int,
-    world_size: int,
-    offload: bool = False,
-    overrides: str | None = None,
+    *, zero_stage: int, dtype: torch.dtype, micro_batch_size: int = 1,
+    accumulation_steps: int = 1, offload: bool = False, overrides: str | None = None,
 ) -> dict[str, Any]:
     """Return the dict for `deepspeed.initialize`.
 
@@ -28,7 +23,6 @@ def make(
         dtype: precision of the weights.
         micro_batch_size: rows of a micro-batch on each rank.
         accumulation_steps: micro-batches of an optimizer step.
-        world_size: number of ranks.
         offload: keep optimizer states, and under ZeRO-3 the weights, in host memory.
         overrides: path of a JSON file merged over the result.
 
@@ -45,7 +39,7 @@ def make(
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "train_batch_size": micro_batch_size * accumulation_steps * world_size,
+        "train_batch_size": micro_batch_size * accumulation_steps * distributed.world_size(),
         "gradient_clipping": MAX_GRAD_NORM,
         "zero_optimization": zero,
         "steps_per_print": 10**9,

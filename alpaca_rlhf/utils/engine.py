@@ -32,11 +32,7 @@ def build_trained(
 
     Args:
         load: loads the model.
-        role: path, learning rates, ZeRO stage and rank of the adapters.
-        loading: precision and attention.
-        adapters: LoRA options beyond the rank.
-        engine: offloading and DeepSpeed's own options.
-        schedule: learning-rate schedule and gradient accumulation.
+        role, loading, adapters, engine, schedule: its options.
         micro_batch_size: rows of a micro-batch on each rank.
         total_steps: optimizer steps of the whole training.
         adam_eps: AdamW's epsilon.
@@ -49,8 +45,7 @@ def build_trained(
         zero_stage=role.zero_stage, dtype=distributed.resolve_dtype(loading.dtype),
         micro_batch_size=micro_batch_size,
         accumulation_steps=schedule.gradient_accumulation_steps,
-        world_size=distributed.world_size(), offload=engine.offload,
-        overrides=engine.deepspeed_config,
+        offload=engine.offload, overrides=engine.deepspeed_config,
     )
     model = load(role, loading, config)
     targets = lora.match_modules(model, role) if role.lora_dim else None
@@ -75,8 +70,7 @@ def build_frozen(load: Load, role: RoleConfig, loading: LoadingConfig) -> nn.Mod
     """Load a model for inference; under ZeRO-3 it is sharded like the trained one."""
     config = ds_config.make(
         zero_stage=3 if role.zero_stage == 3 else 0,
-        dtype=distributed.resolve_dtype(loading.dtype), micro_batch_size=1, accumulation_steps=1,
-        world_size=distributed.world_size(),
+        dtype=distributed.resolve_dtype(loading.dtype),
     )
     model = load(replace(role, gradient_checkpointing=False), loading, config)
     model.requires_grad_(False)

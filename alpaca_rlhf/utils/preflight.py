@@ -7,7 +7,7 @@ the adapters.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,10 +73,6 @@ class Need(NamedTuple):
 
 def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
     """Check that models can be found, optimizers and trackers built, and that all of it fits.
-
-    Args:
-        models: the models that the run trains.
-        trackers: names of the trackers that receive metrics.
 
     Raises:
         UserError: a hub model is not in the cache and there is no network; a compiler or a
@@ -167,8 +163,7 @@ def fits(wanted: Need) -> bool:
     return wanted.device <= device and wanted.host <= host
 
 
-# A saving of memory: its flags, and the model with them. Cheapest first.
-Saving = Callable[[Planned, int], tuple[str, Planned] | None]
+# Savings of memory, the cheapest first: model, ranks -> flags, and the model with them.
 
 
 def _in_bf16(model: Planned, ranks: int) -> tuple[str, Planned] | None:
@@ -203,7 +198,7 @@ def _offloaded(model: Planned, ranks: int) -> tuple[str, Planned] | None:
     )
 
 
-SAVINGS: tuple[Saving, ...] = (_in_bf16, _sharded, _with_adapter, _offloaded)
+SAVINGS = (_in_bf16, _sharded, _with_adapter, _offloaded)
 
 
 def remedy(models: Sequence[Planned], ranks: int) -> str:

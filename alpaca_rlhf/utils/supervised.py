@@ -105,14 +105,10 @@ def train(
     """Evaluate, train (or resume training), evaluate.
 
     Args:
-        engine: the model and its optimizer.
-        data: rows to train on, and held-out rows.
-        objective: loss and evaluation.
-        plan: optimizer steps.
+        engine, data, objective, plan: what is trained, on what, how and how long.
         folder: where checkpoints and metrics are written.
         found: the checkpoint to resume from, if any.
-        checkpoint: when to save checkpoints.
-        tracking: trackers that receive the metrics.
+        checkpoint, tracking: when to save checkpoints, and trackers that receive the metrics.
         step: of RLHF: 1 or 2.
         arguments: resolved flags of the run.
 

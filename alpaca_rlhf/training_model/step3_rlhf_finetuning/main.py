@@ -132,17 +132,7 @@ def alarms(args: Step3Config) -> Alarms:
 
 
 class PPO:
-    """The parts of a PPO run.
-
-    Args:
-        args: of the run.
-        chat: the tokenizer.
-        data: prompts.
-        folder: where checkpoints, metrics and models are written.
-        found: the checkpoint to resume from, if any.
-        normalizer: of the scores.
-        reward_function: replaces the reward model, if there is one.
-    """
+    """The parts of a PPO run, built from its options; `found` is the checkpoint to resume from."""
 
     def __init__(
         self, args: Step3Config, chat: ChatFormat, data: Prepared, folder: RunFolder,

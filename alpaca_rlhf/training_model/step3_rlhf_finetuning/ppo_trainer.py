@@ -32,16 +32,7 @@ from alpaca_rlhf.utils.training_loop import (
 
 
 class Plan:
-    """PPO iterations of a run, and the prompts of each.
-
-    Args:
-        schedule: epochs, limit of steps and gradient accumulation.
-        rollout, sampling: rollouts of an iteration.
-        ppo: epochs and micro-batches of the update.
-        report: the short test run.
-        seed: of the order of prompts.
-        prompts: number of prompts to train on.
-    """
+    """PPO iterations of a run on so many prompts, and the prompts of each."""
 
     def __init__(
         self, schedule: ScheduleConfig, rollout: RolloutConfig, sampling: SamplingConfig,
@@ -109,7 +100,7 @@ class PPOTrainer:
 
     Args:
         engine: the four roles.
-        ppo: hyperparameters of the update.
+        ppo: hyperparameters.
         accumulation_steps: micro-batches of an optimizer step, which never spans two iterations.
         temperature: of the sampler, for the log-probabilities.
         seed: of the order of rows.

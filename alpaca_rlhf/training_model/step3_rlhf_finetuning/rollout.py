@@ -67,7 +67,6 @@ class RolloutMaker:
         engine: the four roles.
         hybrid: takes the actor into generation mode.
         chat: the tokenizer.
-        sampling: sampling parameters.
         seed: of the sampler; each rank samples its own responses.
         scoring_tokens: most tokens that are scored at once, padding included.
         reward_function: replaces the reward model.
@@ -257,12 +256,7 @@ def make_experience(
 ) -> tuple[Experience, dict[str, float]]:
     """Compute KL rewards, GAE and whitening over all ranks, and the metrics of the rollout phase.
 
-    Args:
-        scored: all rollouts of this rank in a PPO iteration.
-        normalizer: of the scores.
-        reward: clipping and the penalty for a missing eos.
-        ppo: gamma, lambda and whitening.
-        kl_coef: weight of the KL penalty.
+    `scored` holds all rollouts of this rank in a PPO iteration.
     """
     mask = scored.response_mask
     normalized, rewards = token_rewards(scored, normalizer, reward, kl_coef)

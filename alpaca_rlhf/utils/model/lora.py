@@ -51,11 +51,7 @@ def add_lora(
 ) -> PeftModel:
     """Wrap a causal LM or sequence classifier with one adapter; its `score` head trains in full.
 
-    Args:
-        model: the base model.
-        targets: names from `match_modules`.
-        role: rank.
-        adapters: scale, dropout, and whether the rest of the base model is frozen.
+    `targets` are names from `match_modules`.
     """
     head = ["score"] if hasattr(model, "score") else None
     config = LoraConfig(
