@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Kill runs at random moments, resume them, and compare the end, bit for bit, with runs that were
-# never killed: for each step, 1 rank and 2 ranks with ZeRO 0, 2 and 3, LoRA off and on.
+# Kill runs at random moments, resume them, and compare the result, bit for bit, with runs that were
+# never killed: each step with 1 rank, and with 2 ranks at ZeRO 0, 2 and 3, without and with LoRA.
 #
 #     bash scripts/soak.sh [flags of tests/soak.py, e.g. --kills 20 --steps 3 --ranks 2 --zero 3]
-#     bash scripts/soak.sh --move     # go on with other ranks and ZeRO stages instead
+#     bash scripts/soak.sh --move     # resume with another world size and ZeRO stage instead
 #
-# 20 kills of each case on one rank take ten minutes on two cores, 6 of each on two ranks twenty.
+# On two cores, 20 kills of each case take ten minutes with one rank, 6 kills twenty with two ranks.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

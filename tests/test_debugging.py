@@ -9,9 +9,11 @@ import re
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pexpect
 import pytest
 from conftest import save_models
@@ -227,13 +229,18 @@ def test_without_debugpy_there_is_one_line_and_nothing_starts(monkeypatch, capsy
 
 
 def test_the_other_ranks_wait_a_week_for_the_one_at_a_breakpoint(monkeypatch):
-    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "10")
     for name in (distributed.DEBUG_RANKS, distributed.DEBUG_PORT, "TORCH_NCCL_ENABLE_MONITORING"):
         monkeypatch.setenv(name, "")
+    timeouts = []
+    monkeypatch.setattr(deepspeed, "init_distributed",
+                        lambda verbose, timeout: timeouts.append(timeout))
+    monkeypatch.setenv("RANK", "2")
+    distributed.initialize(0, timeout=60)
     own, _ = take(["--debug_ranks", "0,1", "--debug_port=7000", "train.py"])
     assert my_deepspeed.prepare_debugging(own) == (
         ", debugger awaited on port 7000 (rank 0) and 7001 (rank 1)")
-    assert os.environ["DEEPSPEED_TIMEOUT"] == "10080"
+    distributed.initialize(0, timeout=60)
+    assert timeouts == [timedelta(seconds=60), timedelta(days=7)]
 
 
 def test_a_debug_port_that_is_taken_is_one_line(monkeypatch):

@@ -93,9 +93,7 @@ def prepare_debugging(own: Namespace) -> str:
         raise ValueError(distributed.NO_DEBUGPY)
     os.environ[distributed.DEBUG_RANKS] = own.debug_ranks
     os.environ[distributed.DEBUG_PORT] = str(own.debug_port)
-    # The other ranks wait for the one that stands at a breakpoint: a week, in minutes.
-    os.environ["DEEPSPEED_TIMEOUT"] = str(7 * 24 * 60)
-    os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+    os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"  # it would end ranks that wait for long
     ports = (f"{own.debug_port + int(rank)} (rank {rank})" for rank in own.debug_ranks.split(","))
     return f", debugger awaited on port {' and '.join(ports)}"
 

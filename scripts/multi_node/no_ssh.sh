@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Start a step on many machines by starting it on each: no ssh, no pdsh.
+# Start a step on several machines by starting it on each of them, without ssh and pdsh.
 #
 #     bash scripts/multi_node/no_ssh.sh HOSTFILE ADDRESS NUMBER [flags of deepspeed] \
 #         path/to/main.py [flags of the step]
 #
-# The same command on every machine but for NUMBER, its place in HOSTFILE counted from 0. HOSTFILE
-# has a line a machine, with how many ranks it gets ("node-a slots=8"); ADDRESS is where the others
-# reach the first one, whose port 29500 (--master_port) must be open to them. See docs/launching.md.
+# Run the same command on every machine except for NUMBER, its place in HOSTFILE counted from 0.
+# HOSTFILE has one line per machine, with its number of ranks ("node-a slots=8"). ADDRESS is the
+# address of the first machine; its port 29500 (--master_port) must be open to the others.
+# See docs/launching.md.
 
 set -euo pipefail
 [[ $# -ge 4 && $1 != -* ]] || { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit $(($# != 1)); }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Start a step on many machines by Open MPI's mpirun.
+# Start a step on several machines with Open MPI's mpirun.
 #
 #     [INTERFACE=eth0] bash scripts/multi_node/openmpi.sh HOSTFILE [flags of deepspeed] \
 #         path/to/main.py [flags of the step]
 #
-# HOSTFILE has a line a machine, with how many ranks it gets ("node-a slots=8"); INTERFACE is the
-# network between them. Needed: Open MPI on every machine, this folder and this Python at the same
+# HOSTFILE has one line per machine, with its number of ranks ("node-a slots=8"); INTERFACE is the
+# network between them. It needs Open MPI on every machine, this folder and this Python at the same
 # path, and a way for mpirun to reach them (ssh, or the cluster's scheduler). See docs/launching.md.
 
 set -euo pipefail
