@@ -1,6 +1,6 @@
-"""What tests of models share: random models of a few thousand weights, saved once a session.
+"""Random models of a few thousand weights, saved once a session, and what tests build from them.
 
-Heavy imports stand inside functions, so that tests of the command line stay quick.
+Heavy imports are inside functions, so that tests of the command line stay quick.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from alpaca_rlhf.utils.configs import (
     ScheduleConfig,
 )
 
-# Started in the background, a shell's jobs ignore Ctrl-C, and so would all that the tests start.
+# Background jobs of a shell ignore Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Made to differ in length: batches of them are padded.
+# Of different lengths: batches of them are padded.
 PROMPTS = ("What is the capital of France?", "Hi.", "Name a colour.", "How many legs has a cat?",
            "Who wrote Faust?", "Is ice cold?", "What do bees make of it all?", "Go on.")
 
 
 def small_config(tokenizer: Any, **changes: Any) -> Any:
-    """A LLaMA of two layers; its weights are drawn wide, so that its choices are marked ones."""
+    """A LLaMA of two layers; a large std of its weights makes its choices clear."""
     from transformers import LlamaConfig
 
     sizes = {
@@ -117,7 +117,7 @@ class Small:
 
     @cached_property
     def form(self) -> Any:
-        """How a dialogue becomes ids."""
+        """The tokenizer with its chat template."""
         from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 
         return ChatFormat(self.tokenizer)
@@ -139,29 +139,23 @@ class Small:
         role = RoleConfig(model_name_or_path=path, **role)
         return load(role, LoadingConfig(dtype=dtype), config, self.tokenizer).eval()
 
-    def role(self, name: str, stage: int = 0, lora: int = 0, **changes: Any) -> RoleConfig:
-        """How the actor or the critic is trained."""
-        rates = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3}
-        return RoleConfig(**{
-            "model_name_or_path": getattr(self, name), "zero_stage": stage, "lora_dim": lora,
-            **rates, **changes,
-        })
-
-    def training(
-        self, *, accumulation: int = 1, lora_dropout: float = 0.0, only_lora: bool = True,
-        overrides: str | None = None, adam_eps: float | None = None,
-    ) -> dict[str, Any]:
-        """Arguments of `build_trained` besides the model: a constant learning rate."""
-        made: dict[str, Any] = {
+    def _settings(
+        self, *names: str, stage: int, lora: int, accumulation: int = 1, lora_dropout: float = 0.0,
+        only_lora: bool = True, overrides: str | None = None, adam_eps: float = 1e-8, **role: Any,
+    ) -> tuple[list[RoleConfig], dict[str, Any]]:
+        """How these models are trained, and what they have in common: a constant learning rate."""
+        role = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3, "zero_stage": stage,
+                "lora_dim": lora, **role}
+        roles = [RoleConfig(model_name_or_path=str(self.folder / name), **role) for name in names]
+        return roles, {
             "loading": LoadingConfig(),
             "adapters": AdapterConfig(lora_dropout=lora_dropout, only_optimize_lora=only_lora),
             "engine": EngineConfig(deepspeed_config=overrides or self.overrides),
             "schedule": ScheduleConfig(
                 lr_scheduler_type="constant", gradient_accumulation_steps=accumulation
             ),
-            "micro_batch_size": 2, "total_steps": 100,
+            "micro_batch_size": 2, "total_steps": 100, "adam_eps": adam_eps,
         }
-        return made if adam_eps is None else {**made, "adam_eps": adam_eps}
 
     def trained(self, name: str, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
         """A DeepSpeed engine of the actor or of the critic."""
@@ -169,25 +163,24 @@ class Small:
         from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
         from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model
 
-        training = {key: changes.pop(key) for key in TRAINING & changes.keys()}
         load, wrap = (load_causal_lm, None) if name == "actor" else (load_reward_model, TokenScorer)
-        return build_trained(
-            partial(load, tokenizer=self.tokenizer), self.role(name, stage, lora, **changes),
-            wrap=wrap, **self.training(**training),
-        )[0]
+        load = partial(load, tokenizer=self.tokenizer)
+        (role,), settings = self._settings(name, stage=stage, lora=lora, **changes)
+        return build_trained(load, role, wrap=wrap, **settings)[0]
 
-    def roles(self, stage: int = 0, lora: int = 0, eos_every: int = 0, **changes: Any) -> Any:
+    def roles(
+        self, stage: int = 0, lora: int = 0, eos_every: int = 0, needs_reward_model: bool = True,
+        **changes: Any,
+    ) -> Any:
         """The four roles of step 3; every `eos_every`th id ends a response: lengths differ."""
         import torch
 
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 
-        needs = changes.pop("needs_reward_model", True)
-        training = {key: changes.pop(key) for key in TRAINING & changes.keys()}
-        training = {"adam_eps": 1e-8, **training}
-        actor, critic = (self.role(name, stage, lora, **changes) for name in ("actor", "critic"))
+        (actor, critic), settings = self._settings(
+            "actor", "critic", stage=stage, lora=lora, **changes)
         engine = RLHFEngine(
-            actor, critic, self.tokenizer, needs_reward_model=needs, **self.training(**training)
+            actor, critic, self.tokenizer, needs_reward_model=needs_reward_model, **settings
         )
         if eos_every:
             engine.eos_ids = torch.arange(0, len(self.tokenizer), eos_every)
@@ -248,10 +241,6 @@ class Small:
             accumulation_steps=accumulation, temperature=temperature, seed=3,
             guard=NonFiniteGuard(folder, most, "lower the learning rate"),
         )
-
-
-# Arguments of `Small.training`; others are the roles'.
-TRAINING = {"accumulation", "lora_dropout", "only_lora", "overrides", "adam_eps"}
 
 
 def hybrid_engine(engine: Any, enabled: bool = True, slots: int = 0, **options: bool) -> Any:

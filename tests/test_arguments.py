@@ -239,7 +239,6 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
 @pytest.mark.parametrize(("step", "words", "message"), [
     (1, "--learnin_rate 1e-4", "unknown flag --learnin_rate; did you mean --learning_rate?"),
     (1, "--learnin_rate=1e-4", "unknown flag --learnin_rate; did you mean --learning_rate?"),
-    (1, "--xyzzy", "unknown flag --xyzzy; see --help"),
     (1, "--xyzzy 3 --max_seq_le 4", "unknown flags --xyzzy, --max_seq_le (did you mean "
         "--max_seq_len?); see --help"),
     (1, "--max_seq 4", "unknown flag --max_seq; did you mean --max_seq_len?"),
@@ -255,11 +254,8 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
     (1, "--learning_rate nan", "--learning_rate nan: must be a number"),
     (1, "--offload maybe", "--offload maybe: must be true or false"),
     (1, "--num_train_epochs 0", "--num_train_epochs 0: must be 1 or more"),
-    (2, "--per_device_train_batch_size 0", "--per_device_train_batch_size 0: must be 1 or more"),
     (2, "--max_seq_len -1", "--max_seq_len -1: must be 1 or more"),
-    (2, "--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be 1 or more"),
     (2, "--learning_rate=-1e-5", "--learning_rate -1e-05: must be 0 or more"),
-    (2, "--max_steps 0", "--max_steps 0: must be 1 or more"),
     (2, "--dropout 1", "--dropout 1.0: must be 0 or more and below 1"),
     (3, "--top_p 0", "--top_p 0.0: must be above 0 and at most 1"),
     (3, "--temperature 0", "--temperature 0.0: must be above 0"),
@@ -271,7 +267,6 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
     (2, "--resume_from_checkpoint latest", "--resume_from_checkpoint latest: needs --output_dir, "
         "whose checkpoints it looks at; give it, or the folder of a checkpoint"),
     (3, "--save_total_limit 0", "--save_total_limit 0: must be 1 or more"),
-    (1, "--collective_timeout 0", "--collective_timeout 0: must be 1 or more"),
     (3, "--offload_reference_model", "--offload_reference_model: not available in this version: "
         "the reference model stays on the device; remove the flag"),
     (1, "--data_split 2,4", "--data_split 2,4: must be three numbers of 0 or more, not all 0, "

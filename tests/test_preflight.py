@@ -198,23 +198,18 @@ def test_a_tracker_without_its_package_is_refused():
 # --- a GPU without bf16 --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU before Ampere: bf16 only by emulation, which torch counts as supported."""
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp32_by_default_and_refuses_bf16(
+    monkeypatch, capsys
+):
+    # Before Ampere torch counts the emulation as support.
     gpu = types.SimpleNamespace(device_name=lambda: "cuda", is_bf16_supported=lambda: True)
     monkeypatch.setattr(distributed, "get_accelerator", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: including_emulation)
     distributed._note_missing_bf16.cache_clear()
-
-
-def test_auto_on_a_gpu_without_bf16_is_fp32_and_says_so_once(old_gpu, capsys):
     assert [distributed.resolve_dtype("auto") for _ in range(2)] == [torch.float32] * 2
     assert capsys.readouterr().out == (
         "--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is faster and "
-        "takes less memory\n")
-
-
-def test_bf16_on_a_gpu_that_only_emulates_it_is_refused(old_gpu):
+        "takes less memory\n")  # once
     with pytest.raises(UserError, match="^--dtype bf16: this accelerator has no bf16; take fp16"):
         distributed.resolve_dtype("bf16")
