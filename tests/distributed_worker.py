@@ -11,8 +11,6 @@ import contextlib
 import gc
 import json
 import math
-import os
-import socket
 import sys
 import time
 import traceback
@@ -27,6 +25,7 @@ from typing import Any
 import torch
 import torch._dynamo  # DeepSpeed would import it in each rank
 from conftest import Small, fill_adapters, hybrid_engine, learn, moved, snapshot
+from programs import fork_ranks
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
@@ -385,22 +384,6 @@ def run_cases() -> None:
     (folder / f"results_{distributed.rank()}.json").write_text(json.dumps(results))
 
 
-def main() -> int:
-    """Start the ranks and wait for them; return the higher exit code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    gc.freeze()  # DeepSpeed collects garbage whenever it builds an engine: not among the libraries
-    ranks = []
-    for rank in "01":
-        child = os.fork()
-        if not child:
-            os.environ.update(RANK=rank, LOCAL_RANK=rank)
-            console.run_main(run_cases)
-        ranks.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    gc.freeze()  # DeepSpeed collects garbage whenever it builds an engine: not among the libraries
+    sys.exit(fork_ranks(lambda: console.run_main(run_cases)))

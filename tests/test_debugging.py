@@ -16,27 +16,18 @@ from typing import Any
 import deepspeed
 import pexpect
 import pytest
-from conftest import save_models
+from programs import BOOTSTRAP, TRAINING, environment
 
 from alpaca_rlhf.training_model import launching, my_deepspeed
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-BOOTSTRAP = REPOSITORY / "alpaca_rlhf" / "training_model" / "my_deepspeed.py"
-STEP3 = REPOSITORY / "alpaca_rlhf" / "training_model" / "step3_rlhf_finetuning"
+STEP3 = TRAINING / "step3_rlhf_finetuning"
 TRAINER = STEP3 / "ppo_trainer.py"
-DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items()
-            if name not in (*DISTRIBUTED, "PYTHONPATH")}
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def line_of(path: Path, text: str) -> int:
-    """The number of the only line that holds `text`."""
+    """Return the number of the only line that contains `text`."""
     [number] = [i for i, line in enumerate(path.read_text().splitlines(), 1) if text in line]
     return number
 
@@ -44,16 +35,15 @@ def line_of(path: Path, text: str) -> int:
 # --- pdb and --debug -----------------------------------------------------------------------------
 
 
-def test_a_breakpoint_that_pdb_sets_in_ppo_trainer_is_hit_under_debug(tmp_path: Path):
-    save_models(tmp_path)
+def test_a_breakpoint_that_pdb_sets_in_ppo_trainer_is_hit_under_debug(small, tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({
         "prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."}) + "\n"
         for i in range(80)))
     words = [
         "-m", "pdb", BOOTSTRAP, "--num_gpus", 1, "--debug", STEP3 / "main.py",
-        "--actor_model_name_or_path", tmp_path / "actor", "--critic_model_name_or_path",
-        tmp_path / "critic", "--data_path", rows, "--data_output_path", tmp_path / "cache",
+        "--actor_model_name_or_path", small.actor, "--critic_model_name_or_path", small.critic,
+        "--data_path", rows, "--data_output_path", tmp_path / "cache",
         "--max_steps", 1, "--max_answer_seq_len", 4, "--eval_prompts", 0,
         "--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4,
     ]

@@ -1,4 +1,4 @@
-"""Two machines: network namespaces joined by a cable, or two names of a local ssh server.
+"""Two hosts: network namespaces joined by a cable, or two names of a local ssh server.
 
     python -m pytest tests/test_multi_node.py -m ""      with the slow ones
 
@@ -21,35 +21,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
-from conftest import save_models
+from deepspeed.launcher import multinode_runner, runner
+from programs import (
+    DISTRIBUTED,
+    REPOSITORY,
+    SLEEPER,
+    TRAINING,
+    WORKER,
+    environment,
+    is_alive,
+    process_numbers,
+    wait_until,
+)
 
 from alpaca_rlhf.training_model import launching, my_deepspeed
+from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-BOOTSTRAP = REPOSITORY / "alpaca_rlhf" / "training_model" / "my_deepspeed.py"
-STEP1 = REPOSITORY / "alpaca_rlhf" / "training_model" / "step1_supervised_finetuning" / "main.py"
+STEP1 = TRAINING / "step1_supervised_finetuning" / "main.py"
 SCRIPTS = REPOSITORY / "scripts" / "multi_node"
-DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STEPS = 5
-
-
-def environment(**changes: str) -> dict[str, str]:
-    decided = (*DISTRIBUTED, "PYTHONPATH", "DS_ACCELERATOR")
-    kept = {name: value for name, value in os.environ.items() if name not in decided}
-    kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"  # scripts say `python`
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-            **changes}
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the scripts run `python`
 
 
 def begin(folder: Path, words: list[Any], **changes: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        list(map(str, words)), cwd=folder, env=environment(**changes), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        list(map(str, words)), cwd=folder, text=True, start_new_session=True,
+        env=environment(**{"PYTHONPATH": None, "PATH": PATH, **changes}),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What processes that must succeed have printed."""
+    """Return the output of processes that must succeed."""
     try:
         said = [process.communicate(timeout=250) for process in processes]
     finally:
@@ -68,27 +73,28 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a data set."""
     folder = tmp_path_factory.mktemp("two hosts")
-    save_models(folder)
     (folder / "rows.jsonl").write_text("".join(json.dumps({
         "prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."}) + "\n"
         for i in range(300)))
     return folder
 
 
-def step1(folder: Path, name: str) -> list[Any]:
-    return [STEP1, "--model_name_or_path", folder / "actor", "--data_path", folder / "rows.jsonl",
+def step1(model: str, folder: Path, name: str) -> list[Any]:
+    return [STEP1, "--model_name_or_path", model, "--data_path", folder / "rows.jsonl",
             "--data_output_path", folder / f"cache of {name}", "--max_steps", STEPS,
             "--learning_rate", "1e-3", "--per_device_train_batch_size", 4, "--max_seq_len", 64,
             "--eval_iters", 1, "--output_dir", folder / name]
 
 
 @pytest.fixture(scope="module")
-def one_host(models: Path) -> list[float]:
-    """The losses of two ranks on one host."""
-    ended([begin(models, [sys.executable, BOOTSTRAP, "--num_gpus", 2, *step1(models, "one host")])])
-    return losses(models / "one host")
+def one_host(small: Any, data: Path) -> list[float]:
+    """Return the losses of two ranks on one host."""
+    ended([begin(data, [sys.executable, programs.__file__, *step1(small.actor, data, "one host")],
+                 PYTHONPATH=str(REPOSITORY))])
+    return losses(data / "one host")
 
 
 # --- two network namespaces, --no_ssh ------------------------------------------------------------
@@ -140,20 +146,20 @@ def cable() -> Iterator[Cable]:
         cable.pull_out()
 
 
-def test_two_hosts_train_step_1_to_the_losses_of_two_ranks_on_one(models, one_host, cable):
-    hostfile = models / "two.hosts"
+def test_two_hosts_train_step_1_to_the_losses_of_two_ranks_on_one(small, data, one_host, cable):
+    hostfile = data / "two.hosts"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in cable.addresses))
     ended([
-        begin(models, cable.on(host, [
+        begin(data, cable.on(host, [
             "bash", SCRIPTS / "no_ssh.sh", hostfile, cable.addresses[0], host,
-            *step1(models, f"host {host}"),  # each host has caches and an output of its own
+            *step1(small.actor, data, f"host {host}"),  # each host has its own caches and output
         ]), GLOO_SOCKET_IFNAME=cable.ends[host])
         for host in (0, 1)
     ])
-    assert losses(models / "host 0") == pytest.approx(one_host, rel=1e-6)
+    assert losses(data / "host 0") == pytest.approx(one_host, rel=1e-6)
     assert len(set(one_host)) == STEPS
     for host in (0, 1):
-        assert list((models / f"cache of host {host}" / "data").iterdir()), "no cache of its own"
+        assert list((data / f"cache of host {host}" / "data").iterdir()), "no cache of its own"
 
 
 # --- two names of a local ssh server -------------------------------------------------------------
@@ -180,25 +186,12 @@ Host node-a node-b
     LogLevel ERROR
 """
 
-# Writes what it sees to <last argument><rank>.json; imports no torch, so that a launch is short.
-WORKER = """
-import json, os, sys
-seen = {"argv": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ)}
-with open(sys.argv[-1] + os.environ["RANK"] + ".json", "w") as file:
-    json.dump(seen, file)
-"""
-SLEEPER = """
-import os, sys, time
-with open(sys.argv[-1] + os.environ["RANK"] + ".pid", "w") as file:
-    file.write(str(os.getpid()))
-time.sleep(120)
-"""
-
-
 @contextlib.contextmanager
 def ssh_server(folder: Path) -> Iterator[str]:
-    """A server of this user on the loopback, with keys of its own; gives the PATH that has an `ssh`
-    which knows it as node-a and as node-b.
+    """Run a server of this user on the loopback, with its own keys.
+
+    Yields:
+        The PATH with an `ssh` that knows the server as node-a and as node-b.
     """
     missing = [name for name in ("ssh", "ssh-keygen", "sshd", "pdsh")
                if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None]
@@ -248,7 +241,7 @@ def ssh_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def on_two_nodes(folder: Path, path: str, words: list[Any], **changes: str) -> Any:
-    """Begin a launch on both."""
+    """Start a launch on both."""
     (folder / "nodes").write_text("node-a slots=1\nnode-b slots=1\n")
     return begin(folder, ["bash", SCRIPTS / "pdsh.sh", "nodes", "--master_addr", "127.0.0.1",
                           *words], PATH=f"{Path(sys.executable).parent}:{path}", **changes)
@@ -262,7 +255,7 @@ WORDS = ["two words", "it's", 'a "b"', "$HOME", "100%h", "*", "a;b", ""]
 def over_ssh(
     ssh_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """What the two workers of a launch from a folder with a space in its name have seen."""
+    """Return what both workers of a launch from a folder with spaces in its name have seen."""
     folder = tmp_path_factory.mktemp("shared folder with spaces")
     (folder / "my scripts").mkdir()
     (folder / "my scripts" / "train it.py").write_text(WORKER)
@@ -305,9 +298,8 @@ def test_over_ssh_ending_the_bootstrap_ends_its_workers_and_no_others(ssh_path, 
     launches = [on_two_nodes(tmp_path, ssh_path, ["sleep.py", name])
                 for name in ("ended", "other")]
     try:
-        files = [tmp_path / f"{name}{rank}.pid" for name in ("ended", "other") for rank in (0, 1)]
-        wait_until(lambda: all(file.exists() and file.read_text() for file in files))
-        first, second, *others = (int(file.read_text()) for file in files)
+        first, second, *others = process_numbers([
+            tmp_path / f"{name}{rank}.pid" for name in ("ended", "other") for rank in (0, 1)])
         launches[0].send_signal(signal.SIGINT)
         launches[0].communicate(timeout=100)
         wait_until(lambda: not is_alive(first) and not is_alive(second))
@@ -320,25 +312,12 @@ def test_over_ssh_ending_the_bootstrap_ends_its_workers_and_no_others(ssh_path, 
             launch.communicate(timeout=100)
 
 
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def wait_until(holds: Any) -> None:
-    deadline = time.monotonic() + 100
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
-def test_over_ssh_step_1_comes_to_the_losses_of_two_ranks_on_one_host(models, one_host, ssh_path):
-    ended([on_two_nodes(models, ssh_path, step1(models, "by ssh"))])
-    assert losses(models / "by ssh") == pytest.approx(one_host, rel=1e-6)
+def test_over_ssh_step_1_comes_to_the_losses_of_two_ranks_on_one_host(
+    small, data, one_host, ssh_path
+):
+    ended([on_two_nodes(data, ssh_path, step1(small.actor, data, "by ssh"))])
+    assert losses(data / "by ssh") == pytest.approx(one_host, rel=1e-6)
 
 
 # --- mpirun and srun -----------------------------------------------------------------------------
@@ -358,7 +337,7 @@ def meet():
 console.run_main(meet)
 """
 
-# Stands in for slurm's: starts the tasks here, numbered as srun numbers them.
+# Starts the tasks here, numbered as slurm's srun numbers them.
 SRUN = f"""#!{sys.executable}
 import os, subprocess, sys
 words = sys.argv[1:]
@@ -374,7 +353,7 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 def meet(folder: Path, words: list[Any], **changes: str) -> None:
-    """Two ranks, started by another launcher, have met, and each saw the words and settings."""
+    """Check that two ranks of another launcher meet, and each sees all words and settings."""
     (folder / "meet here.py").write_text(MEETING)
     ended([begin(folder, ["bash", *words, "meet here.py", *WORDS, "run"], PYTHONPATH="/a, b",
                  **changes)])
@@ -396,16 +375,16 @@ def test_by_openmpi_the_ranks_meet_and_see_every_word(tmp_path):
 
 @pytest.mark.slow
 def test_by_slurm_the_ranks_meet_and_see_every_word(tmp_path):
-    """Slurm itself is not needed: an `srun` that starts tasks here, and notes its options, does."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
+    """An `srun` that starts tasks here and records its options takes the place of slurm."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
     for name, text in (("srun", SRUN), ("sinfo", "#!/bin/sh\n"),
                        ("scontrol", '#!/bin/sh\necho 127.0.0.1\necho "$@" > "$SRUN_LOG.hosts"\n')):
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
     (tmp_path / "alpaca_rlhf").symlink_to(REPOSITORY / "alpaca_rlhf")
     meet(tmp_path, [SCRIPTS / "slurm.sh"],
-         PATH=f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+         PATH=f"{folder}:{PATH}",
          SRUN_LOG=str(tmp_path / "log"), SLURM_JOB_ID="7", SLURM_JOB_NODELIST="host[0]",
          SLURM_NTASKS_PER_NODE="2", SLURM_SUBMIT_DIR=str(tmp_path))
     assert (tmp_path / "log.hosts").read_text() == "show hostnames host[0]\n"
@@ -428,9 +407,7 @@ def test_each_script_shows_how_to_call_it(name):
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Gives what `set_rank` makes of an environment with these variables."""
-    from alpaca_rlhf.utils import distributed
-
+    """Return a function that gives the rank that `set_rank` sets for some variables."""
     kept = {name: value for name, value in os.environ.items()
             if name not in DISTRIBUTED and not name.startswith(("OMPI_", "SLURM_"))}
 
@@ -459,8 +436,6 @@ def test_plain_python_in_a_slurm_job_waits_for_nobody(place):
 
 
 def test_mpirun_without_a_meeting_place_is_one_line(place):
-    from alpaca_rlhf.utils.errors import UserError
-
     with pytest.raises(UserError, match="MASTER_ADDR is not set; start them with my_deepspeed.py"):
         place(**OMPI)
 
@@ -469,8 +444,6 @@ def test_mpirun_without_a_meeting_place_is_one_line(place):
 
 
 def test_several_hosts_take_our_launchers_and_deepspeeds_runner_stays_as_it_is():
-    from deepspeed.launcher import multinode_runner, runner
-
     before = dict(vars(runner))
     ours = launching.runner_for_hosts()
     assert (ours.PDSHRunner, ours.OpenMPIRunner, ours.SlurmRunner) == (
@@ -488,8 +461,6 @@ def test_several_hosts_take_our_launchers_and_deepspeeds_runner_stays_as_it_is()
 def test_a_launcher_that_is_not_installed_is_one_line(
     tmp_path, monkeypatch, launcher, program, package
 ):
-    from deepspeed.launcher import runner
-
     (tmp_path / "nodes").write_text("node-a slots=1\nnode-b slots=1\n")
     monkeypatch.setattr(launching.shutil, "which", lambda name: None)
     words = ["--hostfile", str(tmp_path / "nodes"), "--launcher", launcher, "train.py"]
@@ -511,6 +482,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(
      "--node_rank N (0 to 1, its place in nodes)"),
     (["--hostfile", "broken"],
      "Hostfile contains a bad entry: node-a, unable to proceed with launching"),
+    (["nowhere/main.py"], "no training script nowhere/main.py (seen from {folder})"),
 ])
 def test_what_cannot_be_launched_is_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
@@ -521,4 +493,4 @@ def test_what_cannot_be_launched_is_one_line(tmp_path, monkeypatch, capsys, word
     Path("broken").write_text("node-a\n")
     Path("train.py").touch()
     assert my_deepspeed.main([*words, "train.py"]) == 2
-    assert capsys.readouterr().err == f"my_deepspeed: {message}\n"
+    assert capsys.readouterr() == ("", f"my_deepspeed: {message.format(folder=tmp_path)}\n")

@@ -8,48 +8,30 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from programs import (
+    BOOTSTRAP,
+    REPOSITORY,
+    SLEEPER,
+    WORKER,
+    environment,
+    is_alive,
+    process_numbers,
+)
 
 from alpaca_rlhf.training_model import launching, my_deepspeed
 from alpaca_rlhf.utils import distributed
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPT = REPOSITORY / "alpaca_rlhf" / "training_model" / "my_deepspeed.py"
-
-# Writes what it sees to <last argument><rank>.json; imports no torch, so that a launch is short.
-WORKER = """
-import json, os, sys
-seen = {"argv": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ), "stdin": sys.stdin.read()}
-with open(sys.argv[-1] + os.environ["RANK"] + ".json", "w") as file:
-    json.dump(seen, file)
-sys.stdout.write("printed by the worker\\n")  # one write, which no other worker's can split
-sys.exit(2 if "--fail" in sys.argv else 0)
-"""
-
-SLEEPER = """
-import os, sys, time
-with open(sys.argv[-1] + os.environ["RANK"] + ".pid", "w") as file:
-    file.write(str(os.getpid()))
-time.sleep(120)
-"""
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment without what the bootstrap decides, and without a GPU."""
-    decided = ("OMP_NUM_THREADS", "PYTHONPATH", "DS_ACCELERATOR")
-    kept = {name: value for name, value in os.environ.items() if name not in decided}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", **changes}
 
 
 def start(folder: Path, *arguments: str, **changes: str) -> subprocess.Popen[str]:
     """Start the bootstrap in `folder`, with a line waiting on standard input."""
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=folder, env=environment(**changes), text=True, start_new_session=True,
+        [sys.executable, str(BOOTSTRAP), *arguments],
+        cwd=folder, env=environment(**{"PYTHONPATH": None, "OMP_NUM_THREADS": None, **changes}),
+        text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )
     assert process.stdin is not None
@@ -60,7 +42,7 @@ def start(folder: Path, *arguments: str, **changes: str) -> subprocess.Popen[str
 
 @pytest.fixture(scope="module")
 def two_launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[dict]]]:
-    """Start two launches of two ranks at the same time, of a script with spaces in its path.
+    """Start two launches at the same time, of a script with spaces in its path.
 
     Returns:
         What each launch printed, and what each of its workers saw.
@@ -69,37 +51,44 @@ def two_launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[st
     (folder / "my scripts").mkdir()
     (folder / "my scripts" / "train it.py").write_text(WORKER)
     launches = {
-        run: start(folder, "--num_gpus", "2", "my scripts/train it.py", "--master_port", "mine",
-                   run, PYTHONPATH="/somewhere else")
-        for run in ("first", "second")
+        "two": start(folder, "--num_gpus", "2", "my scripts/train it.py", "--read", "--master_port",
+                     "mine", "two", PYTHONPATH="/somewhere else"),
+        "fails": start(folder, "my scripts/train it.py", "--read", "--fail", "fails",
+                       OMP_NUM_THREADS="7"),
     }
     found = {}
-    for run, launch in launches.items():
+    for name, launch in launches.items():
         stdout, stderr = launch.communicate(timeout=60)
-        assert launch.returncode == 0, stderr
-        found[run] = stdout, [json.loads((folder / f"{run}{i}.json").read_text()) for i in (0, 1)]
-        assert [worker["cwd"] for worker in found[run][1]] == [str(folder)] * 2
+        assert (launch.returncode, stderr) == (2 if name == "fails" else 0, "")
+        files = sorted(folder.glob(f"{name}*.json"))
+        found[name] = stdout, [json.loads(file.read_text()) for file in files]
+        assert {worker["cwd"] for worker in found[name][1]} == {str(folder)}
     return found
 
 
 def test_num_gpus_starts_that_many_ranks_on_a_cpu_each_with_its_share_of_the_cores(two_launches):
+    _, workers = two_launches["two"]
     share = str(max(1, distributed.usable_cores() // 2))
-    for _, workers in two_launches.values():
-        for rank, worker in enumerate(workers):
-            env = worker["env"]
-            assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) == (str(rank),) * 2 + ("2",)
-            assert (env["DS_ACCELERATOR"], env["OMP_NUM_THREADS"]) == ("cpu", share)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS")
+    assert [[worker["env"][name] for name in names] for worker in workers] == [
+        ["0", "0", "2", "cpu", share], ["1", "1", "2", "cpu", share]]
+
+
+def test_without_num_gpus_there_is_one_rank_and_what_the_user_set_stays(two_launches):
+    _, [worker] = two_launches["fails"]
+    assert (worker["env"]["WORLD_SIZE"], worker["env"]["OMP_NUM_THREADS"]) == ("1", "7")
+    assert worker["stdin"] == "typed by the user\n"
 
 
 def test_search_paths_start_with_interpreter_and_repository(two_launches):
-    env = two_launches["first"][1][1]["env"]
+    env = two_launches["two"][1][1]["env"]
     assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert env["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), "/somewhere else"]
 
 
 def test_script_arguments_arrive_unchanged(two_launches):
-    assert two_launches["second"][1][0]["argv"] == [
-        "my scripts/train it.py", "--local_rank=0", "--master_port", "mine", "second"
+    assert two_launches["two"][1][0]["argv"] == [
+        "my scripts/train it.py", "--local_rank=0", "--read", "--master_port", "mine", "two"
     ]
 
 
@@ -111,24 +100,13 @@ def test_two_launches_at_once_use_different_ports(two_launches):
 
 
 def test_console_holds_one_line_of_ours_and_the_workers_own(two_launches):
-    output, (worker, _) = two_launches["first"]
+    output, [worker, _] = two_launches["two"]
     env = worker["env"]
     assert output.splitlines() == [
         "my_deepspeed: my scripts/train it.py: 2 rank(s) on the CPU, "
         f"OMP_NUM_THREADS={env['OMP_NUM_THREADS']}, port {env['MASTER_PORT']}",
         *["printed by the worker"] * 2,
     ]
-
-
-def test_exit_code_of_the_script_comes_out_and_what_the_user_set_stays(tmp_path: Path):
-    (tmp_path / "train.py").write_text(WORKER)
-    launch = start(tmp_path, str(tmp_path / "train.py"), "--fail", "run", OMP_NUM_THREADS="7")
-    _, stderr = launch.communicate(timeout=60)
-    assert (launch.returncode, stderr) == (2, "")
-    seen = json.loads((tmp_path / "run0.json").read_text())
-    assert seen["stdin"] == "typed by the user\n"
-    assert seen["env"]["OMP_NUM_THREADS"] == "7"
-    assert seen["env"]["WORLD_SIZE"] == "1"  # the default without an accelerator
 
 
 def test_a_killed_worker_is_named(monkeypatch, capsys):
@@ -147,27 +125,14 @@ def test_ending_the_bootstrap_ends_every_worker(tmp_path: Path, to_all: bool):
     """By an IDE's stop button, to it alone, or by Ctrl-C on a terminal, to workers and all."""
     (tmp_path / "sleep.py").write_text(SLEEPER)
     launch = start(tmp_path, "--num_gpus", "2", "sleep.py", "run")
-    files = [tmp_path / "run0.pid", tmp_path / "run1.pid"]
-    deadline = time.monotonic() + 60
-    while not all(file.exists() and file.read_text() for file in files):
-        assert time.monotonic() < deadline and launch.poll() is None
-        time.sleep(0.1)
+    workers = process_numbers([tmp_path / "run0.pid", tmp_path / "run1.pid"])
     if to_all:
         os.killpg(launch.pid, signal.SIGINT)
     else:
         launch.send_signal(signal.SIGINT)
     launch.communicate(timeout=60)
     assert launch.returncode == 130
-    for file in files:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(file.read_text()), 0)
-
-
-def test_a_script_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path):
-    launch = start(tmp_path, "--num_gpus", "2", "nowhere/main.py", "--seed", "1")
-    stdout, stderr = launch.communicate(timeout=60)
-    assert (launch.returncode, stdout) == (2, "")
-    assert stderr == f"my_deepspeed: no training script nowhere/main.py (seen from {tmp_path})\n"
+    assert not any(map(is_alive, workers))
 
 
 def test_a_taken_port_is_replaced_and_a_free_one_kept():
