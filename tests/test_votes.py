@@ -44,14 +44,17 @@ def test_votes_of_earlier_sessions_count(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"prompt": [', b'{"prompt": []}', b"x" * 200_000])
-def test_an_incomplete_last_line_is_removed_at_the_start_and_before_a_vote(tmp_path, torn):
+def test_an_incomplete_last_line_is_removed_at_the_start_and_before_a_vote(
+    tmp_path, torn, capsys
+):
     path = tmp_path / "votes.jsonl"
     VoteFile(path).add(PROMPT, GOOD, BAD)
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     votes = VoteFile(path)
     assert path.read_bytes() == whole
-    assert votes.notes == [f"{path}: removed an incomplete last line of {len(torn)} bytes"]
+    line = f"{path}: removed an incomplete last line of {len(torn)} bytes\n"
+    assert capsys.readouterr().out == line
     path.write_bytes(whole + torn)
     votes.add(PROMPT, BAD, GOOD)
     assert len(load([str(path)]).train) == 2

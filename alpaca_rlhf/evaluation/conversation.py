@@ -34,12 +34,7 @@ def cleaned(text: str) -> str:
 
 @dataclass
 class Conversation:
-    """The turns of a dialogue, and the system message before them.
-
-    Attributes:
-        system: "" for none.
-        turns: alternating between user and assistant.
-    """
+    """The turns of a dialogue, and the system message before them ("" for none)."""
 
     system: str = ""
     turns: list[Message] = field(default_factory=list)
@@ -83,13 +78,8 @@ def fit_context(
     """Tokenize as much of a dialogue as fits the context, and count the turns left out.
 
     The oldest turns are left out first, a user turn with all that follows it up to the next one;
-    the system message and the last user turn stay.
-
-    Args:
-        chat: the tokenizer and its template.
-        messages: the last one is the user's.
-        context: maximum number of tokens of prompt and response together.
-        max_new_tokens: tokens to keep free for the response.
+    the system message and the last turn, the user's, stay. `max_new_tokens` of the `context` are
+    kept free for the response.
 
     Raises:
         UserError: the last turn alone does not fit, or the template refuses the dialogue.

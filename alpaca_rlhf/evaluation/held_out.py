@@ -4,7 +4,6 @@ The split of a run is repeated from what the run recorded with its model (data s
 languages), so a fair evaluation needs no flags; flags override the record.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,23 +21,19 @@ from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
 from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import Message
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.run.run_folder import read_json
+
+_NO_RECORD = "remove the record of the model's data, and give --data_path and --seed"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples to measure on.
-
-    Attributes:
-        samples: in an order fixed by the seed.
-        embedded: all of them are from the embedded data set, which has a gold rule.
-        seed: of the split.
-        description: their number and origin, in one line.
-    """
+    """Samples to measure on, in an order fixed by the seed of the split."""
 
     samples: list[Sample]
-    embedded: bool
+    embedded: bool  # all are from the embedded data set, which has a gold rule
     seed: int
-    description: str
+    description: str  # number and origin of the samples, in one line
 
 
 def choose(config: HeldOutConfig, models: Sequence[str], pairs: bool) -> HeldOut:
@@ -54,7 +49,8 @@ def choose(config: HeldOutConfig, models: Sequence[str], pairs: bool) -> HeldOut
         UserError: the data cannot be read, or none of it can be used.
     """
     folders = [folder for path in models if (folder := record_folder(path)) is not None]
-    config = _resolved(config, _record(folders[0]) if folders else {})
+    record = read_json(folders[0] / splitting.RECORD_FILE, _NO_RECORD) if folders else {}
+    config = _resolved(config, record)
     split = Split(3, config.shares, config.seed, tuple(config.lang))
     sources = open_sources(config.data_path)
     kept: dict[str, Sample] = {}
@@ -96,14 +92,6 @@ def record_folder(path: str) -> Path | None:
     return next((p for p in around if (p / splitting.RECORD_FILE).is_file()), None)
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / splitting.RECORD_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / splitting.RECORD_FILE}: is broken; remove it, and give "
-                        "--data_path and --seed") from error
-
-
 def _resolved(config: HeldOutConfig, record: dict[str, Any]) -> HeldOutConfig:
     """Fill in what was not given: from a model's record, else the defaults of the steps."""
     recorded = ",".join(map(str, record.get("shares", []))) or SourcesConfig.data_split
@@ -126,7 +114,6 @@ def _nothing(sources: Sequence[Source], part: str, pairs: bool) -> str:
 
 
 def _leaks(folder: Path, samples: Sequence[Sample], split: Split) -> list[str]:
-    """Return one line for each way in which the model in `folder` has seen the samples."""
     report = {"split": {"seed": split.seed, "shares": list(split.shares)}}
     digests = [
         int.from_bytes(splitting.digest(sample.prompt_key()), "big", signed=True)

@@ -53,19 +53,13 @@ def run(
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A pair with its scores and lengths in tokens.
-
-    Attributes:
-        chosen, rejected: scores.
-        chosen_length, rejected_length: length of each response, before truncation.
-        length: of the longer sequence that was scored, prompt and response.
-    """
+    """Scores of a pair, and lengths in tokens."""
 
     chosen: float
     rejected: float
-    chosen_length: int
+    chosen_length: int  # of the response, before truncation
     rejected_length: int
-    length: int
+    length: int  # of the longer sequence that was scored, prompt and response
 
 
 def score_pairs(scorer: Scorer, samples: Sequence[Sample], max_seq_len: int) -> list[ScoredPair]:
@@ -92,12 +86,7 @@ def score_pairs(scorer: Scorer, samples: Sequence[Sample], max_seq_len: int) -> 
 
 
 def measure(pairs: Sequence[ScoredPair], seed: int) -> Results:
-    """Compute all figures of a reward model on pairs; docs/evaluation.md defines each.
-
-    Args:
-        pairs: at least one.
-        seed: of the bootstrap.
-    """
+    """Compute all figures of a reward model on pairs, defined in docs/evaluation.md."""
     chosen, rejected, chosen_length, rejected_length, length = np.array(
         [(pair.chosen, pair.rejected, pair.chosen_length, pair.rejected_length, pair.length)
          for pair in pairs], dtype=np.float64,
@@ -173,16 +162,9 @@ def _cells(accuracy: Results) -> list[str]:
 def best_of_n(
     policy: Policy, scorer: Scorer, chosen: HeldOut, sampling: SamplingConfig, max_prompts: int
 ) -> list[Results]:
-    """Measure the best-scored of n responses, by the reward model and by the gold rule.
+    """Measure the best-scored of n responses by score and gold rule, for n = 1, 2, 4, ….
 
-    Args:
-        policy, scorer: generate and score.
-        chosen: samples with the prompts.
-        sampling: `num_generations` is the largest n.
-        max_prompts: 0 is no limit.
-
-    Returns:
-        One record for each power of two up to the largest n.
+    The largest n is at most `sampling.num_generations`; `max_prompts` 0 is no limit.
     """
     dialogues = list({sample.prompt_key(): sample.messages for sample in chosen.samples}.values())
     dialogues = dialogues[: max_prompts or None]

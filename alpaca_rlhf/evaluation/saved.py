@@ -10,6 +10,7 @@ tokenizer is the adapter's own, or that of the folder around it (`OUT/adapter` i
 base model's.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,11 +71,10 @@ class Response:
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal LM in evaluation mode, with what generation needs.
+    """A causal LM in evaluation mode on this process's device.
 
     Attributes:
         name: the path it was opened by.
-        model: on this process's device.
         chat: its tokenizer and the chat template it was trained with.
         context: maximum number of tokens of prompt and response together.
         eos_ids: tokens that end a response.
@@ -106,17 +106,11 @@ class Policy:
         self, dialogues: Sequence[Dialogue], sampling: SamplingConfig, seed: int,
         max_prompt_tokens: int | None = None, slots: int = 32,
     ) -> list[list[Response]]:
-        """Generate `num_generations` responses to each dialogue, fixed by the seed.
+        """Generate `num_generations` responses to each dialogue, whose last turn is the user's.
 
-        Two policies draw with the same random numbers, so equal policies give equal responses.
-
-        Args:
-            dialogues: the last turn of each is the user's.
-            sampling: parameters; see `resolve`.
-            seed: of the random numbers.
-            max_prompt_tokens: keep the last tokens of a longer prompt, as step 3 does; None leaves
-                out the oldest turns, as the chats do.
-            slots: maximum number of responses that are decoded together.
+        The seed fixes the random numbers, so equal policies give equal responses. Of a dialogue
+        that is too long the oldest turns are left out, as in the chats; with `max_prompt_tokens` a
+        prompt is cut to its last tokens, as in step 3. At most `slots` are decoded together.
 
         Raises:
             UserError: a dialogue does not fit, or the chat template refuses it.
@@ -127,12 +121,12 @@ class Policy:
         for number, messages in enumerate(dialogues, 1):
             try:
                 if max_prompt_tokens is None:
-                    ids, _ = self.prompt_ids(messages, sampling.max_new_tokens)
+                    prompts.append(self.prompt_ids(messages, sampling.max_new_tokens)[0])
                 else:
-                    ids = self.chat.prompt_ids(messages)[-min(max_prompt_tokens, limit) :]
+                    cut = min(max_prompt_tokens, limit)
+                    prompts.append(self.chat.prompt_ids(messages)[-cut:])
             except UserError as error:
                 raise UserError(f"{self.name}, prompt {number}: {error}") from None
-            prompts.append(ids)
         device = distributed.device()
         rollout = Decoder(self.model, slots).generate(
             PromptBatch(*pad(prompts, self.chat.pad_id, left=True)).to(device), sampling,
@@ -140,24 +134,14 @@ class Policy:
             torch.Generator(device=device).manual_seed(seed),
         )
         lengths = rollout.response_mask.sum(-1).tolist()
-        made = [self._response(row[:length])
-                for row, length in zip(rollout.responses.tolist(), lengths, strict=True)]
-        n = sampling.num_generations
-        return [made[start : start + n] for start in range(0, len(made), n)]
-
-    def _response(self, ids: list[int]) -> Response:
-        return Response(self.chat.decode(ids), ids, ids[-1] in self.eos_ids)
+        ids = [row[:n] for row, n in zip(rollout.responses.tolist(), lengths, strict=True)]
+        made = iter(Response(self.chat.decode(row), row, row[-1] in self.eos_ids) for row in ids)
+        return [[next(made) for _ in range(sampling.num_generations)] for _ in dialogues]
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reward model in evaluation mode.
-
-    Attributes:
-        model: computes a value for every token.
-        chat: its tokenizer and the chat template it was trained with.
-        context: maximum number of tokens of prompt and response together.
-    """
+    """A reward model in evaluation mode on this process's device; attributes as of `Policy`."""
 
     model: TokenScorer
     chat: ChatFormat
@@ -168,8 +152,7 @@ class Scorer:
     ) -> list[list[float]]:
         """Score the responses to each dialogue, whichever tokenizer they were generated with.
 
-        As in step 3 a response that was cut off has no eos. Of a dialogue that is too long the end
-        is used.
+        As in step 3 a response that was cut has no eos; of a long dialogue the end is used.
         """
         rows = []
         for messages, some in zip(dialogues, responses, strict=True):
@@ -185,14 +168,13 @@ class Scorer:
         """Score whole sequences, prompt and response; those of similar length go together."""
         found = [0.0] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        device = distributed.device()
         while order:
             size = max(1, _TOKENS_PER_BATCH // max(1, len(rows[order[0]])))
             batch, order = order[:size], order[size:]
-            ids, mask = pad([rows[i] for i in batch], self.chat.pad_id)
-            values = scores(self.model, ids.to(device), mask.to(device)).tolist()
-            for i, value in zip(batch, values, strict=True):
-                found[i] = value
+            padded = pad([rows[i] for i in batch], self.chat.pad_id)
+            ids, mask = (part.to(distributed.device()) for part in padded)
+            for i, score in zip(batch, scores(self.model, ids, mask).tolist(), strict=True):
+                found[i] = score
         return found
 
 
@@ -221,7 +203,9 @@ def open_scorer(path: str, loading: LoadingConfig) -> Scorer:
 
 def _open(path: str, loading: LoadingConfig, scorer: bool) -> tuple[PreTrainedModel, ChatFormat]:
     preflight.require_cached(path)
-    config = _adapter_config(path)
+    config = None
+    with contextlib.suppress(OSError, ValueError):  # there is nothing: loading raises the error
+        config = find_adapter_config_file(path)
     if config is None:
         base = tokenizer_path = path
         right_kind = is_reward_model(RoleConfig(model_name_or_path=path), loading) == scorer
@@ -244,20 +228,8 @@ def _open(path: str, loading: LoadingConfig, scorer: bool) -> tuple[PreTrainedMo
     return model.to(distributed.device()).eval(), ChatFormat(tokenizer)
 
 
-def _adapter_config(path: str) -> str | None:
-    """Return the path of an adapter's configuration; None for anything else."""
-    try:
-        return find_adapter_config_file(path)
-    except (OSError, ValueError):  # no such folder and no such model: loading it raises the error
-        return None
-
-
 def _base_model(path: str, adapter: dict[str, Any]) -> str:
-    """Return the base model of an adapter; a relative folder may be in any folder around it.
-
-    Raises:
-        UserError: the adapter names none, or a folder that does not exist.
-    """
+    """Return the base model of an adapter; a relative path may be in any folder around it."""
     base = adapter.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path}: the adapter does not name its base model; set "
@@ -273,7 +245,7 @@ def _base_model(path: str, adapter: dict[str, Any]) -> str:
 
 
 def _tokenizer_path(path: str, base: str) -> str:
-    """Find an adapter's tokenizer: beside it, in the folder around it, or with its base model."""
+    """Return the path of an adapter's tokenizer; see the top of this module."""
     beside = [Path(path), Path(path).absolute().parent]
     if not Path(path).exists():
         beside = [Path(snapshot_download(path, ignore_patterns=_WEIGHTS))]

@@ -9,7 +9,7 @@ from typing import Any
 
 from alpaca_rlhf.evaluation.conversation import cleaned, printable
 from alpaca_rlhf.evaluation.results import write_output
-from alpaca_rlhf.evaluation.saved import Policy, Scorer, open_policy, open_scorer, short_names
+from alpaca_rlhf.evaluation.saved import open_policy, open_scorer, short_names
 from alpaca_rlhf.utils.configs import LoadingConfig, PromptEvalConfig, SamplingConfig
 from alpaca_rlhf.utils.console import say, table
 from alpaca_rlhf.utils.data.formats import instruction_turns
@@ -29,19 +29,21 @@ def run(config: PromptEvalConfig, *, sampling: SamplingConfig, loading: LoadingC
         UserError: a model or the prompts cannot be used.
     """
     prompts = read_prompts(config)
-    names = short_names(config.path)
     sampling = replace(sampling, num_generations=config.replies)
     scorer = open_scorer(config.reward_model, loading) if config.reward_model else None
+    names = short_names(config.path)
     records: list[list[Record]] = [[] for _ in prompts]
     for name, path in zip(names, config.path, strict=True):
         policy = open_policy(path, loading)
-        for collected, new in zip(
-            records, respond(policy, prompts, sampling, config.seed, scorer), strict=True
-        ):
-            collected += [{"model": name, "path": path, **record} for record in new]
+        responses = policy.respond(prompts, sampling, config.seed)
+        scores = scorer.rate(prompts, responses) if scorer else None
+        for i, some in enumerate(responses):
+            for j, response in enumerate(some):
+                record = {"model": name, "path": path, **response.record()}
+                records[i].append(record if scores is None else {**record, "score": scores[i][j]})
         del policy  # only one model is in memory at a time
-    for number, (messages, responses) in enumerate(zip(prompts, records, strict=True), 1):
-        say(shown(number, messages, responses))
+    for number, (messages, answers) in enumerate(zip(prompts, records, strict=True), 1):
+        say(shown(number, messages, answers))
     say(totals(names, records))
     lines = markdown if (config.output or "").endswith(".md") else jsonl
     write_output(config.output, "".join(lines(prompts, records)))
@@ -112,20 +114,6 @@ def messages_in(row: dict[str, Any]) -> list[Message]:
 
 
 # --- responses -----------------------------------------------------------------------------------
-
-
-def respond(
-    policy: Policy, prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int,
-    scorer: Scorer | None,
-) -> list[list[Record]]:
-    """Generate a model's responses to each prompt, and score them."""
-    responses = policy.respond(prompts, sampling, seed)
-    records = [[response.record() for response in some] for some in responses]
-    if scorer is not None:
-        for some, scores in zip(records, scorer.rate(prompts, responses), strict=True):
-            for record, score in zip(some, scores, strict=True):
-                record["score"] = score
-    return records
 
 
 def shown(number: int, messages: Sequence[Message], responses: Sequence[Record]) -> str:

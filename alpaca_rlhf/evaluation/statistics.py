@@ -1,8 +1,4 @@
-"""Figures of merit of evaluations, and how sure one may be of them: numbers in, numbers out.
-
-A share of cases comes with Wilson's interval; whatever else is measured over prompts or pairs comes
-with a bootstrap interval over them. All intervals are of 95 %.
-"""
+"""Statistics of evaluations, with 95 % intervals: Wilson's for shares, a bootstrap for the rest."""
 
 import math
 from collections.abc import Callable
@@ -12,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-RESAMPLES = 1000
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (E. B. Wilson, 1927); half a success is a tie."""
+    """Return the confidence interval of a share (E. B. Wilson, 1927); half a success is a tie."""
     share, spread = successes / trials, z * z / trials
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
@@ -24,21 +19,18 @@ def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[flo
 
 
 def bootstrap_interval(
-    rows: Array, statistic: Callable[[Array], float], seed: int = 0, resamples: int = RESAMPLES
+    rows: Array, statistic: Callable[[Array], float], seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of a statistic over resampled rows (B. Efron, 1979).
+    """Return the percentile interval of a statistic over 1,000 resamples (B. Efron, 1979).
 
     Args:
-        rows: [N] or [N, ...]; what was measured on each prompt or pair.
-        statistic: rows [N, ...] -> number; resamples for which it is not finite are left out.
+        rows: [N] or [N, ...], the measurement of each prompt or pair.
+        statistic: rows [N, ...] -> number; resamples with a non-finite one are left out, and both
+            limits are nan where all are.
         seed: of the resampling.
-        resamples: how many.
-
-    Returns:
-        Low and high; both nan where no resample has a finite statistic.
     """
     generator = np.random.default_rng(seed)
-    drawn = (rows[generator.integers(0, len(rows), len(rows))] for _ in range(resamples))
+    drawn = (rows[generator.integers(0, len(rows), len(rows))] for _ in range(1000))
     found = np.array([statistic(sample) for sample in drawn])
     found = found[np.isfinite(found)]
     if not len(found):
@@ -73,19 +65,16 @@ def accuracy(correct: Array) -> Accuracy:
 def accuracy_by_length(
     correct: Array, tokens: Array, buckets: int = 4
 ) -> dict[tuple[int, int], Accuracy]:
-    """Return the accuracy over pairs of similar length, shortest first.
+    """Return the accuracy over pairs of similar length: {(shortest, longest): accuracy}.
 
-    The length of a pair is the token count of its longer sequence as the reward model reads it:
-    prompt and response, after truncation. Bucket edges are quantiles, so that buckets hold similar
-    numbers of pairs; pairs of one length always share a bucket.
+    Bucket edges are quantiles, so that buckets hold similar numbers of pairs; pairs of one length
+    always share a bucket, and no bucket is empty.
 
     Args:
         correct: [N], 1 where a pair is in order, else 0.
-        tokens: [N], length of each pair.
+        tokens: [N], length of the longer sequence of each pair as the reward model reads it: prompt
+            and response, after truncation.
         buckets: at most this many.
-
-    Returns:
-        (shortest, longest) length in a bucket -> its accuracy; no bucket is empty.
     """
     if not len(tokens):
         return {}
@@ -125,12 +114,11 @@ def calibration(margins: Array, bins: int = 10) -> tuple[float, list[Bin]]:
     The confidence in a pair is sigmoid(|margin|), the probability that a Bradley-Terry model gives
     to the response it scores higher; a pair is in order where the margin is positive.
 
+    The error is the sum over bins of count / N * |accuracy - confidence|.
+
     Args:
         margins: [N], score of the chosen response minus score of the rejected one.
         bins: number of bins of equal width, from confidence 0.5 to 1.
-
-    Returns:
-        sum over bins of count / N * |accuracy - confidence|, and the bins that are not empty.
     """
     confidence, correct = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
     edges = np.linspace(0.5, 1.0, bins + 1)
@@ -146,36 +134,31 @@ def calibration(margins: Array, bins: int = 10) -> tuple[float, list[Bin]]:
 
 
 def pearson(pairs: Array) -> float:
-    """Correlation of two columns [N, 2]; nan where one of them does not vary."""
+    """Return the correlation of two columns [N, 2]; nan where one of them is constant."""
     deviations = pairs - pairs.mean(0)
     scale = math.sqrt(float((deviations[:, 0] ** 2).sum() * (deviations[:, 1] ** 2).sum()))
     return float((deviations[:, 0] * deviations[:, 1]).sum()) / scale if scale > 0 else math.nan
 
 
 def spearman(pairs: Array) -> float:
-    """Correlation of the ranks of two columns [N, 2]; equal values share their mean rank."""
-    return pearson(np.stack([_ranks(column) for column in pairs.T], axis=1))
+    """Return the correlation of the ranks of two columns [N, 2]; ties share their mean rank."""
+    def ranks(values: Array) -> Array:
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[place]
 
-
-def _ranks(values: Array) -> Array:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return (last - (counts - 1) / 2)[place]
+    return pearson(np.stack([ranks(column) for column in pairs.T], axis=1))
 
 
 def best_of_n(scores: Array, values: Array, n: int) -> Array:
-    """What the best-scored of n replies is worth, in the mean over all choices of n of the N drawn.
+    """Return the value [P] of the best-scored of n responses, averaged over all choices of n of N.
 
-    The i-th lowest of N scores is the highest of C(i - 1, n - 1) of the C(N, n) subsets (the
-    estimator of Nakano et al. 2021, appendix I, without its variance).
+    The i-th lowest of N scores is the highest in C(i - 1, n - 1) of the C(N, n) subsets (the
+    estimator of Nakano et al. 2021, appendix I).
 
     Args:
         scores: [P, N], by which the best is chosen.
-        values: [P, N], what a reply is worth; the scores themselves, or another judge's.
+        values: [P, N], the scores themselves or those of another judge.
         n: from 1 to N.
-
-    Returns:
-        [P].
     """
     count = scores.shape[1]
     weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
@@ -184,21 +167,21 @@ def best_of_n(scores: Array, values: Array, n: int) -> Array:
 
 
 def length_controlled_rate(outcomes: Array, longer_by: Array) -> float:
-    """The win rate that would be if both sides' replies were equally long.
+    """Return the win rate at equal length (after Dubois et al. 2024, Length-Controlled AlpacaEval).
 
-    A logistic regression of the outcome on tanh(difference of lengths / its deviation), read off at
-    difference 0 (the length term of Dubois et al. 2024, "Length-Controlled AlpacaEval"). A ridge of
-    0.01 on the length's weight keeps it finite where length alone decides.
+    It is the prediction of a logistic regression of the outcome on tanh(length difference / its
+    standard deviation) at difference 0. A ridge of 0.01 keeps the weight of the length finite where
+    length alone decides.
 
     Args:
         outcomes: [N], 1 for a win, 0.5 for a tie, 0 for a loss.
-        longer_by: [N], tokens by which the reply is longer than the other side's.
+        longer_by: [N], tokens by which the response is longer than the other side's.
     """
     spread = float(longer_by.std()) or 1.0
     design = np.stack([np.ones(len(outcomes)), np.tanh(longer_by / spread)], axis=1)
     ridge = np.diag([1e-6, 0.01])
     weights = np.zeros(2)
-    for _ in range(50):  # Newton's steps; a handful is enough
+    for _ in range(50):  # Newton's method; it converges in a few steps
         chance = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
         slope = design.T @ (outcomes - chance) - ridge @ weights
         curve = (design * (chance * (1 - chance))[:, None]).T @ design + ridge

@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -27,20 +28,13 @@ _INCOMPLETE = "\ufffd"  # the tokenizer's text for bytes of a character whose re
 
 @dataclass(frozen=True)
 class End:
-    """The last piece of a response.
+    """The last piece of a response."""
 
-    Attributes:
-        reason: "stop" (at eos or a stop string), "length" (at the maximum length) or "cancelled".
-        prompt_tokens, response_tokens: token counts.
-        dropped_turns: turns of the dialogue that did not fit the context.
-        text: the whole response.
-    """
-
-    reason: str
+    reason: Literal["stop", "length", "cancelled"]  # stop: at eos or a stop string
     prompt_tokens: int
     response_tokens: int
-    dropped_turns: int
-    text: str
+    dropped_turns: int  # of the dialogue, which did not fit the context
+    text: str  # the whole response
 
 
 Piece = str | End | Exception
@@ -48,25 +42,15 @@ Piece = str | End | Exception
 
 @dataclass(eq=False)
 class Job:
-    """A response that was asked for.
-
-    Attributes:
-        prompt: token ids.
-        dropped_turns: turns of the dialogue that did not fit the context.
-        sampling: sampling parameters.
-        seed: of its random numbers.
-        stop: strings before which the text ends.
-        deliver: receives pieces of text, and last an `End` or an exception.
-        text: what was delivered so far.
-    """
+    """A response that was asked for; see `ChatModel.submit`."""
 
     prompt: list[int]
-    dropped_turns: int
+    dropped_turns: int  # of the dialogue, which did not fit the context
     sampling: SamplingConfig
     seed: int
     stop: Sequence[str]
     deliver: Callable[[Piece], None]
-    text: str = ""
+    text: str = ""  # delivered so far
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -94,12 +78,13 @@ class ChatModel:
         self, messages: Sequence[Message], sampling: SamplingConfig,
         deliver: Callable[[Piece], None], seed: int | None = None, stop: Sequence[str] = (),
     ) -> Job:
-        """Queue a response; `deliver` is called in the model's thread.
+        """Queue a response to a dialogue whose last turn is the user's.
 
         Args:
-            messages: the dialogue; the last turn is the user's.
+            messages: the dialogue.
             sampling: parameters; `num_generations` is ignored.
-            deliver: receives pieces of text, and last an `End` or an exception.
+            deliver: called in the model's thread with pieces of text, and last with an `End` or an
+                exception.
             seed: of the random numbers; None for another one each time.
             stop: strings before which the text ends.
 
@@ -215,10 +200,11 @@ class ChatModel:
         return bool(found)
 
     def _end(self, job: Job, response: Response, stopped: bool) -> End:
-        reason = "cancelled" if job.cancelled.is_set() else "length"
-        if stopped or (response.tokens and response.tokens[-1] in self.policy.eos_ids):
-            reason = "stop"
+        at_eos = bool(response.tokens) and response.tokens[-1] in self.policy.eos_ids
+        unfinished: Literal["cancelled", "length"] = (
+            "cancelled" if job.cancelled.is_set() else "length")
         return End(
-            reason=reason, prompt_tokens=len(job.prompt), response_tokens=len(response.tokens),
+            reason="stop" if stopped or at_eos else unfinished,
+            prompt_tokens=len(job.prompt), response_tokens=len(response.tokens),
             dropped_turns=job.dropped_turns, text=job.text,
         )

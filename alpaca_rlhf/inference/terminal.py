@@ -38,16 +38,7 @@ def read_message() -> str:
 
 
 class Session:
-    """A dialogue in the terminal and its settings.
-
-    Args:
-        model: generates the responses.
-        chat: system message and seed to start with.
-        sampling: sampling parameters to start with.
-
-    Attributes:
-        running: until /quit.
-    """
+    """A dialogue in the terminal and its settings; `running` until /quit."""
 
     def __init__(self, model: ChatModel, chat: ChatConfig, sampling: SamplingConfig) -> None:
         self._model, self._sampling, self._seed = model, sampling, chat.seed

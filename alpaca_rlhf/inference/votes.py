@@ -18,6 +18,7 @@ from typing import Any
 import filelock
 
 from alpaca_rlhf.evaluation.statistics import wilson_interval
+from alpaca_rlhf.utils.console import say
 from alpaca_rlhf.utils.data.tokenizer import Message
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.run.run_folder import sync_folder
@@ -33,13 +34,13 @@ class Candidate:
     response: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
     """Votes between two models, as seen from the first."""
 
-    wins: int = 0
-    ties: int = 0
-    losses: int = 0
+    wins: int
+    ties: int
+    losses: int
 
     @property
     def votes(self) -> int:
@@ -63,16 +64,12 @@ class VoteFile:
     Args:
         path: created if it does not exist.
 
-    Attributes:
-        notes: repairs made to the file, for the console.
-
     Raises:
         UserError: the file cannot be read or written, or holds something other than votes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.notes: list[str] = []
         self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +92,8 @@ class VoteFile:
             "models": [better.model, worse.model],
             "tie": tie,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **({"replies": [better.response, worse.response]} if tie else {}),
         }
-        if tie:
-            row["replies"] = [better.response, worse.response]
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         with self._lock, FileIO(self.path, "a+") as file:
             self._repaired(file)
@@ -109,16 +105,9 @@ class VoteFile:
 
     def tally(self, first: str, second: str) -> Tally:
         """Count the votes between two models."""
-        tally = Tally()
-        for row in self._rows:
-            if sorted(row["models"]) == sorted([first, second]):
-                if row["tie"]:
-                    tally.ties += 1
-                elif row["models"][0] == first:
-                    tally.wins += 1
-                else:
-                    tally.losses += 1
-        return tally
+        outcomes = [None if row["tie"] else row["models"][0] == first for row in self._rows
+                    if sorted(row["models"]) == sorted([first, second])]
+        return Tally(outcomes.count(True), outcomes.count(None), outcomes.count(False))
 
     def _repaired(self, file: FileIO) -> bytes:
         """Remove an incomplete last line; return the content."""
@@ -127,8 +116,7 @@ class VoteFile:
         end = content.rfind(b"\n") + 1
         if end < len(content):
             file.truncate(end)
-            self.notes.append(
-                f"{self.path}: removed an incomplete last line of {len(content) - end} bytes")
+            say(f"{self.path}: removed an incomplete last line of {len(content) - end} bytes")
         return content[:end]
 
     def _parse(self, content: bytes) -> list[dict[str, Any]]:

@@ -37,8 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with server.listen(args.server.host, args.server.port) as found:  # fails at once if it is taken
         port = found.getsockname()[1]
     votes = VoteFile(Path(args.chat.votes)) if args.chat.arena else None
-    for note in votes.notes if votes else []:
-        console.say(note)
     policies = [open_policy(path, args.loading) for path in args.server.path]
     narrowest = min(policies, key=lambda policy: policy.context)
     site = Site(

@@ -41,21 +41,13 @@ def launch(site: "Site", host: str, port: int, share: bool = False, wait: bool =
 
 @dataclass
 class Visit:
-    """The state of one visitor.
+    """The state of one visitor."""
 
-    Attributes:
-        conversations: one for each side.
-        models: index of the model on each side.
-        unvoted: in the arena, the prompt whose responses await a vote.
-        better: side of the last vote; both sides continue with its response.
-        jobs: responses that are being generated.
-    """
-
-    conversations: list[Conversation]
-    models: list[int]
-    unvoted: list[Message] = field(default_factory=list)
-    better: int | None = None
-    jobs: list[Job] = field(default_factory=list)
+    conversations: list[Conversation]  # of each side
+    models: list[int]  # index of the model on each side
+    unvoted: list[Message] = field(default_factory=list)  # prompt whose responses await a vote
+    better: int | None = None  # side of the last vote; both continue with its response
+    jobs: list[Job] = field(default_factory=list)  # responses that are being generated
 
     def stop(self) -> None:
         """End the responses where they are."""
@@ -77,15 +69,7 @@ class Visit:
 
 
 class Site:
-    """The page and what its buttons do.
-
-    Args:
-        names: of the models, for people.
-        models: one or two.
-        sampling: parameters to start with.
-        system: message before every dialogue.
-        votes: file of the votes; makes the page an arena.
-    """
+    """The page with one or two models, and what its buttons do; with `votes` it is an arena."""
 
     def __init__(
         self, names: list[str], models: list[ChatModel], sampling: SamplingConfig,
@@ -103,11 +87,7 @@ class Site:
     def respond(
         self, text: str, visit: Visit | None, temperature: float, top_p: float, new_tokens: float
     ) -> Iterator[tuple]:
-        """Stream the response of each side.
-
-        Yields:
-            The text box, the visit, a notice, and the turns of each side.
-        """
+        """Yield the text box, the visit, a notice, and the turns of each side as they grow."""
         visit = visit or self._visit()
         if visit.jobs or visit.unvoted:
             notice = ("Still generating." if visit.jobs
@@ -116,7 +96,7 @@ class Site:
             return
         if self._votes is not None:
             visit.next_round()
-        pieces: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         before = [conversation.turns for conversation in visit.conversations]
         sampling = replace(self._sampling, temperature=temperature, top_p=top_p,
                            max_new_tokens=int(new_tokens))
@@ -124,7 +104,7 @@ class Site:
             prompts = [one.with_prompt(text or "") for one in visit.conversations]
             for side, messages in enumerate(prompts):
                 model = self._models[visit.models[side]]
-                visit.jobs.append(model.submit(messages, sampling, partial(_put, pieces, side)))
+                visit.jobs.append(model.submit(messages, sampling, pieces.put))
                 visit.conversations[side].store(messages, "")
             visit.unvoted = prompts[0] if self._votes is not None else []
             yield ("", visit, "…", *visit.shown())
@@ -139,31 +119,25 @@ class Site:
             visit.stop()
             visit.jobs = []
 
-    def _follow(
-        self, visit: Visit, pieces: "queue.SimpleQueue[tuple[int, Piece]]"
-    ) -> Iterator[tuple]:
-        """Add pieces to the dialogues as they come, until every side has ended."""
+    def _follow(self, visit: Visit, pieces: "queue.SimpleQueue[Piece]") -> Iterator[tuple]:
+        """Show the text of all sides whenever a piece has arrived, until every side has ended."""
         running = len(visit.jobs)
         while running:
             arrived = [pieces.get()]
             while not pieces.empty():
                 arrived.append(pieces.get())
-            for side, piece in arrived:
+            for piece in arrived:
                 if isinstance(piece, Exception):
                     raise UserError(f"the model failed: {type(piece).__name__}: {piece}")
-                if isinstance(piece, End):
-                    running -= 1
-                else:
-                    visit.conversations[side].turns[-1]["content"] += piece
+                running -= isinstance(piece, End)
+            for conversation, job in zip(visit.conversations, visit.jobs, strict=True):
+                conversation.turns[-1]["content"] = job.text
             yield ("", visit, "…", *visit.shown())
 
     def vote(self, side: int | None, visit: Visit | None) -> tuple:
-        """Record a vote for a side, and reveal the names.
+        """Record a vote for a side, and return the visit, a notice with the names, and the turns.
 
         None is a tie, after which both sides continue with a response chosen at random.
-
-        Returns:
-            The visit, a notice, and the turns of each side.
         """
         assert self._votes is not None
         visit = visit or self._visit()
@@ -173,7 +147,7 @@ class Site:
         better = random.choice((0, 1)) if side is None else side
         first, second = (
             Candidate(self._models[visit.models[i]].policy.name,
-                    visit.conversations[i].turns[-1]["content"])
+                      visit.conversations[i].turns[-1]["content"])
             for i in (better, 1 - better)
         )
         self._votes.add(visit.unvoted, first, second, tie=side is None)
@@ -246,10 +220,6 @@ class Site:
                 gradio.Slider(1, context - 1, sampling.max_new_tokens, step=1,
                               label="max_new_tokens"),
             ]
-
-
-def _put(pieces: "queue.SimpleQueue[tuple[int, Piece]]", side: int, piece: Piece) -> None:
-    pieces.put((side, piece))
 
 
 def _chatbot(label: str, side: int) -> gradio.Chatbot:
