@@ -56,7 +56,7 @@ LINES = {(1, 2, 3): """
 """, (1,): """
 --sft_only_data_path extra.json --train_on last --train_on_prompt
 """, (3,): """
---per_device_generation_batch_size 32 --per_device_training_batch_size 8 --generation_batches 2
+--per_device_generation_batch_size 32 --per_device_training_batch_size 64 --generation_batches 2
 --ppo_epochs 2 --max_prompt_seq_len 64 --max_answer_seq_len 64
 --actor_learning_rate 5e-4 --actor_lora_learning_rate 4e-4 --actor_lora_dim 8
 --critic_learning_rate 5e-4 --critic_lora_learning_rate 4e-4 --critic_lora_dim 8
@@ -140,23 +140,6 @@ def test_every_flag_of_the_contract_sets_its_option_or_is_not_available(step, li
     assert flags <= changed
 
 
-@pytest.mark.parametrize(("step", "words", "expected"), [
-    (1, "--gradient_accumulation_steps 2 --lora_dim 128 --zero_stage 0 --deepspeed "
-        "--output_dir OUT/actor --local_rank=0",
-     {"gradient_accumulation_steps": 2, "lora_dim": 128, "output_dir": "OUT/actor"}),
-    (2, "--num_padding_at_beginning 0 --gradient_accumulation_steps 2 --zero_stage 0 --deepspeed "
-        "--output_dir OUT/critic --local_rank=0",
-     {"gradient_accumulation_steps": 2, "lora_dim": 0, "output_dir": "OUT/critic"}),
-    (3, "--actor_zero_stage 0 --critic_zero_stage 0 --num_padding_at_beginning 0 "
-        "--gradient_accumulation_steps 2 --deepspeed --actor_lora_dim 128 --enable_hybrid_engine "
-        "--actor_gradient_checkpointing --output_dir OUT/final --local_rank=0",
-     {"actor_lora_dim": 128, "critic_lora_dim": 0, "enable_hybrid_engine": True,
-      "actor_gradient_checkpointing": True, "critic_gradient_checkpointing": False}),
-])
-def test_the_three_old_command_lines_parse(step, words, expected):
-    assert expected.items() <= given(parse(step, words)).items()
-
-
 @pytest.mark.parametrize("step", DEFAULTS)
 def test_defaults(step):
     assert DEFAULTS[step].items() <= given(parse(step)).items()
@@ -189,11 +172,6 @@ def test_the_process_s_command_line_is_read_and_no_file_beside_the_script(monkey
     for words, seed in (["--seed", "5"], 5), ([], 1234):
         monkeypatch.setattr(sys, "argv", [str(tmp_path / "main.py"), *words])
         assert arguments.parse(Step1Config).run.seed == seed
-
-
-def test_a_mini_batch_may_span_generation_batches():
-    args = parse(3, "--generation_batches 2 --per_device_training_batch_size 32")
-    assert args.ppo.per_device_training_batch_size == 32
 
 
 @pytest.mark.parametrize(("words", "value"), [

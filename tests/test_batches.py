@@ -38,6 +38,7 @@ PROMPTS = [{"prompt_ids": [5, 6, 7]}, {"prompt_ids": [8]}]
 @pytest.mark.parametrize(("rows", "options", "ids", "mask"), [
     ([[1, 2], [3]], {}, [[1, 2], [3, 9]], [[1, 1], [1, 0]]),
     ([[1, 2], [3]], {"left": True}, [[1, 2], [9, 3]], [[1, 1], [0, 1]]),
+    ([], {}, [], []),
     ([[1]], {"length": 3}, [[1, 9, 9]], [[1, 0, 0]]),
     ([[1]], {"length": 3, "left": True}, [[9, 9, 1]], [[0, 0, 1]]),
     # An id that equals the padding's is not masked.
@@ -46,11 +47,6 @@ PROMPTS = [{"prompt_ids": [5, 6, 7]}, {"prompt_ids": [8]}]
 def test_rows_are_padded_and_masked_on_one_side(rows, options, ids, mask):
     padded, masked = pad(rows, 9, **options)
     assert (padded.tolist(), masked.tolist()) == (ids, mask)
-
-
-def test_padding_of_no_rows():
-    ids, mask = pad([], 9)
-    assert ids.shape == mask.shape == (0, 0)
 
 
 def test_tokens_are_padded_right_and_padding_is_not_trained():
@@ -99,39 +95,28 @@ def test_a_batch_holds_whole_numbers_moves_as_one_and_cannot_be_changed(batch):
 LENGTHS = [(37 * i * i) % 101 + 1 for i in range(1003)]
 
 
-def test_shuffled_holds_all_rows_in_an_order_of_each_epoch_and_seed():
-    first = shuffled(50, seed=1, epoch=0)
-    assert sorted(first) == list(range(50))
-    assert first == shuffled(50, seed=1, epoch=0)
-    assert first != shuffled(50, seed=1, epoch=1)
-    assert first != shuffled(50, seed=2, epoch=0)
-
-
-def test_length_grouped_holds_all_rows_in_batches_of_each_epoch_and_seed():
-    first = length_grouped(LENGTHS, 8, seed=1, epoch=0)
-    assert sorted(first) == list(range(1003))
-    assert first == length_grouped(LENGTHS, 8, seed=1, epoch=0)
-    others = [length_grouped(LENGTHS, 8, *how) for how in ((1, 1), (2, 0))]
-    batches = [{frozenset(order[i : i + 8]) for i in range(0, 1003, 8)}
-               for order in (first, *others)]
-    assert len(batches[0] & batches[1]) < 10 > len(batches[0] & batches[2])
+@pytest.mark.parametrize("order", [
+    lambda seed, epoch: shuffled(1003, seed, epoch),
+    lambda seed, epoch: length_grouped(LENGTHS, 8, seed, epoch),
+], ids=["shuffled", "length_grouped"])
+def test_an_order_has_every_row_once_and_is_fixed_by_seed_and_epoch(order):
+    orders = order(1, 0), order(1, 1), order(2, 0)
+    assert all(sorted(rows) == list(range(1003)) for rows in orders)
+    assert order(1, 0) == orders[0]
+    first, *others = ({frozenset(rows[i : i + 8]) for i in range(0, 1003, 8)} for rows in orders)
+    assert all(len(first & other) < 10 for other in others)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 400, 401, 1003])
-def test_batches_have_similar_lengths_and_only_the_last_is_not_full(n):
+def test_batches_have_rows_of_similar_length_and_come_in_no_order_of_length(n):
     order = length_grouped(LENGTHS[:n], 8, seed=1, epoch=3)
     assert sorted(order) == list(range(n))
-    spread = [max(s) - min(s) for s in (
-        [LENGTHS[row] for row in order[i : i + 8]] for i in range(0, n - 7, 8))]
+    batches = [[LENGTHS[row] for row in order[i : i + 8]] for i in range(0, n - 7, 8)]
     if n >= 400:
+        spread = [max(batch) - min(batch) for batch in batches]
         assert sum(spread) / len(spread) < 6  # of 101; shuffled it is 78
-
-
-def test_batches_of_similar_lengths_come_in_no_order_of_length():
-    order = length_grouped(LENGTHS, 8, seed=1, epoch=0)
-    means = [sum(LENGTHS[row] for row in order[i : i + 8]) / 8 for i in range(0, 1000, 8)]
-    rising = sum(one < other for one, other in zip(means, means[1:], strict=False))
-    assert 0.35 < rising / len(means) < 0.65
+        rises = [sum(one) < sum(other) for one, other in zip(batches, batches[1:], strict=False)]
+        assert 0.35 < sum(rises) / len(rises) < 0.65
 
 
 @pytest.mark.parametrize("order", [
@@ -153,11 +138,9 @@ def test_ranks_have_as_many_batches_and_fewer_rows_than_ranks_are_left_out(n, wo
     dealt = [rank_batches(order, 2, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in dealt}) == 1
     assert all(batch for batches in dealt for batch in batches)
-    taken = sorted(i for batches in dealt for batch in batches for i in batch)
-    left = set(order) - set(taken)
-    assert len(taken) == len(set(taken))
-    assert len(left) < world
-    assert left <= set(order[len(order) - len(left) :])
+    taken = [row for batches in dealt for batch in batches for row in batch]
+    assert n - len(taken) < world
+    assert sorted(taken) == sorted(order[: len(taken)])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

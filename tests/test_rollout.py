@@ -330,11 +330,8 @@ def test_scores_are_normalized_by_fixed_statistics(small, mode, expected):
     normalizer = ScoreNormalizer(RewardConfig(reward_normalization=mode), small.critic)
     for given, normalized in zip([[1.0, 3.0], [4.0, 4.0]], expected, strict=True):
         assert_close(normalizer(torch.tensor(given)), torch.tensor(normalized))
-
-
-def test_equal_scores_do_not_divide_by_zero(group):
-    normalizer = ScoreNormalizer(RewardConfig(reward_normalization="reference"), "")
-    assert normalizer(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
+    equal = ScoreNormalizer(RewardConfig(reward_normalization="reference"), "")
+    assert equal(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
 
 
 def test_a_reward_function_is_not_normalized_by_the_reward_models_statistics(group, capsys):
@@ -353,12 +350,9 @@ def test_the_adaptive_kl_coefficient_moves_toward_the_target_by_at_most_a_fifth_
     assert controller.coef == pytest.approx(0.101 * 1.02)
     controller.update(0.0, episodes=1000)
     assert controller.coef == pytest.approx(0.101 * 1.02 * 0.8)
-
-
-def test_the_fixed_kl_coefficient_stays():
-    controller = AdaptiveKLController(RewardConfig(kl_coef=0.05))
-    controller.update(100.0, episodes=10_000)
-    assert controller.coef == 0.05
+    fixed = AdaptiveKLController(RewardConfig(kl_coef=0.05))
+    fixed.update(100.0, episodes=10_000)
+    assert fixed.coef == 0.05
 
 
 # --- experience ----------------------------------------------------------------------------------

@@ -166,17 +166,12 @@ def test_a_second_run_repeats_what_has_changed_and_every_step_after_it(tree, cha
     assert tree.started() == []
 
 
-def test_changed_flags_run_all_steps_again(tree):
+def test_changed_flags_run_all_steps_again_and_fresh_starts_over(tree):
     tree.run("--", "--seed", "1")
-    tree.run("--", "--seed", "2")
-    assert tree.started() == ALL
-
-
-def test_fresh_starts_over(tree):
-    tree.run()
-    (tree.output / "actor" / "stale").touch()
-    tree.run("--fresh")
-    assert tree.started() == ALL
+    for words in ("--", "--seed", "2"), ("--fresh",):
+        (tree.output / "actor" / "stale").touch()
+        tree.run(*words)
+        assert tree.started() == ALL
     assert not (tree.output / "actor" / "stale").exists()
 
 
@@ -227,17 +222,12 @@ def test_somebody_elses_output_folder_is_not_overwritten(tree):
     (["--fast"], "unknown option --fast; flags of the steps go after --; see --help"),
     (["--num_gpus"], "--num_gpus needs a value"),
 ])
-def test_a_wrong_option_is_one_line(tree, words, line):
+def test_a_wrong_option_or_a_missing_config_is_one_line(tree, words, line):
     done = tree.run(*words, code=2)
     assert (done.stdout, done.stderr) == ("", f"run_pipeline: {line}\n")
-    assert tree.log.read_text() == ""
-
-
-def test_a_missing_config_is_one_line(tree):
     config = tree.root / "configs" / "my tiny" / "step3.yaml"
     config.unlink()
-    done = tree.run(code=2)
-    assert done.stderr == f"run_pipeline: cannot read {config}\n"
+    assert tree.run(code=2).stderr == f"run_pipeline: cannot read {config}\n"
     assert tree.log.read_text() == ""
 
 
@@ -290,23 +280,14 @@ def environment(tmp_path: Path) -> Environment:
 PIP = "-m pip install --quiet --disable-pip-version-check"
 
 
-def test_requirements_and_the_repository_are_installed(environment):
+def test_requirements_and_the_repository_are_installed_once_and_after_a_change(environment):
     root = environment.root
+    requirements = f"{PIP} --requirement {root}/requirements.txt"
     assert environment.prepare() == [
-        f"{PIP} --requirement {root}/requirements.txt",
-        f"{PIP} --no-deps --no-build-isolation --editable {root}",
-    ]
-
-
-def test_the_second_time_nothing_is_installed(environment):
-    environment.prepare()
+        requirements, f"{PIP} --no-deps --no-build-isolation --editable {root}"]
     assert environment.prepare() == []
-
-
-def test_changed_requirements_are_installed_again(environment):
-    environment.prepare()
-    (environment.root / "requirements.txt").write_text("torch==2\n")
-    assert environment.prepare() == [f"{PIP} --requirement {environment.root}/requirements.txt"]
+    (root / "requirements.txt").write_text("torch==2\n")
+    assert environment.prepare() == [requirements]
 
 
 def test_a_failed_installation_is_tried_again(environment):
