@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import console, distributed
@@ -120,27 +120,17 @@ def _build(folder: Path, recipe: Recipe) -> None:
     tokenizer = _train_tokenizer(recipe)
     with torch.random.fork_rng(devices=[]), _all_cores():
         torch.manual_seed(recipe.seed)
-        model = LlamaForCausalLM(_config(tokenizer, recipe))
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size, num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
+            max_position_embeddings=recipe.max_positions, tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, use_cache=True,
+        ))
         _pretrain(model, _batches(ChatFormat(tokenizer), recipe), recipe)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _config(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=recipe.max_positions,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
 
 
 # ---------------------------------------------------------------------------- the tokenizer
@@ -159,38 +149,17 @@ def _train_tokenizer(recipe: Recipe) -> LlamaTokenizer:
         lines.append(f"Assistant: {response}")
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=trained,
-        model_type="bpe",
-        vocab_size=recipe.vocab_size,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        split_digits=True,
-        character_coverage=1.0,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
-        unk_piece=UNK,
-        bos_piece=BOS,
-        eos_piece=EOS,
-        pad_piece=PAD,
-        num_threads=1,
-        minloglevel=2,
+        sentence_iterator=iter(lines), model_writer=trained, model_type="bpe",
+        vocab_size=recipe.vocab_size, byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=False, split_digits=True,
+        character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=3, unk_piece=UNK,
+        bos_piece=BOS, eos_piece=EOS, pad_piece=PAD, num_threads=1, minloglevel=2,
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
     vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     tokenizer = LlamaTokenizer(
-        vocab=vocab,
-        merges=_merges(vocab),
-        unk_token=UNK,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        add_bos_token=True,
-        add_prefix_space=False,
+        vocab=vocab, merges=_merges(vocab), unk_token=UNK, bos_token=BOS, eos_token=EOS,
+        pad_token=PAD, add_bos_token=True, add_prefix_space=False,
         model_max_length=recipe.max_positions,
     )
     tokenizer.chat_template = chat_template.jinja("human_assistant", adds_bos=True)
@@ -243,11 +212,8 @@ def _batches(chat: ChatFormat, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
 def _pretrain(model: nn.Module, batches: list[tuple[Tensor, Tensor]], recipe: Recipe) -> None:
     """Train for one epoch; the learning rate warms up and then follows a cosine."""
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=recipe.weight_decay,
-        fused=True,
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95),
+        weight_decay=recipe.weight_decay, fused=True,
     )
     warmup = max(1, round(recipe.warmup_share * len(batches)))
     model.train()

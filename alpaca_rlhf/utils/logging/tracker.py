@@ -68,9 +68,7 @@ class Tracker:
         tracking: TrackingConfig | None = None, arguments: Mapping[str, Any] | None = None,
         alarms: Alarms | None = None, stop_on_alarm: bool = False, resume_step: int = 0,
     ) -> None:
-        self._alarms = alarms
-        self._stop_on_alarm = stop_on_alarm
-        self._seconds_before = 0.0
+        self._alarms, self._stop_on_alarm, self._seconds_before = alarms, stop_on_alarm, 0.0
         if folder is not None:
             self._resume(folder, resume_step)
         writes = distributed.is_main()
@@ -136,7 +134,7 @@ class Tracker:
             self._append(SAMPLES_FILE, {"step": step, **row})
         cells = [[row["prompt"], row["reply"], f"{row['score']:.2f}"] for row in rows]
         for sink in self._sinks:
-            sink.table("samples", cells, step)
+            sink.samples(cells, step)
 
     def note(self, message: str) -> None:
         """Write a line to the console that is no metric."""
@@ -191,8 +189,7 @@ class _Sink:
     """One of Accelerate's trackers, already started; dropped with a warning when it fails."""
 
     def __init__(self, name: str, tracker: Any) -> None:
-        self._name = name
-        self._tracker = tracker
+        self._name, self._tracker = name, tracker
 
     def call(self, method: str, *values: Any, **options: Any) -> None:
         if self._tracker is None:
@@ -204,15 +201,15 @@ class _Sink:
             console.say(f"warning: --tracker {self._name} failed, and is left out from here: "
                         f"{shortened(repr(error), 200)}")
 
-    def table(self, title: str, rows: list[list[str]], step: int) -> None:
-        """Log rows of texts, if the tracker can."""
+    def samples(self, rows: list[list[str]], step: int) -> None:
+        """Log prompt, response and score of samples as a table, if the tracker has tables."""
         if hasattr(self._tracker, "log_table"):
-            self.call("log_table", title, list(SAMPLE_COLUMNS), rows, step=step)
+            self.call("log_table", "samples", list(SAMPLE_COLUMNS), rows, step=step)
         elif self._name == "tensorboard":
             cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row]
                      for row in [SAMPLE_COLUMNS, ["---"] * len(SAMPLE_COLUMNS), *rows]]
             text = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-            self.call("log", {title: text}, step=step)
+            self.call("log", {"samples": text}, step=step)
 
 
 def _started(
