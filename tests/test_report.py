@@ -10,7 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from alpaca_rlhf.evaluation.report import page, plots, summary
 from alpaca_rlhf.evaluation.report.__main__ import main
@@ -114,13 +116,38 @@ def test_every_curve_and_distribution_is_drawn(html):
     assert html.count("<svg") == len(CURVES + more)
 
 
+def drawn(runs: list[list[float]], metric: str = "reward/score_mean"):
+    """Axes with a line of these values of each run, the first at step 1."""
+    axis = Figure().subplots()
+    points = [np.array(list(enumerate(values, 1)), dtype=float) for values in runs]
+    plots.draw_curves(axis, [(metric, points)], {})
+    return axis
+
+
+def test_a_line_is_the_mean_of_its_runs_in_their_range_up_to_the_end_of_the_shortest():
+    axis = drawn([[1, 2, 6], [3, 6, 9, 12]])
+    assert axis.lines[0].get_xydata().tolist() == [[1, 2], [2, 4], [3, 7.5]]
+    corners = axis.collections[0].get_paths()[0].vertices.tolist()
+    assert {(1, 1), (1, 3), (2, 2), (2, 6), (3, 6), (3, 9)} <= set(map(tuple, corners))
+
+
+def test_a_long_noisy_line_is_smoothed_and_a_held_out_one_is_not():
+    values = [float(i % 2) for i in range(40)]
+    raw, smooth = drawn([values]).lines
+    assert raw.get_ydata().tolist() == values
+    assert smooth.get_ydata()[20] == 0.4  # of 0 1 0 1 0 around it
+    (line,) = drawn([values], "eval/loss").lines
+    assert line.get_ydata().tolist() == values
+    assert len(drawn([values * 30]).lines[0].get_xdata()) == plots.POINTS
+
+
 def test_accuracy_is_grouped_by_the_longer_sequence_and_by_the_longer_response(html):
-    drawn = dict(re.findall(r"<figcaption>(accuracy by .*?)</figcaption>(.*?)</figure>", html,
+    found = dict(re.findall(r"<figcaption>(accuracy by .*?)</figcaption>(.*?)</figure>", html,
                             re.DOTALL))
-    assert re.findall(r">([\d–]+)</text>.*?>n=(\d+)<", drawn["accuracy by length"], re.DOTALL) == [
+    assert re.findall(r">([\d–]+)</text>.*?>n=(\d+)<", found["accuracy by length"], re.DOTALL) == [
         ("12–13", "16"), ("14", "14"), ("15–16", "10")]
     groups = r">(chosen|rejected|neither)</text>.*?>n=(\d+)<"
-    assert re.findall(groups, drawn["accuracy by which response is longer"], re.DOTALL) == [
+    assert re.findall(groups, found["accuracy by which response is longer"], re.DOTALL) == [
         ("chosen", "16"), ("rejected", "18"), ("neither", "6")]
 
 
@@ -153,7 +180,8 @@ def test_what_models_wrote_is_text(html):
 
 def test_tokens_have_their_numbers(html):
     cells = re.findall(r'<span class="t" tabindex="0" ([^>]*)>', html)
-    assert len(cells) == 3 * 4  # two rollouts of the first recorded iteration, one of the last
+    assert re.findall(r"PPO iteration (\d+) <small>score", html) == ["1", "1", "40"]
+    assert len(cells) == 3 * 4
     assert cells[:3] == [
         'data-mask="0"', 'data-mask="0"', 'data-mask="1" data-logprob="0.5" data-kl="0.5" '
         'data-value="0.5" data-advantage="0.5" data-reward="0.5"']
@@ -192,13 +220,15 @@ def test_numbers_that_are_not_finite_do_not_stop_the_report(tmp_path):
     assert "score against KL" in captions(render(tmp_path))
 
 
-@pytest.mark.parametrize(("gold", "verdict"), [
-    (0.8, "gold by +0.300: target met"), (0.65, "gold by +0.150: below target"),
-    (0.55, "reward hacking: score up by 1.50 standard deviations, but gold by +0.050 only"),
-    (None, "score up by 1.50 standard deviations; no gold rule for this data"),
+@pytest.mark.parametrize(("score", "gold", "verdict"), [
+    (4.0, 0.8, "up by 1.50 standard deviations, gold by +0.300: target met"),
+    (4.0, 0.65, "up by 1.50 standard deviations, gold by +0.150: below target"),
+    (2.5, 0.8, "up by 0.75 standard deviations, gold by +0.300: below target"),
+    (4.0, 0.55, "reward hacking: score up by 1.50 standard deviations, but gold by +0.050 only"),
+    (4.0, None, "score up by 1.50 standard deviations; no gold rule for this data"),
 ])
-def test_the_verdict_on_ppo_needs_a_higher_score_and_higher_gold(tmp_path, gold, verdict):
-    before, after = {"score": 1.0, "score_std": 2.0}, {"score": 4.0}
+def test_the_verdict_on_ppo_needs_a_higher_score_and_higher_gold(tmp_path, score, gold, verdict):
+    before, after = {"score": 1.0, "score_std": 2.0}, {"score": score}
     if gold is not None:
         before["gold"], after["gold"] = 0.5, gold
     write_step(tmp_path, 3, results={"step": 3, "before": before, "after": after})

@@ -105,7 +105,7 @@ def of_step(settings: list[list[Step]]) -> list[Plot]:
         lines = [line for metric in metrics for line in _lines(metric, settings)]
         if lines:
             with sheet.plot(title) as axis:
-                _draw_curves(axis, lines, labels)
+                draw_curves(axis, lines, labels)
                 axis.set_xlabel("PPO iteration" if number == 3 else "optimizer step")
                 for event in runs[0].alarms if alone else []:
                     axis.axvline(event["step"], color=ALARM_COLOUR, linestyle=":", linewidth=1)
@@ -129,7 +129,7 @@ def curves_png(runs: list[Run], target: Path) -> None:
     with _figure((3.4 * len(shown), 2.8)) as figure:
         axes = figure.subplots(1, len(shown), squeeze=False)[0]
         for axis, (title, lines) in zip(axes, shown, strict=True):
-            _draw_curves(axis, lines, {})
+            draw_curves(axis, lines, {})
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("PPO iteration")
         figure.suptitle(f"PPO, mean and range of {len(runs)} runs", fontsize=10)
@@ -151,8 +151,12 @@ def _lines(metric: str, settings: list[list[Step]]) -> list[Line]:
     return lines if all(len(run) for _, runs in lines for run in runs) else []
 
 
-def _draw_curves(axis: Any, lines: list[Line], labels: dict[str, str]) -> None:
-    """Draw each line: smoothed, the mean over its runs and the range from lowest to highest."""
+def draw_curves(axis: Any, lines: list[Line], labels: dict[str, str]) -> None:
+    """Draw each line: the mean over its runs, smoothed, and their range from lowest to highest.
+
+    Runs are drawn up to the end of the shortest. Held-out metrics and the learning rate are not
+    smoothed; of a single run the values are drawn behind the smoothed line.
+    """
     for colour, (metric, runs) in zip(cycle(COLOURS), lines, strict=False):
         shortest = min(map(len, runs))
         points = np.stack([run[:shortest] for run in runs])  # [runs, N, 2]
