@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,9 @@ def main() -> None:
     hidden, mlp = args.hidden, args.mlp
     shapes = [(2 * hidden, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)]
     weights = [torch.randn(shape) for _ in range(args.layers) for shape in shapes]
-    compiled = [Product(*w.shape).fill([w], [None]) for w in weights]
+    compiled = [Product(SimpleNamespace(weight=w, bias=None)) for w in weights]
+    for product in compiled:
+        product.fill()
     size = sum(w.numel() for w in weights)
     say(f"{size / 1e6:.0f} M weights, {args.threads} threads, median of {args.repeats}\n")
     say("| rows | `linear`, ms | oneDNN, ms | compiled, ms | gain over `linear` | over oneDNN "

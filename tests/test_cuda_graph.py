@@ -123,13 +123,18 @@ def anywhere(monkeypatch):
 
 
 @pytest.mark.usefixtures("anywhere")
-def test_the_hybrid_engine_records_graphs_at_each_visit(small, recorder):
+def test_the_hybrid_engine_records_graphs_at_each_visit_and_keeps_none(
+    small, recorder, monkeypatch
+):
+    released, release = [], GraphStep.release
+    monkeypatch.setattr(GraphStep, "release", lambda step: released.append(1) or release(step))
     engine = small.trained("actor", lora=4)
     hybrid = hybrid_engine(engine, slots=4, enable_cuda_graph=True)
     expected = rollout(hybrid_engine(engine, slots=4), small)
     recorded = [recorder.recorded for _ in range(2) if rollout(hybrid, small).equal(expected)]
     assert recorded[0] >= 2  # for the comparison and for the rollout
     assert recorded[1] == recorded[0] + 1
+    assert len(released) == 2
 
 
 def refuses(run):

@@ -89,6 +89,7 @@ def test_the_compiled_step_decodes_only_if_the_hybrid_engine_is_enabled(
     with hybrid.generation_mode() as decoder:
         assert isinstance(decoder.step, LlamaStep)
         by_forward.clear()  # those that the step was compared with
+    assert decoder.step is None, "it knows the weights of a visit only"
     compiled = generated(hybrid, small)
     assert by_forward == []
     assert compiled.input_ids.equal(plain.input_ids)

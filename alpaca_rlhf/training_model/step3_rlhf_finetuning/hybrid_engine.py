@@ -12,7 +12,6 @@ docs/hybrid_engine.md says what each of these gains and how that was measured.
 """
 
 import contextlib
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -26,9 +25,8 @@ from torch import Tensor, nn
 from alpaca_rlhf.utils.configs import HybridEngineConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch
 from alpaca_rlhf.utils.generation.decoder import Decoder
-from alpaca_rlhf.utils.generation.kv_cache import SlotCache
 from alpaca_rlhf.utils.generation.rollout import Rollout
-from alpaca_rlhf.utils.generation.steps import DecodingStep, ForwardStep, fastest
+from alpaca_rlhf.utils.generation.steps import DecodingStep, fastest
 from alpaca_rlhf.utils.model.lora import folded, unwrapped
 
 # Parameters of up to this many elements cost more to gather one by one than to copy together.
@@ -43,24 +41,25 @@ class HybridEngine:
         engine: the actor's DeepSpeed engine.
         config: how to generate.
         slots: maximum number of responses that are decoded together; 0 is no limit.
-
-    Attributes:
-        seconds: time spent on enter, prefill, decode, sampling, refill and leave.
     """
 
     def __init__(
         self, engine: deepspeed.DeepSpeedEngine, config: HybridEngineConfig, slots: int = 0
     ) -> None:
-        self._engine, self._config, self._slots = engine, config, slots
-        self._cache = SlotCache()
-        self._step: DecodingStep | None = None  # chosen at the first visit, filled at each
-        self.seconds: dict[str, float] = {}
+        self._engine, self._config = engine, config
+        self._fast_step: DecodingStep | None = None  # chosen at the first visit, filled at each
+        self._decoder = Decoder(engine.module, slots, in_step=self.decodes_in_step)
 
     @property
     def decodes_in_step(self) -> bool:
         """Whether every forward pass is a collective: ZeRO-3 with shards that are not gathered."""
         gathers = self._config.enable_hybrid_engine and not self._config.unpin_actor_parameters
         return self._engine.zero_optimization_stage() == 3 and not gathers
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent on enter, prefill, decode, sampling, refill and leave."""
+        return self._decoder.seconds
 
     def generate(
         self, prompts: PromptBatch, sampling: SamplingConfig, eos_ids: Tensor, pad_id: int,
@@ -76,48 +75,37 @@ class HybridEngine:
     @contextlib.contextmanager
     def generation_mode(self) -> Iterator[Decoder]:
         """Enter generation mode; yield a decoder to use inside."""
-        model, start = self._engine.module, time.perf_counter()
-        training = model.training
+        decoder, model, leaving = self._decoder, self._engine.module, contextlib.ExitStack()
+        leaving.callback(self._release_buffers)
+        leaving.callback(model.train, model.training)
         model.eval()
         try:
-            with contextlib.ExitStack() as stack:
-                step: DecodingStep = ForwardStep(model)
+            with decoder.timed("enter"):
                 if self._config.enable_hybrid_engine and not self.decodes_in_step:
-                    stack.enter_context(_gathered(model))
-                    stack.enter_context(folded(model))
-                    step = stack.enter_context(self._fast_step(model))
-                start = self._took("enter", start)
-                try:
-                    yield Decoder(
-                        model, self._slots, step=step, cache=self._cache, seconds=self.seconds,
-                        in_step=self.decodes_in_step,
-                    )
-                finally:
-                    start = time.perf_counter()
+                    leaving.enter_context(_gathered(model))
+                    leaving.enter_context(folded(model))
+                    decoder.step = self._filled_step(model)
+            yield decoder
         finally:
-            model.train(training)
-            if self._config.release_inference_cache:
-                self._cache.release()
-                get_accelerator().empty_cache()
-            self._took("leave", start)
+            with decoder.timed("leave"), leaving:
+                decoder.step = None
 
-    @contextlib.contextmanager
-    def _fast_step(self, model: nn.Module) -> Iterator[DecodingStep]:
-        """Fill the fastest decoding step with the weights of this visit."""
-        if self._step is None:
-            self._step = fastest(unwrapped(model), self._config.enable_cuda_graph)
+    def _filled_step(self, model: nn.Module) -> DecodingStep:
+        """Return the fastest decoding step with the weights of this visit."""
+        if self._fast_step is None:
+            self._fast_step = fastest(unwrapped(model), self._config.enable_cuda_graph)
         else:
-            self._step.fill()
-        try:
-            yield self._step
-        finally:
-            if self._config.release_inference_cache or not self._step.reusable:
-                self._step.release()
+            self._fast_step.fill()
+        return self._fast_step
 
-    def _took(self, part: str, start: float) -> float:
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - start
-        return now
+    def _release_buffers(self) -> None:
+        """Free what is not kept for the next visit."""
+        release = self._config.release_inference_cache
+        if self._fast_step and (release or not self._fast_step.reusable):
+            self._fast_step.release()
+        if release:
+            self._decoder.cache.release()
+            get_accelerator().empty_cache()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from alpaca_rlhf.utils.generation.kv_cache import SlotCache
 
@@ -37,6 +38,31 @@ def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     with device.capture_to_graph(graph):
         result = run()
     return partial(device.replay_graph, graph), result
+
+
+class _AllColumns(DynamicLayer):
+    """Keys and values of one layer [rows, heads, columns, head size], all of which are seen.
+
+    Args:
+        keys, values: buffers.
+        front: [1] the column to write.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, front: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self._front = keys, values, front
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write one column [rows, heads, 1, size] at the front; return all columns."""
+        self.keys.index_copy_(2, self._front, key_states)
+        self.values.index_copy_(2, self._front, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - 1
 
 
 class GraphStep:
@@ -90,7 +116,11 @@ class _Graph:
             len(tokens), 1, 1, cache.columns, dtype=model.dtype, device=tokens.device
         )
         self._copy_inputs(tokens, cache)
-        whole = cache.whole(self._front)
+        rows = len(tokens)
+        whole = Cache(layers=[
+            _AllColumns(layer.keys[:rows], layer.values[:rows], self._front)
+            for layer in cache.layers
+        ])
         self._launch, self._logits = record(lambda: model(
             input_ids=self._tokens, attention_mask=self._mask, position_ids=self._positions,
             past_key_values=whole, use_cache=True, logits_to_keep=1,

@@ -15,8 +15,9 @@ responses it is batched with.
             response.tokens[-1], response.ended
 """
 
+import contextlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -24,40 +25,37 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, pad
 from alpaca_rlhf.utils.generation.kv_cache import SlotCache
 from alpaca_rlhf.utils.generation.rollout import Rollout
-from alpaca_rlhf.utils.generation.sampling import sample
+from alpaca_rlhf.utils.generation.sampling import draw, uniform_numbers
 from alpaca_rlhf.utils.generation.steps import DecodingStep, ForwardStep, prefill
 
 WORTH_A_PASS = 256  # tokens of padding that cost more than another pass over the weights
 
 
+@dataclass
 class Decoder:
-    """A model and the means to generate with it, kept between calls.
+    """A model and the means to generate with it.
 
-    Args:
+    Attributes:
         model: a causal LM in evaluation mode.
         slots: maximum number of responses that are decoded together; 0 is no limit.
         step: computes the next logits; by default the model's forward pass.
         cache: its buffers are used again.
-        seconds: time spent on each part of the work is added here.
         in_step: every forward pass is a collective (ZeRO-3 without gathered weights), so every
             rank makes as many as the rank that needs most.
+        seconds: time spent on each part of the work is added here.
     """
 
-    def __init__(
-        self, model: nn.Module, slots: int = 0, *, step: DecodingStep | None = None,
-        cache: SlotCache | None = None, seconds: dict[str, float] | None = None,
-        in_step: bool = False,
-    ) -> None:
-        self.model, self.slots = model, slots
-        self.step: DecodingStep = ForwardStep(model) if step is None else step
-        self.cache = SlotCache() if cache is None else cache
-        self.seconds = {} if seconds is None else seconds
-        self._in_step = in_step
+    model: nn.Module
+    slots: int = 0
+    step: DecodingStep | None = None
+    cache: SlotCache = field(default_factory=SlotCache)
+    in_step: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
     def generate(
@@ -74,24 +72,19 @@ class Decoder:
             generator: source of the random numbers, on the model's device.
         """
         copies, device = sampling.num_generations, prompts.input_ids.device
-        count = len(prompts.input_ids) * copies
-        numbers: list[list[float]] = [[]] * count
-        if sampling.temperature > 0:
-            # One row more than is used, so that seeds keep giving the responses they always gave.
-            numbers = torch.rand(
-                count + 1, sampling.max_new_tokens, dtype=torch.float64,
-                device=device, generator=generator,
-            ).tolist()[:count]
-        responses = [Response(sampling, uniform) for uniform in numbers]
         rows = [
-            [token for token, real in zip(*pair, strict=True) if real]
-            for pair in zip(
-                prompts.input_ids.tolist(), prompts.attention_mask.tolist(), strict=True)
+            [token for token, real in zip(*row, strict=True) if real]
+            for row in zip(prompts.input_ids.tolist(), prompts.attention_mask.tolist(), strict=True)
         ]
-        session = DecodingSession(self, self.slots or count, eos_ids.tolist(), device)
+        # One row of numbers more than is used, so that seeds give the responses they always gave.
+        numbers = uniform_numbers(len(rows) * copies + 1, sampling, device, generator)
+        responses = [
+            Response(rows[i // copies], sampling, uniform) for i, uniform in enumerate(numbers[:-1])
+        ]
+        session = DecodingSession(self, self.slots or len(responses), eos_ids.tolist(), device)
         # The longest first: a batch that does not fit into memory fails at once.
         for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-            session.enqueue(rows[i], responses[i * copies : (i + 1) * copies])
+            session.enqueue(responses[i * copies : (i + 1) * copies])
         while self._busy_on_any_rank(session):
             if session.busy:
                 session.step()
@@ -100,10 +93,19 @@ class Decoder:
         return _as_rollout(prompts, responses, pad_id)
 
     def _busy_on_any_rank(self, session: "DecodingSession") -> bool:
-        if not self._in_step:
+        if not self.in_step:
             return session.busy
         busy = torch.tensor(float(session.busy), device=distributed.device())
         return bool(distributed.max_over_ranks(busy).item())
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time spent inside to a part of the work."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 @dataclass(eq=False)
@@ -111,38 +113,22 @@ class Response:
     """A response while it is generated.
 
     Attributes:
+        prompt: ids.
         sampling: its sampling parameters.
-        uniform: random numbers in [0, 1), one for each token; empty for greedy decoding.
+        uniform: a random number in [0, 1) for each token; empty for greedy decoding.
         tokens: generated so far, eos included.
         logprobs: of the tokens, in nats, logits over temperature.
         ended: no more tokens will come: after eos, at the maximum length, or cancelled.
         seen: [V] bool, tokens that the repetition penalty applies to.
     """
 
+    prompt: list[int]
     sampling: SamplingConfig
     uniform: Sequence[float]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
     seen: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Prompt:
-    """A prompt with the responses that are to be generated to it."""
-
-    ids: list[int]
-    responses: Sequence[Response]
-
-
-@dataclass(frozen=True, eq=False)
-class _Prefilled:
-    """A response whose prompt is prefilled, until it gets a slot."""
-
-    response: Response
-    cache: Cache  # keys and values of all prompts prefilled together
-    row: int  # in the cache
-    length: int  # tokens of the prompt
 
 
 class DecodingSession:
@@ -160,44 +146,41 @@ class DecodingSession:
         device: torch.device | None = None,
     ) -> None:
         self._decoder, self._slots, self._eos_ids = decoder, slots, frozenset(eos_ids)
+        self._next_logits = decoder.step or ForwardStep(decoder.model)
         self._device = distributed.device() if device is None else device
-        self._queue: list[_Prompt] = []
-        self._waiting: list[_Prefilled] = []  # prefilled together
+        self._queue: list[Sequence[Response]] = []  # those to one prompt together
+        self._waiting: list[tuple[int, Response]] = []  # with their rows of _prefilled
+        self._prefilled = Cache(layers=[])
         self._rows: list[Response | None] = []  # by slot
 
     # ---------------------------------------------------------------- joining and leaving
 
-    def add(self, ids: list[int], sampling: SamplingConfig, seed: int | None = None) -> Response:
+    def add(self, prompt: list[int], sampling: SamplingConfig, seed: int | None = None) -> Response:
         """Queue a prompt for one response, drawn with random numbers of its own.
 
         Args:
-            ids: the prompt.
+            prompt: ids.
             sampling: parameters of this response; `num_generations` is ignored.
-            seed: None is a new one each time.
+            seed: of the random numbers; None is a new one each time.
         """
-        uniform: list[float] = []
-        if sampling.temperature > 0:
-            generator = torch.Generator(device=self._device)
-            if seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(seed)
-            uniform = torch.rand(
-                sampling.max_new_tokens, dtype=torch.float64, device=self._device,
-                generator=generator,
-            ).tolist()
-        response = Response(sampling, uniform)
-        self.enqueue(ids, [response])
+        generator = torch.Generator(device=self._device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        [uniform] = uniform_numbers(1, sampling, self._device, generator)
+        response = Response(prompt, sampling, uniform)
+        self.enqueue([response])
         return response
 
-    def enqueue(self, ids: list[int], responses: Sequence[Response]) -> None:
-        """Queue a prompt for one or more responses that share its prefill."""
-        self._queue.append(_Prompt(ids, responses))
+    def enqueue(self, responses: Sequence[Response]) -> None:
+        """Queue responses to one prompt, which share its prefill."""
+        self._queue.append(responses)
 
     def cancel(self, response: Response) -> None:
         """End a response with the tokens it has."""
         response.ended = True
-        self._queue = [prompt for prompt in self._queue if response not in prompt.responses]
+        self._queue = [responses for responses in self._queue if response not in responses]
         self._free_slots()
 
     @property
@@ -212,9 +195,9 @@ class DecodingSession:
 
     @property
     def _unfinished(self) -> int:
-        started = chain((waiting.response for waiting in self._waiting), filter(None, self._rows))
-        queued = chain.from_iterable(prompt.responses for prompt in self._queue)
-        return sum(not response.ended for response in chain(started, queued))
+        waiting = (response for _, response in self._waiting)
+        responses = chain(filter(None, self._rows), waiting, chain.from_iterable(self._queue))
+        return sum(not response.ended for response in responses)
 
     # ---------------------------------------------------------------- forward passes
 
@@ -237,41 +220,41 @@ class DecodingSession:
 
     def _prefill(self) -> list[Response]:
         """Run the next prompts through the model and draw the first token of their responses."""
-        start = time.perf_counter()
-        cache, model = self._decoder.cache, self._decoder.model
-        if not self._rows:
-            longest = max(len(prompt.ids) for prompt in self._queue)
-            new = max(r.sampling.max_new_tokens for p in self._queue for r in p.responses)
-            cache.begin(self._slots, longest, new, self._device)
-        wanted = min(self._slots, self._unfinished) - len(self._rows)
-        if wanted > 0:
-            self._rows += [None] * wanted
-            cache.add_rows(wanted)
+        self._add_rows()
         prompts = self._next_prompts()
-        ids, mask = pad([prompt.ids for prompt in prompts], 0, left=True)
-        logits, prefilled = prefill(model, ids.to(self._device), mask.to(self._device))
-        start = self._took("prefill", start)
-        joining = [
-            _Prefilled(response, prefilled, row, len(prompt.ids))
-            for row, prompt in enumerate(prompts) for response in prompt.responses
-        ]
-        for one in joining:
-            if one.response.sampling.repetition_penalty != 1:
-                one.response.seen = torch.zeros(
-                    logits.shape[-1], dtype=torch.bool, device=self._device)
-                one.response.seen[prompts[one.row].ids] = True
-        logits = logits[torch.tensor([one.row for one in joining], device=self._device)]
-        drawn = self._draw(logits, [one.response for one in joining])
-        self._waiting = joining
-        self._took("sampling", start)
-        return drawn
+        with self._decoder.timed("prefill"):
+            ids, mask = pad([responses[0].prompt for responses in prompts], 0, left=True)
+            logits, self._prefilled = prefill(
+                self._decoder.model, ids.to(self._device), mask.to(self._device))
+        with self._decoder.timed("sampling"):
+            self._waiting = [
+                (row, response) for row, responses in enumerate(prompts) for response in responses
+            ]
+            for _, response in self._waiting:
+                if response.sampling.repetition_penalty != 1:
+                    response.seen = torch.zeros_like(logits[0], dtype=torch.bool)
+                    response.seen[response.prompt] = True
+            logits = logits[torch.tensor([row for row, _ in self._waiting], device=self._device)]
+            return self._draw(logits, [response for _, response in self._waiting])
 
-    def _next_prompts(self) -> list[_Prompt]:
+    def _add_rows(self) -> None:
+        """Let as many slots take part as there are responses for them."""
+        cache = self._decoder.cache
+        if not self._rows:
+            queued = list(chain.from_iterable(self._queue))
+            longest = max(len(response.prompt) for response in queued)
+            most = max(response.sampling.max_new_tokens for response in queued)
+            cache.begin(self._slots, longest, most, self._device)
+        more = max(0, min(self._slots, self._unfinished) - len(self._rows))
+        self._rows += [None] * more
+        cache.add_rows(more)
+
+    def _next_prompts(self) -> list[Sequence[Response]]:
         """Take as many prompts as fit the slots, but without those that would mostly be padding."""
-        size = max(1, len(self._rows) // len(self._queue[0].responses))
-        head = sorted(self._queue[:size], key=lambda prompt: -len(prompt.ids))
-        longest = len(head[0].ids)
-        padding = [(len(head) - k) * (longest - len(head[k].ids)) for k in range(len(head))]
+        size = max(1, len(self._rows) // len(self._queue[0]))
+        head = sorted(self._queue[:size], key=lambda responses: -len(responses[0].prompt))
+        lengths = [len(responses[0].prompt) for responses in head]
+        padding = [(len(head) - k) * (lengths[0] - lengths[k]) for k in range(len(head))]
         cut = max(range(len(head)), key=padding.__getitem__)
         if padding[cut] <= WORTH_A_PASS:
             cut = len(head)
@@ -280,70 +263,49 @@ class DecodingSession:
 
     def _decode(self) -> list[Response]:
         """Add a token to the response in every slot."""
-        start = time.perf_counter()
         cache = self._decoder.cache
-        cache.make_room()
-        tokens = [0 if response is None else response.tokens[-1] for response in self._rows]
-        logits = self._decoder.step(torch.tensor(tokens, device=self._device), cache)
-        cache.advance()
-        start = self._took("decode", start)
-        drawn = self._draw(logits, self._rows)
-        self._took("sampling", start)
-        return drawn
+        with self._decoder.timed("decode"):
+            cache.make_room()
+            tokens = [0 if response is None else response.tokens[-1] for response in self._rows]
+            logits = self._next_logits(torch.tensor(tokens, device=self._device), cache)
+            cache.advance()
+        with self._decoder.timed("sampling"):
+            return self._draw(logits, self._rows)
 
     def _draw(self, logits: Tensor, rows: Sequence[Response | None]) -> list[Response]:
-        """Draw the next token of each response from logits [N, V]; rows of None are idle."""
-        alike: dict[tuple[float, ...], list[tuple[int, Response]]] = {}
-        for row, response in enumerate(rows):
-            if response is not None:
-                by = response.sampling
-                key = by.temperature, by.top_p, by.top_k, by.repetition_penalty
-                alike.setdefault(key, []).append((row, response))
-        for group in alike.values():
-            chosen, responses = zip(*group, strict=True)
-            some = logits if len(group) == len(rows) else logits[list(chosen)]
-            self._draw_alike(some, responses)
-        return [response for group in alike.values() for _, response in group]
-
-    def _draw_alike(self, logits: Tensor, responses: Sequence[Response]) -> None:
-        """Draw a token for responses whose distributions have the same parameters."""
-        sampling = responses[0].sampling
-        uniform = seen = None
-        if sampling.temperature > 0:
-            uniform = torch.tensor(
-                [response.uniform[len(response.tokens)] for response in responses],
-                dtype=torch.float64, device=self._device,
-            )
-        if sampling.repetition_penalty != 1:
-            seen = torch.stack([r.seen for r in responses if r.seen is not None])
-        tokens = sample(logits, sampling, uniform, seen)
-        logprobs = rl_math.token_logprobs(
-            logits.unsqueeze(1), tokens.unsqueeze(1), sampling.temperature or 1.0
+        """Draw the next token of each response from logits [N, V]; rows of None are vacant."""
+        responses = [response for response in rows if response is not None]
+        if len(responses) < len(rows):
+            logits = logits[[row for row, response in enumerate(rows) if response is not None]]
+        tokens, logprobs = draw(
+            logits, [r.sampling for r in responses],
+            [r.uniform[len(r.tokens)] if r.uniform else 0.0 for r in responses],
+            [r.seen for r in responses],
         )
-        for response, token, logprob in zip(
-            responses, tokens.tolist(), logprobs.squeeze(1).tolist(), strict=True
-        ):
+        for response, token, logprob in zip(responses, tokens, logprobs, strict=True):
             response.tokens.append(token)
             response.logprobs.append(logprob)
             if response.seen is not None:
                 response.seen[token] = True
             full = len(response.tokens) == response.sampling.max_new_tokens
             response.ended = full or token in self._eos_ids
+        return responses
 
     # ---------------------------------------------------------------- slots
 
     def _free_slots(self) -> None:
         """Free the slots of responses that have ended; drop rows that nothing will fill."""
-        self._waiting = [one for one in self._waiting if not one.response.ended]
+        self._waiting = [(row, response) for row, response in self._waiting if not response.ended]
         ended = [slot for slot, row in enumerate(self._rows) if row is not None and row.ended]
         if not ended:
             return
+        cache = self._decoder.cache
         for slot in ended:
             self._rows[slot] = None
-        self._decoder.cache.vacate(ended)
+        cache.vacate(ended)
         living = [slot for slot, row in enumerate(self._rows) if row is not None]
         if not (self._waiting or self._queue) and len(living) <= len(self._rows) // 2:
-            self._decoder.cache.shrink(living)
+            cache.shrink(living)
             self._rows = [self._rows[slot] for slot in living]
 
     def _fill_slots(self) -> None:
@@ -352,38 +314,25 @@ class DecodingSession:
         joining = self._waiting[: len(free)]
         if not joining:
             return
-        start = time.perf_counter()
-        slots = free[: len(joining)]
-        self._waiting = self._waiting[len(joining) :]
-        self._decoder.cache.admit(
-            joining[0].cache, [one.row for one in joining], slots, [one.length for one in joining]
-        )
-        for slot, one in zip(slots, joining, strict=True):
-            self._rows[slot] = one.response
-        self._took("refill", start)
-
-    def _took(self, part: str, start: float) -> float:
-        """Add the time since `start` to a part of the work; return the current time."""
-        now = time.perf_counter()
-        seconds = self._decoder.seconds
-        seconds[part] = seconds.get(part, 0.0) + now - start
-        return now
+        with self._decoder.timed("refill"):
+            self._waiting = self._waiting[len(joining) :]
+            slots, picks = free[: len(joining)], [row for row, _ in joining]
+            lengths = [len(response.prompt) for _, response in joining]
+            self._decoder.cache.admit(self._prefilled, picks, slots, lengths)
+            for slot, (_, response) in zip(slots, joining, strict=True):
+                self._rows[slot] = response
 
 
 def _as_rollout(prompts: PromptBatch, responses: Sequence[Response], pad_id: int) -> Rollout:
     """Join finished responses to their prompts."""
-    device = prompts.input_ids.device
     tokens, mask = pad([response.tokens for response in responses], pad_id)
     longest = mask.shape[1]
     logprobs = torch.tensor([r.logprobs + [0.0] * (longest - len(r.logprobs)) for r in responses])
+    device, copies = prompts.input_ids.device, len(responses) // len(prompts.input_ids)
     tokens, mask, logprobs = (part.to(device) for part in (tokens, mask, logprobs))
-    copies = len(responses) // len(prompts.input_ids)
-    ids, prompt_mask = (
-        part.repeat_interleave(copies, dim=0)
-        for part in (prompts.input_ids, prompts.attention_mask)
-    )
+    repeated = prompts.map_tensors(lambda _, part: part.repeat_interleave(copies, dim=0))
     return Rollout(
-        input_ids=torch.cat([ids, tokens], dim=-1),
-        attention_mask=torch.cat([prompt_mask, mask], dim=-1),
+        input_ids=torch.cat([repeated.input_ids, tokens], dim=-1),
+        attention_mask=torch.cat([repeated.attention_mask, mask], dim=-1),
         response_mask=mask, decoded_logprobs=logprobs,
     )

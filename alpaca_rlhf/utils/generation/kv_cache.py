@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 SLACK = 64  # columns beyond the longest row, so that moving them back is rare
 
 
-class _Layer(CacheLayerMixin):
-    """Buffers of one layer [slots, heads, columns, head size]."""
+class _Layer(DynamicLayer):
+    """Keys and values of one layer [slots, heads, columns, head size]."""
 
     def __init__(self, cache: "SlotCache", keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -32,9 +32,6 @@ class _Layer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the buffers exist from the start."""
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
@@ -44,59 +41,17 @@ class _Layer(CacheLayerMixin):
         self.values[:rows, :, front : front + 1] = value_states
         return self.keys[:rows, :, first : front + 1], self.values[:rows, :, first : front + 1]
 
-    def move(self, first: int, front: int, shift: int, columns: int) -> None:
-        """Move columns first … front - 1 by `shift`, into buffers of at least `columns`."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old
-            if columns > old.shape[2]:
-                new = old.new_zeros(*old.shape[:2], columns, old.shape[3])
-                setattr(self, name, new)
-            new[:, :, first + shift : front + shift] = old[:, :, first:front].clone()
-
     def get_seq_length(self) -> int:
-        """Return the number of columns in use before the front."""
         return self._cache.front - self._cache.first
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the keys."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return the number of columns of the buffers."""
-        return self._cache.columns
-
-
-class _WholeLayer(CacheLayerMixin):
-    """Buffers of one layer as a forward pass sees them whose shapes never change."""
-
-    def __init__(self, layer: _Layer, rows: int, front: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self._front = layer.keys[:rows], layer.values[:rows], front
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the buffers exist from the start."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write one column [rows, heads, 1, size] at the front held in memory; return all."""
-        self.keys.index_copy_(2, self._front, key_states)
-        self.values.index_copy_(2, self._front, value_states)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Return the number of columns beside that of the new token."""
-        return self.keys.shape[2] - 1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the keys."""
-        return self.keys.shape[2], 0
-
-    def get_max_length(self) -> int:
-        """Return the number of columns of the buffers."""
-        return self.keys.shape[2]
+    def moved(self, buffer: Tensor, shift: int) -> Tensor:
+        """Move the columns in use by `shift`, to a larger buffer if the cache has grown."""
+        cache = self._cache
+        kept = buffer[:, :, cache.first : cache.front].clone()
+        if cache.columns > buffer.shape[2]:
+            buffer = buffer.new_zeros(*buffer.shape[:2], cache.columns, buffer.shape[3])
+        buffer[:, :, cache.first + shift : cache.front + shift] = kept
+        return buffer
 
 
 class SlotCache(Cache):
@@ -123,7 +78,7 @@ class SlotCache(Cache):
         Args:
             slots: maximum number of rows.
             prompt, new: expected maximum length of prompts and responses in tokens; the buffers
-                grow where one turns out to be longer.
+                grow if one turns out to be longer.
             device: of the model.
         """
         columns = prompt + new + SLACK
@@ -169,17 +124,17 @@ class SlotCache(Cache):
             prompts: their keys and values, padded on the left.
             picks: rows of `prompts`.
             slots: the slot for each.
-            lengths: tokens of each.
+            lengths: of each, in tokens.
         """
         width = max(lengths)
         self.make_room(width)
         if not self.layers:
             self.layers = [_Layer(self, layer.keys, layer.values) for layer in prompts.layers]
-        device = self.starts.device
+        device, columns = self.starts.device, slice(self.front - width, self.front)
         pick, slot = torch.tensor(picks, device=device), torch.tensor(slots, device=device)
         for layer, given in zip(self.layers, prompts.layers, strict=True):
-            layer.keys[slot, :, self.front - width : self.front] = given.keys[pick, :, -width:]
-            layer.values[slot, :, self.front - width : self.front] = given.values[pick, :, -width:]
+            layer.keys[slot, :, columns] = given.keys[pick, :, -width:]
+            layer.values[slot, :, columns] = given.values[pick, :, -width:]
         for i, length in zip(slots, lengths, strict=True):
             self._starts[i], self._living[i] = self.front - length, True
 
@@ -189,35 +144,31 @@ class SlotCache(Cache):
             self._living[slot] = False
 
     def shrink(self, keep: Sequence[int]) -> None:
-        """Keep only these slots, in this order; all of them are living."""
+        """Keep only these slots, in this order."""
         kept = torch.tensor(keep, dtype=torch.long, device=self.starts.device)
         for layer in self.layers:
             layer.keys[: len(keep)] = layer.keys[kept]
             layer.values[: len(keep)] = layer.values[kept]
         self._starts = [self._starts[i] for i in keep]
-        self._living = [True] * len(keep)
-
-    def whole(self, front: Tensor) -> Cache:
-        """Return all columns of the rows as a cache that writes at `front` [1]."""
-        return Cache(layers=[_WholeLayer(layer, self.rows, front) for layer in self.layers])
+        self._living = [self._living[i] for i in keep]
 
     def make_room(self, width: int = 0) -> None:
         """Prepare for a step, or for prompts of up to `width` tokens.
 
-        Columns that no row uses are left out, and the others are moved if the front is outside the
-        buffers or too close to their beginning; buffers that are too small are replaced.
+        Columns that no living row uses are left out. The others are moved if the front is outside
+        the buffers or too close to their beginning; buffers that are too small grow.
         """
         living = [s for s, lives in zip(self._starts, self._living, strict=True) if lives]
         self.first = min(living, default=self.front)
         if not width <= self.front < self.columns:
-            used = self.front - self.first
-            shift = max(self._lowest_front, used, width) - self.front
-            if self.front + shift >= self.columns:
-                self.columns = 2 * (self.front + shift) + SLACK
+            front = max(self._lowest_front, self.front - self.first, width)
+            if front >= self.columns:
+                self.columns = 2 * front + SLACK
+            shift = front - self.front
             for layer in self.layers:
-                layer.move(self.first, self.front, shift, self.columns)
-            self.front += shift
-            self.first += shift
+                layer.keys, layer.values = (
+                    layer.moved(buffer, shift) for buffer in (layer.keys, layer.values))
+            self.front, self.first = front, self.first + shift
             self._starts = [start + shift for start in self._starts]
         # A vacant row still sees the columns that it saw, so nothing in it is undefined.
         starts = [max(start, self.first) for start in self._starts]

@@ -4,15 +4,53 @@ A token is drawn by inverting the cumulative distribution at a uniform random nu
 gives, so the same number always draws the same token.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alpaca_rlhf.utils import rl_math
 from alpaca_rlhf.utils.configs import SamplingConfig
 
 # One running sum covers up to this many weights; more are searched by blocks of BLOCK.
 MOST_AT_ONCE, BLOCK = 4096, 256
 BELOW_ONE = 1 - 2**-53  # the largest fp64 below 1
+
+
+def draw(
+    logits: Tensor, samplings: Sequence[SamplingConfig], uniform: Sequence[float],
+    seen: Sequence[Tensor | None],
+) -> tuple[list[int], list[float]]:
+    """Draw one token for each row, each with sampling parameters of its own.
+
+    Args:
+        logits: [B, V].
+        samplings: parameters of each row.
+        uniform: a random number in [0, 1) for each row, not used by greedy decoding.
+        seen: [V] bool for each row with a repetition penalty, the tokens that it applies to.
+
+    Returns:
+        Tokens, and their log-probabilities in nats, logits over temperature.
+    """
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for row, by in enumerate(samplings):
+        key = by.temperature, by.top_p, by.top_k, by.repetition_penalty
+        alike.setdefault(key, []).append(row)
+    tokens, logprobs = [0] * len(logits), [0.0] * len(logits)
+    for rows in alike.values():
+        sampling = samplings[rows[0]]
+        some = logits if len(alike) == 1 else logits[rows]
+        numbers = torch.tensor(
+            [uniform[row] for row in rows], dtype=torch.float64, device=logits.device)
+        penalized = [mask for row in rows if (mask := seen[row]) is not None]
+        drawn = sample(some, sampling, numbers, torch.stack(penalized) if penalized else None)
+        of_drawn = rl_math.token_logprobs(
+            some.unsqueeze(1), drawn.unsqueeze(1), sampling.temperature or 1.0
+        ).squeeze(1)
+        for row, token, logprob in zip(rows, drawn.tolist(), of_drawn.tolist(), strict=True):
+            tokens[row], logprobs[row] = token, logprob
+    return tokens, logprobs
 
 
 def sample(
@@ -77,3 +115,17 @@ def _search(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
     inside = 1 - (cumulative.gather(-1, index) - target) / weights.gather(-1, index)
     return index.squeeze(-1), inside.clamp(0, BELOW_ONE).squeeze(-1)
+
+
+def uniform_numbers(
+    count: int, sampling: SamplingConfig, device: torch.device, generator: torch.Generator | None
+) -> list[list[float]]:
+    """Return random numbers in [0, 1) for `count` responses, one for each token they may have.
+
+    Greedy decoding needs none.
+    """
+    if sampling.temperature == 0:
+        return [[]] * count
+    return torch.rand(
+        count, sampling.max_new_tokens, dtype=torch.float64, device=device, generator=generator
+    ).tolist()

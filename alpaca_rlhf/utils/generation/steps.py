@@ -30,17 +30,20 @@ class DecodingStep(Protocol):
     """
 
     name: str
-    reusable: bool
+    reusable: bool = True
 
     @staticmethod
     def objection(model: PreTrainedModel) -> str | None:
         """Return the reason why the step cannot be used for a model, or None."""
+        return None
 
     def fill(self) -> None:
         """Read the model's weights: before the first call, and after every change."""
+        return
 
     def release(self) -> None:
         """Free what `fill` and calls have allocated; `fill` allocates it again."""
+        return
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
         """Return logits [N, V] after tokens [N], written to the front of the cache.
@@ -49,25 +52,13 @@ class DecodingStep(Protocol):
         """
 
 
-class ForwardStep:
+class ForwardStep(DecodingStep):
     """The forward pass of any causal LM with an ordinary KV cache."""
 
     name = "the model's forward pass"
-    reusable = True
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-
-    @staticmethod
-    def objection(model: PreTrainedModel) -> str | None:
-        """Return None: it can always be used."""
-        return None
-
-    def fill(self) -> None:
-        """Do nothing: the weights are read where they are."""
-
-    def release(self) -> None:
-        """Do nothing: nothing is allocated."""
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
         """Return logits [N, V] after tokens [N]."""

@@ -1,4 +1,4 @@
-/* The loops of a decoding step, in fp32: a few rows, each with its next token. */
+/* Operations of a decoding step in fp32: a few rows, each with its next token. */
 
 #include <math.h>
 #include <stdint.h>
@@ -13,22 +13,22 @@
 #endif
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-/* ---- Products with a matrix of weights.
+/* ---- Products with a weight matrix.
 
-   Such a product reads every weight once and does little with it, so it is as fast as the weights
-   come from memory. They lie in panels of COLUMNS outputs, a line of the cache for each input: what
-   a panel needs next always follows what it needs now. It is gone through in blocks of DEPTH
-   inputs. A block stays in the first cache while the rows pass, a few at a time with their sums in
-   registers; meanwhile the next one is fetched. */
+   Such a product reads every weight once and does little with it, so it takes as long as reading
+   them from memory. They are stored in panels of COLUMNS outputs, one after the other for each
+   input, so memory is read in order. A panel is processed in blocks of DEPTH inputs: a block stays
+   in the L1 cache while it is multiplied by a few rows at a time, whose sums are in registers, and
+   meanwhile the next block is prefetched. */
 
 #define COLUMNS (2 * WIDTH)
 #define DEPTH 64
-#define TOGETHER 6 /* rows: with AVX2 twelve sums, two vectors of weights and an input */
-#define AT_ONCE 48 /* rows for which a panel is read once */
+#define TOGETHER 6 /* rows in registers: with AVX2 12 sums, 2 vectors of weights and an input */
+#define AT_ONCE 48 /* rows per reading of a panel */
 
 int64_t columns(void) { return COLUMNS; }
 
-/* W[outputs][inputs] into panels[..][inputs][COLUMNS], as the outputs from number `offset` on. */
+/* Copy W[outputs][inputs] to panels[..][inputs][COLUMNS], beginning at output `offset`. */
 void lay_out(
     const float *weights, int64_t outputs, int64_t inputs, int64_t offset, float *panels,
     int64_t threads)
@@ -38,7 +38,7 @@ void lay_out(
     for (int64_t first = offset - offset % COLUMNS; first < end; first += COLUMNS) {
         const int64_t from = first < offset ? offset : first;
         const int64_t to = first + COLUMNS < end ? first + COLUMNS : end;
-        for (int64_t start = 0; start < inputs; start += 16) { /* a line of every row */
+        for (int64_t start = 0; start < inputs; start += 16) { /* a cache line of each row */
             const int64_t stop = start + 16 < inputs ? start + 16 : inputs;
             for (int64_t column = from; column < to; column++)
                 for (int64_t k = start; k < stop; k++)
@@ -48,7 +48,7 @@ void lay_out(
     }
 }
 
-/* sums += x[rows][depth] panel[depth][COLUMNS]; every `stride`th line from `next` is fetched. */
+/* sums += x[rows][depth] panel[depth][COLUMNS]; prefetch every `stride`th line from `next`. */
 static inline __attribute__((always_inline)) void block(
     int rows, const float *x, int64_t inputs, const float *panel, int depth, const float *next,
     int stride, vector (*sums)[2])
@@ -60,7 +60,7 @@ static inline __attribute__((always_inline)) void block(
         sum[r][1] = sums[r][1];
     }
     for (int k = 0; k < depth; k++, panel += COLUMNS) {
-        /* Before the branch: so the weights are loaded once, not again for every row. */
+        /* Before the branch, so that the weights are loaded once and not again for every row. */
         const vector left = *(const vector *)panel, right = *(const vector *)(panel + WIDTH);
         if (k == due) {
             __builtin_prefetch(next + k * COLUMNS);
@@ -78,7 +78,7 @@ static inline __attribute__((always_inline)) void block(
     }
 }
 
-/* The same for at most AT_ONCE rows: as few groups as there can be, of like size. */
+/* The same for up to AT_ONCE rows, in as few groups as possible of similar size. */
 static void block_of_all(
     int rows, const float *x, int64_t inputs, const float *panel, int depth, const float *next,
     vector (*sums)[2])
@@ -86,7 +86,7 @@ static void block_of_all(
     const int groups = (rows + TOGETHER - 1) / TOGETHER;
     for (int g = 0, r = 0; g < groups; g++) {
         const int size = (rows - r) / (groups - g);
-        /* The compiler must know the size: it decides which registers hold what. */
+        /* The compiler must know the size to keep the sums in registers. */
 #define ROWS(n) \
     case n: \
         block(n, x + r * inputs, inputs, panel, depth, next + g * COLUMNS, groups, sums + r); \
@@ -97,7 +97,7 @@ static void block_of_all(
     }
 }
 
-/* y[rows][outputs] = x[rows][inputs] W^T + bias, if any; panels: W as `lay_out` leaves it. */
+/* y[rows][outputs] = x[rows][inputs] W^T + bias (which may be NULL), with W from `lay_out`. */
 void product(
     const float *x, int64_t rows, int64_t inputs, const float *panels, const float *bias,
     int64_t outputs, float *y, int64_t threads)
@@ -124,7 +124,7 @@ void product(
     }
 }
 
-/* ---- Between the products. */
+/* ---- Operations between the products. */
 
 /* y = x / sqrt(mean of x^2 + epsilon) * weight, for each row of x[rows][size]. */
 void normalize(
@@ -142,8 +142,8 @@ void normalize(
     }
 }
 
-/* A head turned by its position's angles: the halves of `from` are the two sides of the planes. */
-static void turn(
+/* Rotary embedding of one head; the two sides of a plane are a half of the head apart. */
+static void rotate(
     const float *from, const float *cosines, const float *sines, int64_t size, float *restrict to)
 {
     const int64_t half = size / 2;
@@ -153,11 +153,11 @@ static void turn(
     }
 }
 
-/* e^x for -87 <= x <= 0, to the last bits of fp32, in a form that is done for many x at once: 2^n e^r with
-   n whole and r within ln 2 / 2 of 0, e^r by its series. */
+/* e^x for -87 <= x <= 0, accurate to the last bits of fp32 and vectorizable: 2^n e^r with an integer
+   n and |r| <= ln 2 / 2, e^r by its series. */
 static inline float exponential(float x)
 {
-    const int32_t n = x * 1.44269504f - 0.5f; /* cut off towards 0: the nearest */
+    const int32_t n = x * 1.44269504f - 0.5f; /* truncation toward 0: the nearest */
     const float r = x - n * 0.693145752f - n * 1.42860677e-6f; /* ln 2 in two parts */
     float power = 1.f / 5040;
     power = power * r + 1.f / 720;
@@ -173,14 +173,14 @@ static inline float exponential(float x)
     return power * whole;
 }
 
-/* e^score / sum, for scores[count]. */
+/* Softmax of scores[count], in place. */
 static void softmax(float *scores, int64_t count)
 {
     float largest = scores[0], sum = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t i = 0; i < count; i++)
         largest = scores[i] > largest ? scores[i] : largest;
-    for (int64_t i = 0; i < count; i++) /* e^-87 is the least ordinary number */
+    for (int64_t i = 0; i < count; i++) /* e^-87 is about the smallest normal number */
         scores[i] = scores[i] > largest - 87 ? scores[i] - largest : -87;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < count; i++) {
@@ -191,20 +191,20 @@ static void softmax(float *scores, int64_t count)
         scores[i] /= sum;
 }
 
-/* Attention of each row's new token to the row's columns of the cache, its own the last of them.
+/* Attention of each row's new token to the row's columns of the cache, itself included.
 
-   joined: [rows][heads + 2 key_heads][size], queries, keys and values before they are turned.
+   joined: [rows][heads + 2 key_heads][size], queries, keys and values before the rotary embedding.
    cosines, sines: [rows][size].
-   keys, values: [..][key_heads][columns][size]; the new token's are written at column `front`.
+   keys, values: [..][key_heads][columns][size]; the new token's are written to column `front`.
    starts: [rows] the first column of each row.
-   scores: [rows][heads][columns], to work in.
+   scores: [rows][heads][columns], scratch memory.
    y: [rows][heads][size]. */
 void attend(
     const float *joined, int64_t rows, int64_t heads, int64_t key_heads, int64_t size,
     const float *cosines, const float *sines, float *keys, float *values, int64_t columns,
     int64_t front, const int64_t *starts, float scale, float *scores, float *y, int64_t threads)
 {
-    const int64_t group = heads / key_heads; /* queries that share a key */
+    const int64_t group = heads / key_heads; /* query heads that share a key head */
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t head = 0; head < key_heads; head++) {
@@ -215,12 +215,12 @@ void attend(
             float *key = keys + (place * columns + start) * size;
             float *value = values + (place * columns + start) * size;
             float *score = scores + place * group * columns;
-            float *result = y + place * group * size; /* holds the queries first */
-            turn(given + (heads + head) * size, cosine, sine, size, key + (count - 1) * size);
+            float *result = y + place * group * size; /* the queries at first */
+            rotate(given + (heads + head) * size, cosine, sine, size, key + (count - 1) * size);
             memcpy(value + (count - 1) * size, given + (heads + key_heads + head) * size,
                    size * sizeof(float));
             for (int64_t g = 0; g < group; g++)
-                turn(given + (head * group + g) * size, cosine, sine, size, result + g * size);
+                rotate(given + (head * group + g) * size, cosine, sine, size, result + g * size);
             for (int64_t c = 0; c < count; c++)
                 for (int64_t g = 0; g < group; g++) {
                     float sum = 0;

@@ -1,10 +1,11 @@
-"""What a decoding step does between Python's lines, on a CPU in fp32: the loops of `kernels.c`.
+"""Compiled operations of a decoding step on a CPU in fp32: the loops of `kernels.c`.
 
-    multiply = Product(outputs, inputs).fill([weight], [bias])
-    y = multiply(normalized(x, norm_weight, 1e-6))  # [rows, in] -> [rows, out]
+    multiply = Product(layer)
+    multiply.fill()
+    y = multiply(normalized(x, norm_weight, 1e-6))  # [N, in] -> [N, out]
 
-They are compiled for this machine's processor when they are first asked for, which takes half a
-second and the compiler that the variable CXX names, or `c++`. None of them has a gradient.
+They are compiled for this machine's processor on first use, which takes half a second and the
+compiler named by the variable CXX, or `c++`. None of them has a gradient.
 """
 
 import contextlib
@@ -15,25 +16,25 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-PATIENCE = 60  # seconds for the compiler
+TIMEOUT = 60  # seconds for the compiler
 
-_POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "columns": [],
-    "lay_out": [_POINTER, _NUMBER, _NUMBER, _NUMBER, _POINTER, _NUMBER],
-    "product": [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER, _NUMBER, _POINTER, _NUMBER],
-    "normalize": [_POINTER, _NUMBER, _NUMBER, _POINTER, _REAL, _POINTER],
+    "lay_out": [_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INTEGER],
+    "product": [_POINTER, _INTEGER, _INTEGER, _POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER],
+    "normalize": [_POINTER, _INTEGER, _INTEGER, _POINTER, _FLOAT, _POINTER],
     "attend": [
-        _POINTER, _NUMBER, _NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _POINTER, _POINTER,
-        _NUMBER, _NUMBER, _POINTER, _REAL, _POINTER, _POINTER, _NUMBER,
+        _POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _POINTER, _POINTER, _POINTER,
+        _INTEGER, _INTEGER, _POINTER, _FLOAT, _POINTER, _POINTER, _INTEGER,
     ],
 }
 
@@ -44,103 +45,90 @@ class KernelsMissing(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels, once a process.
+    """Compile and load the kernels, once per process.
 
-    The file is gone as soon as it is loaded: none is left to be stale, or of another processor.
+    No file is kept, so none can be stale or built for another processor.
 
     Raises:
-        KernelsMissing: no compiler, or one that refuses.
+        KernelsMissing: there is no compiler, or it fails.
     """
     compiler = os.environ.get("CXX") or "c++"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            made = str(Path(folder) / "kernels.so")
+            built = str(Path(folder) / "kernels.so")
             subprocess.run(
-                [*shlex.split(compiler), *FLAGS, "-x", "c", str(SOURCE), "-o", made, "-lm"],
-                check=True, timeout=PATIENCE, capture_output=True, text=True,
+                [*shlex.split(compiler), *FLAGS, "-x", "c", str(SOURCE), "-o", built, "-lm"],
+                check=True, timeout=TIMEOUT, capture_output=True, text=True,
             )
-            loaded = ctypes.CDLL(made)
+            loaded = ctypes.CDLL(built)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        refused = isinstance(error, subprocess.CalledProcessError) and error.stderr
-        said = (refused or str(error)).strip().splitlines()
-        why = next((line for line in said if "error" in line), said[-1])
-        raise KernelsMissing(
-            f"{compiler} does not compile the kernels of a faster step: {why}"
-        ) from error
+        output = isinstance(error, subprocess.CalledProcessError) and error.stderr
+        lines = (output or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise KernelsMissing(f"{compiler} cannot compile its kernels: {reason}") from error
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
-    loaded.columns.restype = _NUMBER
+    loaded.columns.restype = _INTEGER
     return loaded
 
 
 class Product:
-    """x -> x W^T + b, for few rows, with a copy of W that is laid out for them.
+    """Multiplies few rows by the weights of linear layers, copied into a layout for that.
 
     Args:
-        outputs, inputs: W's shape.
+        layers: linear layers with the same input, fp32 on the CPU; their outputs are concatenated.
     """
 
-    def __init__(self, outputs: int, inputs: int) -> None:
-        self._multiply, self._inputs, self._outputs = library().product, inputs, outputs
+    def __init__(self, *layers: Any) -> None:
+        self._layers, self._multiply = layers, library().product
+        self._outputs = sum(len(layer.weight) for layer in layers)
+        self._inputs = layers[0].weight.shape[1]
         columns = library().columns()
-        self._panels = _room(-(-outputs // columns) * columns * inputs)
+        self._panels = _allocate(-(-self._outputs // columns) * columns * self._inputs)
         self._bias: Tensor | None = None
 
-    def fill(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> "Product":
-        """Take W and b as they are now: those of several layers are put one after the other.
-
-        Args:
-            weights: [part of out, in] each, fp32 on the CPU.
-            biases: [part of out] each; None is zeros.
-
-        Raises:
-            ValueError: the shapes are not those of the whole.
-        """
-        given = [sum(len(w) for w in weights), *{w.shape[1] for w in weights}]
-        if given != [self._outputs, self._inputs]:
-            raise ValueError(f"weights {given}, not [{self._outputs}, {self._inputs}]")
+    def fill(self) -> None:
+        """Copy the layers' weights and biases as they are now."""
         offset = 0
-        for weight in weights:
-            held = weight.detach().contiguous()
+        for layer in self._layers:
+            weight = layer.weight.detach().contiguous()
             library().lay_out(
-                held.data_ptr(), *held.shape, offset, self._panels.data_ptr(),
+                weight.data_ptr(), *weight.shape, offset, self._panels.data_ptr(),
                 torch.get_num_threads(),
             )
-            offset += len(held)
-        if any(bias is not None for bias in biases):
+            offset += len(weight)
+        if any(layer.bias is not None for layer in self._layers):
             self._bias = torch.cat([
-                torch.zeros(len(weight)) if bias is None else bias.detach()
-                for weight, bias in zip(weights, biases, strict=True)
+                torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+                for layer in self._layers
             ])
-        return self
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]."""
+        """Return [N, out] for x [N, in]."""
         x = x.contiguous()
-        rows = len(x)
-        y = x.new_empty(rows, self._outputs)
+        y = x.new_empty(len(x), self._outputs)
         self._multiply(
-            x.data_ptr(), rows, self._inputs, self._panels.data_ptr(),
+            x.data_ptr(), len(x), self._inputs, self._panels.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(), self._outputs, y.data_ptr(),
             torch.get_num_threads(),
         )
         return y
 
 
-def _room(numbers: int) -> Tensor:
-    """So many fp32, in the system's huge pages where it has some.
+def _allocate(count: int) -> Tensor:
+    """Return uninitialized fp32 numbers, in huge pages where the system has them.
 
-    To get a new page takes longer than to fill it if it is a small one.
+    With small pages, getting the memory takes longer than filling it.
     """
-    room = mmap.mmap(-1, 4 * numbers, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.float32)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 def normalized(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root mean square normalization (Zhang and Sennrich 2019, equation 4) of x [rows, size]."""
+    """Return the root mean square normalization (Zhang and Sennrich 2019, eq. 4) of x [N, D]."""
     x = x.contiguous()
     y = torch.empty_like(x)
     library().normalize(x.data_ptr(), *x.shape, weight.data_ptr(), epsilon, y.data_ptr())
@@ -151,27 +139,27 @@ def attended(
     joined: Tensor, cosines: Tensor, sines: Tensor, keys: Tensor, values: Tensor, front: int,
     starts: Tensor, scale: float,
 ) -> Tensor:
-    """Attention of the rows' new tokens, whose keys and values are put into the cache.
+    """Return the attention of each row's new token; its key and value go into the cache.
 
     Args:
-        joined: [rows, (H + 2 K) size], queries of H heads, keys and values of K, not yet turned to
-            their positions.
-        cosines, sines: [rows, size], of the rotary embedding (Su et al. 2021, equation 34; halves,
-            not neighbours, are the two sides of a plane).
-        keys, values: the cache [at least rows, K, columns, size].
+        joined: [N, (H + 2 K) D], queries of H heads, keys and values of K, before the rotary
+            embedding.
+        cosines, sines: [N, D] of the rotary embedding (Su et al. 2021, eq. 34; the two sides of a
+            plane are a half apart, not neighbours).
+        keys, values: the cache [at least N, K, columns, D].
         front: the column of the new tokens.
-        starts: [rows] int64, the first column that each row attends to.
+        starts: [N] int64, the first column that each row attends to.
         scale: of the products of query and key.
 
     Returns:
-        [rows, H size].
+        [N, H D].
 
     Raises:
-        ValueError: angles that are not of the heads' size.
+        ValueError: cosines and sines have another shape.
     """
     rows, (_, key_heads, columns, size) = len(joined), keys.shape
     if cosines.shape != (rows, size):
-        raise ValueError(f"angles {list(cosines.shape)} are not of rows and heads [{rows}, {size}]")
+        raise ValueError(f"rotary embedding {list(cosines.shape)}, expected [{rows}, {size}]")
     heads = joined.shape[1] // size - 2 * key_heads
     scores = joined.new_empty(rows * heads * columns)
     y = joined.new_empty(rows, heads * size)

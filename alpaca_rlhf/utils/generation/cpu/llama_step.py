@@ -1,13 +1,13 @@
-"""One decoding step of a LLaMA, written out for a CPU in fp32.
+"""A decoding step of the LLaMA family on a CPU in fp32, from compiled operations.
 
-A step multiplies a few rows with every weight of the model: what it costs is reading the weights,
-and what stands between the products. So the weights are laid out for products of few rows,
-projections of one input are joined into one product, and the loops between the products are the
-compiled ones of `kernels`. The weights laid out are a copy, filled on entering generation mode.
+A step multiplies a few rows by every weight of the model, so it takes as long as reading the
+weights does, plus the operations between the products. The weights are copied into a layout for
+products of few rows, projections of the same input are one product, and the loops in between are
+those of `kernels`.
 
-Any model made of the LLaMA family's parts has such a step (LLaMA, Mistral, Qwen2 and what is built
-like them); `LlamaStep.objection` says why another has not. That the parts mean the same is not
-taken on trust: `decoding.agrees` compares a step with the model's own forward pass.
+Models made of the LLaMA family's modules have such a step (LLaMA, Mistral, Qwen2 and the like);
+`LlamaStep.objection` returns why another has none. That the modules compute the same is not taken
+for granted: `steps.agrees` compares a step with the model's forward pass.
 """
 
 from typing import Any
@@ -30,49 +30,8 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
-class _Joined:
-    """The product of one or more linear layers that have the same input."""
-
-    def __init__(self, *layers: Any) -> None:
-        self._layers = layers
-        outputs = sum(len(layer.weight) for layer in layers)
-        self._product = Product(outputs, layers[0].weight.shape[1])
-
-    def fill(self) -> None:
-        """Take the layers' weights as they are now."""
-        self._product.fill(
-            [layer.weight for layer in self._layers], [layer.bias for layer in self._layers]
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x)
-
-
-class _Layer:
-    """What a decoder layer multiplies with."""
-
-    def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.attention_in = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.attention_out = _Joined(attention.o_proj)
-        self.mlp_in = _Joined(mlp.gate_proj, mlp.up_proj)
-        self.mlp_out = _Joined(mlp.down_proj)
-        self.activation = mlp.act_fn
-        self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.scaling = attention.scaling
-
-    def fill(self) -> None:
-        """Take the weights as they are now."""
-        for joined in (self.attention_in, self.attention_out, self.mlp_in, self.mlp_out):
-            joined.fill()
-
-
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    return normalized(x, norm.weight, norm.variance_epsilon)
-
-
 class LlamaStep:
-    """Computes the next logits of all rows of a LLaMA by the compiled kernels.
+    """Computes the next logits of all rows of a LLaMA by the compiled operations.
 
     Args:
         model: a model without an `objection`.
@@ -83,8 +42,7 @@ class LlamaStep:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._layers: list[_Layer] = []
-        self._head: Any = None
+        self._products: list[list[Product]] = []  # of each decoder layer, then of the head
 
     @staticmethod
     def objection(model: PreTrainedModel) -> str | None:
@@ -95,12 +53,8 @@ class LlamaStep:
             return "it is for fp32"
         if getattr(model.config, "sliding_window", None) is not None:
             return "the model attends to a sliding window"
-        decoder = getattr(model, "model", None)
-        parts = [(layer, _LAYER) for layer in getattr(decoder, "layers", [])]
-        for layer, _ in list(parts):
-            parts += [(getattr(layer, "self_attn", None), _ATTENTION),
-                      (getattr(layer, "mlp", None), _MLP)]
-        if not parts or not all(_consists_of(part, names) for part, names in parts):
+        layers = list(getattr(getattr(model, "model", None), "layers", []))
+        if not layers or not all(_is_llama(layer) for layer in layers):
             return "the model is not made of LLaMA's modules"
         try:
             library()
@@ -109,37 +63,57 @@ class LlamaStep:
         return None
 
     def fill(self) -> None:
-        """Copy the model's weights as they are now into the layout of the kernels."""
-        if not self._layers:
-            self._layers = [_Layer(layer) for layer in self._model.model.layers]
-            self._head = _Joined(self._model.get_output_embeddings())
-        for layer in self._layers:
-            layer.fill()
-        self._head.fill()
+        """Copy the model's weights as they are now."""
+        if not self._products:
+            for layer in self._model.model.layers:
+                attention, mlp = layer.self_attn, layer.mlp
+                self._products.append([
+                    Product(attention.q_proj, attention.k_proj, attention.v_proj),
+                    Product(attention.o_proj),
+                    Product(mlp.gate_proj, mlp.up_proj),
+                    Product(mlp.down_proj),
+                ])
+            self._products.append([Product(self._model.get_output_embeddings())])
+        for products in self._products:
+            for product in products:
+                product.fill()
 
     def release(self) -> None:
         """Free the copy of the weights."""
-        self._layers, self._head = [], None
+        self._products = []
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
-        """Return logits [N, V] after tokens [N]; their keys and values go to the cache's front."""
-        decoder = self._model.model
-        x = decoder.embed_tokens(tokens)
-        cosines, sines = (part.squeeze(1) for part in decoder.rotary_emb(x, cache.positions))
-        for layer, held in zip(self._layers, cache.layers, strict=True):
-            joined = layer.attention_in(_normed(layer.norms[0], x))
-            x = x + layer.attention_out(attended(
-                joined, cosines, sines, held.keys, held.values, cache.front, cache.starts,
-                layer.scaling,
+        """Return logits [N, V] after tokens [N], written to the front of the cache."""
+        model = self._model.model
+        x = model.embed_tokens(tokens)
+        cosines, sines = (part.squeeze(1) for part in model.rotary_emb(x, cache.positions))
+        *products, [head] = self._products
+        for layer, (attention_in, attention_out, mlp_in, mlp_out), buffers in zip(
+            model.layers, products, cache.layers, strict=True
+        ):
+            joined = attention_in(_normed(layer.input_layernorm, x))
+            x = x + attention_out(attended(
+                joined, cosines, sines, buffers.keys, buffers.values, cache.front, cache.starts,
+                layer.self_attn.scaling,
             ))
-            gate, up = layer.mlp_in(_normed(layer.norms[1], x)).chunk(2, dim=-1)
-            x = x + layer.mlp_out(layer.activation(gate) * up)
-        return self._head(_normed(decoder.norm, x))
+            joined = mlp_in(_normed(layer.post_attention_layernorm, x))
+            gate, up = joined.chunk(2, dim=-1)
+            x = x + mlp_out(layer.mlp.act_fn(gate) * up)
+        return head(_normed(model.norm, x))
 
 
-def _consists_of(module: Any, names: set[str]) -> bool:
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    return normalized(x, norm.weight, norm.variance_epsilon)
+
+
+def _is_llama(layer: Any) -> bool:
+    return _consists_of(layer, _LAYER) and _consists_of(layer.self_attn, _ATTENTION) and (
+        _consists_of(layer.mlp, _MLP))
+
+
+def _consists_of(module: nn.Module, names: set[str]) -> bool:
     """Return whether a module has exactly these submodules, with the attributes that are read."""
-    parts = dict(module.named_children()) if isinstance(module, nn.Module) else {}
+    parts = dict(module.named_children())
     return parts.keys() == names and all(
         hasattr(part, "variance_epsilon") for name, part in parts.items() if "norm" in name
     ) and all(hasattr(part, "weight") for name, part in parts.items() if "proj" in name)
