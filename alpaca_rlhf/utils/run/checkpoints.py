@@ -121,39 +121,32 @@ def open_run(
             written with other arguments.
         TrainingStopped: the run has finished.
     """
+    wanted = checkpoint.resume_from_checkpoint
     folder = RunFolder(
-        run.output_dir, overwrite=run.overwrite_output_dir,
-        resume=checkpoint.resume_from_checkpoint is not None,
+        run.output_dir, overwrite=run.overwrite_output_dir, resume=wanted is not None
     )
-    return folder, find(folder, checkpoint, step=step, arguments=arguments)
-
-
-def find(
-    folder: RunFolder, config: CheckpointConfig, *, step: int, arguments: dict[str, Any]
-) -> Found | None:
-    """Find the checkpoint to resume from and verify it; see `open_run`."""
-    wanted = config.resume_from_checkpoint
     if wanted is None:
-        return None
-    if wanted != "latest":
-        path = Path(wanted)
-        if not (path / MANIFEST).is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {wanted}: is not a checkpoint (it has no {MANIFEST}); "
-                "give a folder step-… of a run's `checkpoints` folder, or latest"
-            )
-        if damage := find_damage(path):
-            raise UserError(f"--resume_from_checkpoint {wanted}: {damage}; give an earlier one, "
-                            "or latest, which takes the last one that is intact")
-    elif (latest := _latest_intact(folder.path)) is None:
+        return folder, None
+    path = _latest_intact(folder.path) if wanted == "latest" else _intact(Path(wanted))
+    if path is None:
         console.say("--resume_from_checkpoint latest: there is no checkpoint yet; "
-                        "this run starts at its first step")
-        return None
-    else:
-        path = latest
-    convert = _check_fit(path, config, step, arguments)
+                    "this run starts at its first step")
+        return folder, None
+    convert = _check_fit(path, checkpoint.allow_changed_args, step, arguments)
     console.say(f"resuming from {path}")
-    return Found(path, convert)
+    return folder, Found(path, convert)
+
+
+def _intact(path: Path) -> Path:
+    if not (path / MANIFEST).is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {path}: is not a checkpoint (it has no {MANIFEST}); "
+            "give a folder step-… of a run's `checkpoints` folder, or latest"
+        )
+    if damage := find_damage(path):
+        raise UserError(f"--resume_from_checkpoint {path}: {damage}; give an earlier one, "
+                        "or latest, which takes the last one that is intact")
+    return path
 
 
 def _latest_intact(run: Path | None) -> Path | None:
@@ -219,9 +212,7 @@ def _sha256(path: Path) -> str:
 # --- what may have changed -----------------------------------------------------------------------
 
 
-def _check_fit(
-    path: Path, config: CheckpointConfig, step: int, arguments: dict[str, Any]
-) -> bool:
+def _check_fit(path: Path, allow_changed: bool, step: int, arguments: dict[str, Any]) -> bool:
     """Refuse a checkpoint of another step or with other arguments; whether to convert it."""
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["step_of_rlhf"] != step:
@@ -238,7 +229,7 @@ def _check_fit(
     changed = changed_arguments(
         then, arguments, ranks_then=ranks, ranks_now=distributed.world_size()
     )
-    if changed and not config.allow_changed_args:
+    if changed and not allow_changed:
         raise UserError(
             f"--resume_from_checkpoint {path}: arguments that change the result have changed: "
             f"{'; '.join(changed)}; give them as they were, or --allow_changed_args"
@@ -247,7 +238,7 @@ def _check_fit(
         console.say(f"changed since the checkpoint: {line}")
     if convert:
         console.say("the checkpoint is of another number of ranks or ZeRO stage: it is "
-                        "converted, and the results agree to fp32's rounding, not bit for bit")
+                    "converted, and the results agree to fp32's rounding, not bit for bit")
     return convert
 
 

@@ -139,11 +139,12 @@ def _partly_frozen(engine: Engine) -> bool:
 
 def _load_converted(engine: Engine, source: Path, files: CheckpointFiles) -> None:
     common = files.load(str(sorted(source.glob("*model_states.pt"))[0]), "cpu")
+    step = float(common["global_steps"] - common["skipped_steps"])
     if any(source.glob("*_optim_states.pt")):
-        with _universal(source, files) as (value_of, step):
+        with _universal(source, files) as value_of:
             _set_values(engine, value_of, step)
     else:
-        _set_values(engine, *_without_zero(engine, common))
+        _set_values(engine, _without_zero(engine, common), step)
     engine.lr_scheduler.load_state_dict(common["lr_scheduler"])
     for group, rate in zip(
         engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True
@@ -199,8 +200,8 @@ def _make_states(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _without_zero(engine: Engine, common: dict[str, Any]) -> tuple[ValueOf, float]:
-    """Return values by name, and the step count, of a checkpoint without ZeRO.
+def _without_zero(engine: Engine, common: dict[str, Any]) -> ValueOf:
+    """Return the values of a checkpoint without ZeRO, by name.
 
     Its optimizer numbers the parameters in the order of `parameter_groups`.
     """
@@ -209,29 +210,23 @@ def _without_zero(engine: Engine, common: dict[str, Any]) -> tuple[ValueOf, floa
         names[id(p)] for group in parameter_groups(engine.module, 0.0, 0.0, 0.0)
         for p in group["params"]
     ]
-    states = common["optimizer"]["state"]
-    by_name = {order[number]: state for number, state in states.items()}
+    moments = {order[i]: state for i, state in common["optimizer"]["state"].items()}
 
     def value_of(name: str, kind: str) -> Tensor | None:
         if kind == "fp32":
             return common["module"][name].float()
-        return by_name.get(name, {}).get(kind)
+        return moments.get(name, {}).get(kind)
 
-    return value_of, max((float(state["step"]) for state in states.values()), default=0.0)
+    return value_of
 
 
 @contextlib.contextmanager
-def _universal(source: Path, files: CheckpointFiles) -> Iterator[tuple[ValueOf, float]]:
-    """Give values by name, and the step count, of a checkpoint with ZeRO.
-
-    The universal format is in a temporary folder beside it.
-    """
+def _universal(source: Path, files: CheckpointFiles) -> Iterator[ValueOf]:
+    """Give the values of a checkpoint with ZeRO, by name, from a temporary folder beside it."""
     made = source.with_name(f".{source.name}.universal")
     # The converter unpickles anything, so every file is read first in a way that does not.
-    steps = [
-        float(step) for path in sorted(source.rglob("*.pt"))
-        for step in _steps(files.load(str(path), "cpu").get("optimizer_state_dict"))
-    ]
+    for path in sorted(source.rglob("*.pt")):
+        files.load(str(path), "cpu")
     distributed.barrier()
     if distributed.is_main():
         # A conversion that was cut short may have left one.
@@ -252,22 +247,9 @@ def _universal(source: Path, files: CheckpointFiles) -> Iterator[tuple[ValueOf, 
         return held["param"] if isinstance(held, dict) else held
 
     try:
-        yield value_of, max(steps, default=0.0)
+        yield value_of
     finally:
         distributed.barrier()
         if distributed.is_main():
             shutil.rmtree(made, ignore_errors=True)
             made.with_name("latest_universal").unlink(missing_ok=True)
-
-
-def _steps(held: Any) -> Iterator[Any]:
-    """Yield every entry `step` in a file of ZeRO's: each stage nests it elsewhere."""
-    if isinstance(held, dict):
-        for key, value in held.items():
-            if key == "step" and isinstance(value, int | float | Tensor):
-                yield value
-            else:
-                yield from _steps(value)
-    elif isinstance(held, list | tuple):
-        for value in held:
-            yield from _steps(value)
