@@ -2,12 +2,12 @@
 
     python tests/soak.py --steps 1 2 3 --ranks 1 2 --zero 0 2 3 --lora 0 4 --kills 20
 
-The models are random ones of a few thousand weights, so that what takes time is starting; a start
-is a fork of this process, which has imported everything but computed nothing. Half of the kills
-come at any moment after the start, half while a checkpoint is being written. Of two ranks both are
-killed, or one, and then the other must end, told to by SIGTERM as DeepSpeed's launcher does. Every
-case says what it has done, and the exit code is 1 if a weight differs, a checkpoint was found
-broken, or a rank outlived its fellow.
+The models are random ones of a few thousand weights, so that most of the time goes into starting. A
+start is a fork of this process, which has imported everything but computed nothing. Half of the
+kills come at any moment after the start, half while a checkpoint is being written. Of two ranks
+both are killed, or one, and then the other must end, told to by SIGTERM as DeepSpeed's launcher
+does. Every case prints a line, and the exit code is 1 if a weight differs, a checkpoint was found
+broken, or a rank outlived the other.
 """
 
 import argparse
@@ -20,9 +20,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ STEPS = {
     3: "step3_rlhf_finetuning",
 }
 LONGEST_END = 30.0  # seconds that a rank may outlive another one
+ROUNDING = 1e-4  # difference of a weight after a run on other ranks
 
 
 @dataclass(frozen=True)
@@ -51,53 +52,39 @@ class Case:
 
 
 def main() -> int:
-    """All cases; 0 if all went well."""
+    """Run all cases; 0 if all passed."""
     args = parser().parse_args()
     folder = Path(args.folder).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     prepare(folder)
-    draw = random.Random(args.seed)
-    failures = 0
     if args.move:
-        for step, lora in product(args.steps, args.lora):
-            places = [(ranks, stage) for ranks in args.ranks for stage in args.zero]
-            for origin, goal in product(places, places):
-                if origin != goal:
-                    failures += not move(
-                        Case(step, *origin, lora), Case(step, *goal, lora), folder, args
-                    )
-        return 1 if failures else 0
-    for case in map(Case, *zip(*product(args.steps, args.ranks, args.zero, args.lora),
-                               strict=True)):
-        if case.ranks == 1 and case.stage and not args.all:
-            continue
-        failures += not soak(case, folder, args, draw)
-    return 1 if failures else 0
-
-
-def prepare(folder: Path) -> None:
-    """Make the inputs, and import what the forks need."""
-    folder.mkdir(parents=True, exist_ok=True)
-    in_a_fork(lambda: make_inputs(folder), folder / "inputs.log")
-    for name in ("datasets", "peft", "deepspeed", "transformers.models.llama.modeling_llama"):
-        importlib.import_module(name)
-    for step in STEPS:
-        importlib.import_module(f"alpaca_rlhf.training_model.{STEPS[step]}.main")
+        passed = [
+            move(Case(step, *origin, lora), Case(step, *goal, lora), folder, args)
+            for step, lora in product(args.steps, args.lora)
+            for origin, goal in permutations(product(args.ranks, args.zero), 2)
+        ]
+    else:
+        draw = random.Random(args.seed)
+        passed = [
+            soak(Case(step, ranks, stage, lora), folder, args, draw)
+            for step, ranks, stage, lora in product(args.steps, args.ranks, args.zero, args.lora)
+            if ranks > 1 or stage == 0
+        ]
+    return 0 if all(passed) else 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--folder", default="output/soak", help="is emptied first")
     made.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
     made.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    made.add_argument("--zero", type=int, nargs="+", default=[0, 2, 3])
-    made.add_argument("--lora", type=int, nargs="+", default=[0, 4], help="0: all weights train")
-    made.add_argument("--all", action="store_true", help="one rank with ZeRO above 0, too")
+    made.add_argument("--zero", type=int, nargs="+", default=[0, 2, 3], help="on two ranks")
+    made.add_argument("--lora", type=int, nargs="+", default=[0, 4], help="0: no LoRA")
     made.add_argument("--move", action="store_true",
-                      help="do not kill: go on with other ranks and another ZeRO stage")
+                      help="do not kill: resume with other ranks and another ZeRO stage")
     made.add_argument("--kills", type=int, default=20)
     made.add_argument("--updates", type=int, default=24, help="optimizer steps of a run")
     made.add_argument("--save_steps", type=int, default=3)
@@ -105,51 +92,79 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def prepare(folder: Path) -> None:
+    """Make models and data, and import what the forks need."""
+    folder.mkdir(parents=True, exist_ok=True)
+    making = fork(lambda: make_inputs(folder), folder / "inputs.log")
+    if os.waitpid(making, 0)[1]:
+        raise SystemExit(f"failed: see {folder / 'inputs.log'}")
+    for name in (
+        "datasets", "peft", "transformers.models.llama.modeling_llama", "matplotlib.pyplot",
+        "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
+        *(f"alpaca_rlhf.training_model.{step}.main" for step in STEPS.values()),
+    ):
+        importlib.import_module(name)
+
+
 def make_inputs(folder: Path) -> None:
-    """Models and data."""
+    """Save models and data. It starts threads, so it must not be done in the parent of forks."""
     save_models(folder)
     rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}." + " Yes." * (i % 7),
              "rejected": "No." * (1 + i % 5)} for i in range(240)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ------------------------------------------------------------------------- one case
+# --- one case ------------------------------------------------------------------------------------
 
 
 def soak(case: Case, folder: Path, args: argparse.Namespace, draw: random.Random) -> bool:
-    """A run that is never killed, and one that is; whether they end alike."""
-    whole, broken = folder / "whole", folder / "killed"
-    for path in folder.glob("whole*"), folder.glob("killed*"), folder.glob(".*lock"):
-        for old in path:
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+    """Compare a run that is killed with one that is not."""
+    length = run_whole(case, folder, args)
+    return length is not None and kill_and_compare(case, folder, args, draw, length)
+
+
+def run_whole(case: Case, folder: Path, args: argparse.Namespace) -> float | None:
+    """Run a case to its end in an empty `whole`; its seconds, or None if it failed."""
+    for old in [*folder.glob("whole*"), *folder.glob("killed*"), *folder.glob(".*lock")]:
+        shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
     start = time.perf_counter()
-    if any(Run(case, folder, whole, args).wait()):
-        return say(False, case, f"the run failed: see {folder / 'whole.log'}")
-    length = time.perf_counter() - start
-    log = folder / "killed.log"
+    if any(Run(case, folder, folder / "whole", args).wait()):
+        say(False, case, f"the run failed: see {folder / 'whole.log'}")
+        return None
+    return time.perf_counter() - start
+
+
+def kill_and_compare(
+    case: Case, folder: Path, args: argparse.Namespace, draw: random.Random, length: float
+) -> bool:
+    """Run a case in `killed`, kill and resume it, and compare it with `whole`.
+
+    Args:
+        length: seconds of a run that is not killed.
+    """
+    killed, log, start = folder / "killed", folder / "killed.log", time.perf_counter()
     kills = saving = found_broken = 0
-    slowest, problem = 0.0, ""
+    problem = ""
     while not problem:
-        run = Run(case, folder, broken, args, resume=True)
+        run = Run(case, folder, killed, args, ["--resume_from_checkpoint", "latest"])
         if kills < args.kills:
             in_saving = draw.random() < 0.5
-            killed = run.await_moment(length, in_saving, broken.with_name("killed.partial"), draw)
-            if killed:
+            if run.await_moment(length, in_saving, folder / "killed.partial", draw):
                 kills, saving = kills + 1, saving + in_saving
                 one = case.ranks > 1 and draw.random() < 0.2
-                slowest = max(slowest, run.kill([draw.randrange(case.ranks)] if one else None))
-                if slowest > LONGEST_END:
-                    problem = f"a rank outlived the other by {slowest:.0f} s"
+                seconds = run.kill([draw.randrange(case.ranks)] if one else range(case.ranks))
+                if seconds > LONGEST_END:
+                    problem = f"a rank outlived the other by {seconds:.0f} s"
                 found_broken += log.read_text().count("is broken")
                 continue
         if any(run.wait()):
             problem = f"a resumed run failed: see {log}"
-        elif different := differences(whole, broken):
-            problem = f"not the same, bit for bit: {', '.join(different[:3])}"
+        elif different := differences(folder / "whole", killed):
+            problem = f"not the same, bit for bit: {', '.join(list(different)[:3])}"
         elif kills >= args.kills:
             break
         else:
-            shutil.rmtree(broken)
+            shutil.rmtree(killed)
     if found_broken:
         problem = f"{found_broken} checkpoints were found broken"
     return say(not problem, case, problem or (
@@ -159,40 +174,33 @@ def soak(case: Case, folder: Path, args: argparse.Namespace, draw: random.Random
 
 
 def move(case: Case, goal: Case, folder: Path, args: argparse.Namespace) -> bool:
-    """A run that goes on elsewhere from its first half; whether it ends alike, but for rounding."""
+    """Compare a run with one that is resumed from its first half with other ranks."""
     whole, moved = folder / "whole", folder / "moved"
     for path in (whole, moved):
         shutil.rmtree(path, ignore_errors=True)
     half = args.updates // 2 // args.save_steps * args.save_steps
-    if any(Run(case, folder, whole, args, more=["--save_total_limit", 99]).wait()):
+    if any(Run(case, folder, whole, args, ["--save_total_limit", 99]).wait()):
         return say(False, case, f"the run failed: see {folder / 'whole.log'}")
     origin = whole / "checkpoints" / f"step-{half:08d}"
-    if any(Run(goal, folder, moved, args, more=["--resume_from_checkpoint", origin]).wait()):
+    if any(Run(goal, folder, moved, args, ["--resume_from_checkpoint", origin]).wait()):
         return say(False, goal, f"the run failed: see {folder / 'moved.log'}")
-    far = furthest(whole, moved)
-    return say(far < 1e-4, case, f"to {goal}: weights differ by at most {far:.1e}")
+    largest = max(differences(whole, moved).values(), default=0.0)
+    return say(largest < ROUNDING, case, f"to {goal}: weights differ by at most {largest:.1e}")
 
 
-def furthest(whole: Path, moved: Path) -> float:
-    """The largest difference of a weight between two exports."""
-    far = 0.0
-    for path in whole.rglob("*.safetensors"):
-        with safe_open(path, "pt") as a, safe_open(moved / path.relative_to(whole), "pt") as b:
-            for key in a.keys():  # noqa: SIM118
-                far = max(far, (a.get_tensor(key) - b.get_tensor(key)).abs().max().item())
-    return far
-
-
-def differences(whole: Path, killed: Path) -> list[str]:
-    """Weights of exports that are not alike, bit for bit."""
-    files = sorted(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors")
-                   if "checkpoints" not in path.parts)
-    different = [] if files else ["no exports"]
+def differences(whole: Path, other: Path) -> dict[str, float]:
+    """Return the largest difference in each exported weight that is not the same, bit for bit."""
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*.safetensors"))
+             if "checkpoints" not in path.parts]
+    found = {} if files else {"no exports": float("inf")}
     for name in files:
-        with safe_open(whole / name, "pt") as a, safe_open(killed / name, "pt") as b:
-            different += [f"{name}: {key}" for key in sorted({*a.keys(), *b.keys()})
-                          if not a.get_tensor(key).equal(b.get_tensor(key))]
-    return different
+        with safe_open(whole / name, "pt") as a, safe_open(other / name, "pt") as b:
+            assert set(a.keys()) == set(b.keys()), name
+            for key in a.keys():  # noqa: SIM118
+                one, two = a.get_tensor(key), b.get_tensor(key)
+                if not one.equal(two):
+                    found[f"{name}: {key}"] = (one - two).abs().max().item()
+    return found
 
 
 class Run:
@@ -200,44 +208,28 @@ class Run:
 
     def __init__(
         self, case: Case, folder: Path, output: Path, args: argparse.Namespace,
-        resume: bool = False, more: Sequence[Any] = (),
+        more: Sequence[Any] = (),
     ) -> None:
         words = [*flags(case, folder, args), "--output_dir", output, *more]
-        if resume:
-            words += ["--resume_from_checkpoint", "latest"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+
+        def train() -> None:
+            sys.argv = ["main.py", *map(str, words)]
+            from alpaca_rlhf.utils import console
+
+            console.run_main(
+                sys.modules[f"alpaca_rlhf.training_model.{STEPS[case.step]}.main"].main)
+
         log = folder / f"{output.name}.log"
         log.write_text("")
-        self._ranks = [
-            self._fork(case, list(map(str, words)), rank, port, log) for rank in range(case.ranks)
-        ]
-
-    @staticmethod
-    def _fork(case: Case, words: list[str], rank: int, port: int, log: Path) -> int:
-        child = os.fork()
-        if child:
-            return child
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_RANK=str(rank),
-            LOCAL_SIZE=str(case.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )
-        sys.argv = ["main.py", *words]
-        write_to(log)
-        from alpaca_rlhf.utils import console
-
-        step = sys.modules[f"alpaca_rlhf.training_model.{STEPS[case.step]}.main"]
-        console.run_main(step.main)
-        os._exit(0)
+        self._ranks = fork_ranks(train, case.ranks, log)
 
     def await_moment(
         self, length: float, in_saving: bool, partial: Path, draw: random.Random
     ) -> bool:
-        """Wait for the moment to kill; whether it has come before the run had ended."""
+        """Wait for the moment to kill; False if the run has ended before."""
         moment = time.perf_counter() + draw.random() * length
-        while not (time.perf_counter() > moment and not in_saving):
-            if os.waitid(os.P_PID, self._ranks[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        while in_saving or time.perf_counter() <= moment:
+            if ended(self._ranks[0]):
                 return False
             if in_saving and time.perf_counter() > moment and any(
                 (partial / "checkpoints").glob(".step-*.partial")
@@ -247,38 +239,28 @@ class Run:
             time.sleep(0.001)
         return True
 
-    def kill(self, victims: list[int] | None) -> float:
-        """SIGKILL; seconds until the last rank had ended, told to by SIGTERM as launchers do."""
-        start = time.perf_counter()
-        for rank in range(len(self._ranks)) if victims is None else victims:
+    def kill(self, victims: Sequence[int]) -> float:
+        """Kill ranks, tell the others by SIGTERM, and return the seconds until all have ended."""
+        start, told = time.perf_counter(), False
+        for rank in victims:
             os.kill(self._ranks[rank], signal.SIGKILL)
-        told = False
-        while self._alive():
-            if not told and time.perf_counter() - start > 1.0:
+        while not all(map(ended, self._ranks)):
+            late = time.perf_counter() - start > LONGEST_END
+            if late or (not told and time.perf_counter() - start > 1.0):
                 told = True
                 for process in self._ranks:
-                    os.kill(process, signal.SIGTERM)
-            if time.perf_counter() - start > LONGEST_END:
-                for process in self._ranks:
-                    os.kill(process, signal.SIGKILL)
-                break
+                    os.kill(process, signal.SIGKILL if late else signal.SIGTERM)
             time.sleep(0.01)
         self.wait()
         return time.perf_counter() - start
 
-    def _alive(self) -> bool:
-        return any(
-            os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-            for process in self._ranks
-        )
-
     def wait(self) -> list[int]:
-        """Exit codes of the ranks."""
-        return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in self._ranks]
+        """Return the exit codes of the ranks."""
+        return exit_codes(self._ranks)
 
 
 def flags(case: Case, folder: Path, args: argparse.Namespace) -> list[Any]:
-    """The command line of a step."""
+    """Return the command line of a step."""
     rows = 4 // case.ranks
     shared = ["--data_path", folder / "rows.jsonl", "--data_output_path", folder / "cache",
               "--max_steps", args.updates, "--save_steps", args.save_steps, "--seed", 3,
@@ -300,33 +282,50 @@ def flags(case: Case, folder: Path, args: argparse.Namespace) -> list[Any]:
     ]
 
 
-# ------------------------------------------------------------------------- processes
+# --- processes -----------------------------------------------------------------------------------
 
 
-def in_a_fork(work: Any, log: Path) -> None:
-    """Do something that would start threads in another process."""
+def fork(work: Callable[[], Any], log: Path, **environment: str) -> int:
+    """Do something in a fork that writes both its outputs to a log; the fork's process id."""
     child = os.fork()
-    if not child:
-        write_to(log)
-        work()
-        sys.stdout.flush()
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        raise SystemExit(f"failed: see {log}")
-
-
-def write_to(log: Path) -> None:
-    """Both outputs of this process."""
+    if child:
+        return child
+    os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-
-
-def say(well: bool, case: Case, text: str) -> bool:
-    """A line of the report."""
-    sys.stdout.write(f"{'ok    ' if well else 'FAILED'}  {case}: {text}\n")
+    work()
     sys.stdout.flush()
-    return well
+    os._exit(0)
+
+
+def fork_ranks(work: Callable[[], Any], ranks: int, log: Path) -> list[int]:
+    """Do something in forks that are the ranks of one world; their process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [
+        fork(work, log, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+             LOCAL_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(ranks)
+    ]
+
+
+def ended(process: int) -> bool:
+    """Whether a child has ended; it can still be waited for."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def exit_codes(processes: Sequence[int]) -> list[int]:
+    """Wait for children, and return their exit codes, or signals as negative numbers."""
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def say(passed: bool, case: Case, text: str) -> bool:
+    """Print a line of the report."""
+    sys.stdout.write(f"{'ok    ' if passed else 'FAILED'}  {case}: {text}\n")
+    sys.stdout.flush()
+    return passed
 
 
 if __name__ == "__main__":
