@@ -15,17 +15,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import learn, snapshot
-from test_training_loop import Recorder, actor, step, tokens
+from test_training_loop import actor, step, tokens
 from torch.testing import assert_close
 
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import Iteration
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     AdaptiveKLController,
-    Round,
+    ScoreNormalizer,
 )
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import ScoreNormalizer
-from alpaca_rlhf.utils.configs import CheckpointConfig, RunConfig
+from alpaca_rlhf.utils.configs import CheckpointConfig, RewardConfig, RunConfig
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
-from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.run import checkpoints as module
 from alpaca_rlhf.utils.run import engine_state
 from alpaca_rlhf.utils.run.checkpoints import (
@@ -39,6 +38,7 @@ from alpaca_rlhf.utils.run.engine_state import CheckpointFiles
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 
 pytestmark = pytest.mark.usefixtures("group")
+RATES = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3}
 BATCH = "per_device_train_batch_size"
 
 
@@ -53,6 +53,13 @@ class Number:
 
     def load_state_dict(self, state):
         self.value = state["value"].item()
+
+
+class Recorder(list):
+    """The events that a tracker is told of."""
+
+    def event(self, *event):
+        self.append(event)
 
 
 @contextlib.contextmanager
@@ -333,7 +340,7 @@ def test_a_checkpoint_is_saved_when_it_is_due(tmp_path, every, due, steps):
     with opened(tmp_path / "run", save_steps=every) as checkpoints:
         for number in range(1, 5):
             checkpoints.step_boundary(number, tracker, due=due)
-    assert [event[1] for event in tracker.events] == steps
+    assert [event[1] for event in tracker] == steps
 
 
 def test_consecutive_skipped_steps_are_counted_across_a_resume(tmp_path):
@@ -379,7 +386,7 @@ def test_on_a_full_disk_earlier_checkpoints_stay_intact_and_the_run_goes_on(
         assert find_damage(checkpoints.root / "step-00000001") is None
         checkpoints.step_boundary(3, tracker)  # there is room again
     assert names(checkpoints.root) == ["step-00000001", "step-00000003"]
-    assert [event[1] for event in tracker.events] == [1, 3]
+    assert [event[1] for event in tracker] == [1, 3]
 
 
 @pytest.mark.parametrize("place", ["os.fsync", "os.rename", "pathlib.Path.mkdir"])
@@ -458,7 +465,7 @@ def resumed_after_two_steps(small, folder, stages, lora):
     engines = []
     for seed, stage in enumerate(stages):
         torch.manual_seed(seed)  # of the adapter
-        engines.append(actor(small, stage, lora=lora, adam_eps=1e-8))
+        engines.append(actor(small, stage, lora=lora, adam_eps=1e-8, **RATES))
     engine, again = engines
     with opened(folder, {"model": engine}, arguments={"zero_stage": stages[0]}) as checkpoints:
         for _ in range(2):
@@ -521,10 +528,13 @@ def ppo_run(small, output, resume=None):
     """Everything that step 3 saves, by name."""
     torch.manual_seed(0)  # of the adapter
     engine = small.roles(lora=4)
-    ema = Ema(engine.actor.module, decay=0.5)
-    own = {"trainer": small.trainer(engine, small.ppo(), ema), "sampler": small.maker(engine)}
-    shared = {"controller": AdaptiveKLController(0.1, target=6.0),
-              "normalizer": ScoreNormalizer("reference"), "ema": ema}
+    trainer = small.trainer(engine, enable_ema=True, ema_decay=0.5)
+    own = {"trainer": trainer, "sampler": small.maker(engine)}
+    shared = {
+        "controller": AdaptiveKLController(RewardConfig(kl_coef=0.1, kl_controller="adaptive")),
+        "normalizer": ScoreNormalizer(RewardConfig(reward_normalization="reference"), ""),
+        "ema": trainer.ema,
+    }
     engines = {"actor": engine.actor, "critic": engine.critic}
     with opened(output, engines, resume=resume, own=own, shared=shared) as checkpoints:
         checkpoints.restore("rows")
@@ -544,7 +554,7 @@ def test_step_3_resumes_in_the_middle_of_an_iteration(small, tmp_path):
             if len(calls) == 3:
                 save_at(checkpoints, trainer.taken, mid_iteration=True)
 
-        expected = trainer.learn(Round(experience, metrics), 5, None, between)
+        expected = trainer.update(Iteration(experience, metrics), 5, None, between)
         assert calls == [0, 1, 2, 3]
     with ppo_run(small, tmp_path / "run", resume="latest") as again:
         trainer = again["trainer"]
@@ -553,7 +563,7 @@ def test_step_3_resumes_in_the_middle_of_an_iteration(small, tmp_path):
         assert again["normalizer"].state_dict() == run["normalizer"].state_dict()
         assert not again["normalizer"].state_dict()["waiting"]
         assert again["sampler"].generator.get_state().equal(run["sampler"].generator.get_state())
-        result = trainer.learn(trainer.round, 5)
+        result = trainer.update(trainer.iteration, 5)
     for metrics in (expected, result):
         del metrics["time/update"]
     assert result == expected
@@ -562,7 +572,7 @@ def test_step_3_resumes_in_the_middle_of_an_iteration(small, tmp_path):
         assert all(w.equal(weights[n]) for n, w in snapshot(again[role].module).items())
     averages = (one["ema"].state_dict()["average"] for one in (run, again))
     assert all(one.equal(other) for one, other in zip(*averages, strict=True))
-    assert trainer.round is None
+    assert trainer.iteration is None
     # The first update, which the alarm on ratios watches, was before the checkpoint.
     assert "policy/first_log_ratio_max" not in learn(trainer, experience, 6)
 
@@ -594,7 +604,7 @@ def test_a_signal_saves_at_the_next_step_boundary_and_ends_the_run_with_its_code
     )
     assert capfd.readouterr().out == (
         f"{number.name}: stopping after this step; Ctrl-C once more stops at once\n")
-    assert tracker.events == [("checkpoint", 1, "step-00000002")]
+    assert tracker == [("checkpoint", 1, "step-00000002")]
 
 
 def test_another_ctrl_c_a_moment_later_stops_at_once(monkeypatch):
