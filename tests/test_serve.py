@@ -1,6 +1,7 @@
 """The endpoint as OpenAI's own client sees it: a server process, and everything through HTTP."""
 
 import asyncio
+import contextlib
 import json
 import queue
 import re
@@ -13,7 +14,7 @@ from programs import environment
 
 from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference import server
-from alpaca_rlhf.inference.chat_model import ChatModel, End
+from alpaca_rlhf.inference.chat_model import ChatModel
 from alpaca_rlhf.inference.endpoint import application
 from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
@@ -90,16 +91,12 @@ def test_a_response_ends_before_a_stop_string_also_when_it_streams(client, expec
     text, borders = end.text, [len("".join(pieces[:i])) for i in range(2, len(pieces))]
     # One that begins in a piece and ends in the next.
     stop = next(text[i - 1 : i + 1] for i in borders if text.index(text[i - 1 : i + 1]) == i - 1)
-    for stream in (False, True):
-        done = client.chat.completions.create(
-            **GREEDY, messages=asked("What is ice?"), stop=[stop, "never"], stream=stream)
-        if stream:
-            chunks = list(done)
-            said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-            reason = chunks[-1].choices[0].finish_reason
-        else:
-            said, reason = done.choices[0].message.content, done.choices[0].finish_reason
-        assert (said, reason) == (text[: text.index(stop)], "stop")
+    request = {**GREEDY, "messages": asked("What is ice?"), "stop": [stop, "never"]}
+    whole = client.chat.completions.create(**request).choices[0]
+    *chunks, last = client.chat.completions.create(**request, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert whole.message.content == streamed == text[: text.index(stop)]
+    assert whole.finish_reason == last.choices[0].finish_reason == "stop"
 
 
 def test_a_seed_fixes_a_sampled_response(client):
@@ -112,40 +109,32 @@ def test_a_seed_fixes_a_sampled_response(client):
 def test_200_chats_at_once_by_8_clients_lose_nothing(address, expected):
     questions = [f"How many legs have {i} cats?" for i in range(200)]
 
-    async def talk(client, question):
+    async def chat(client, question):
         stream = await client.chat.completions.create(
             **GREEDY, messages=asked(question), stream=True)
-        said, reason = "", None
-        async for chunk in stream:
-            said += chunk.choices[0].delta.content or ""
-            reason = chunk.choices[0].finish_reason
-        return said, reason
+        choices = [chunk.choices[0] async for chunk in stream]
+        return "".join(c.delta.content or "" for c in choices), choices[-1].finish_reason
 
     async def everyone():
-        clients = [openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=200)
-                   for _ in range(8)]
-        talks = [talk(clients[i % 8], question) for i, question in enumerate(questions)]
-        answers = await asyncio.gather(*talks)
-        for client in clients:
-            await client.close()
-        return answers
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(openai.AsyncOpenAI(
+                base_url=address, api_key="none", max_retries=0, timeout=200)) for _ in range(8)]
+            return await asyncio.gather(
+                *(chat(clients[i % 8], question) for i, question in enumerate(questions)))
 
-    answers = asyncio.run(everyone())
-    assert answers == [(end.text, end.reason) for end, _ in map(expected, questions)]
+    ends = [expected(question)[0] for question in questions]
+    assert asyncio.run(everyone()) == [(end.text, end.reason) for end in ends]
 
 
 def test_a_client_that_disconnects_ends_its_response(small):
     chat, ends = ChatModel(saved.open_policy(small.actor, LoadingConfig())), queue.SimpleQueue()
-    submit = chat.submit
+    end = chat._end
 
-    def spying(messages, sampling, deliver, *rest):
-        def both(piece):
-            deliver(piece)
-            if isinstance(piece, End):
-                ends.put(piece.reason)
-        return submit(messages, sampling, both, *rest)
+    def spying(*given):
+        ends.put(end(*given))
+        return end(*given)
 
-    chat.submit = spying
+    chat._end = spying
     body = {"model": "actor", "messages": asked("Hi."), "max_tokens": 100, "stream": True}
 
     async def disconnect_after_the_first_chunk():
@@ -168,7 +157,7 @@ def test_a_client_that_disconnects_ends_its_response(small):
         await endpoint(scope, receive, send)
 
     asyncio.run(disconnect_after_the_first_chunk())
-    assert ends.get(timeout=30) == "cancelled"
+    assert ends.get(timeout=30).reason == "cancelled"
     chat.close()
 
 
@@ -216,21 +205,16 @@ def test_an_unknown_model_is_told_from_the_known(client):
         client.chat.completions.create(**{**GREEDY, "model": "gpt"}, messages=asked("Hi."))
 
 
-def test_a_body_that_is_no_request_is_refused(client):
-    for body, line in ((b"", "Invalid JSON"), (b"{", "Invalid JSON"), (b"[]", "an object"),
-                       (b"[" * 100_000, "Invalid JSON")):
-        answer = client._client.post("/chat/completions", content=body)
-        assert answer.status_code == 400 and line in answer.json()["error"]["message"]
-    answer = client._client.get("/nothing")
-    assert (answer.status_code, answer.json()["error"]["message"]) == (404, "Not Found")
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 100_000])
+def test_a_body_that_is_no_request_is_refused(client, body):
+    answer = client._client.post("/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert re.search("Invalid JSON|should be an object", answer.json()["error"]["message"])
 
 
-def test_a_port_that_is_taken_is_one_line(address):
+def test_a_taken_port_and_a_missing_library_are_one_line(address):
     port = int(re.search(r":(\d+)/", address)[1])
     with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
         server.listen("127.0.0.1", port)
-
-
-def test_a_missing_library_is_one_line_with_the_command_that_installs_it():
     with pytest.raises(UserError, match="no_such_lib not installed; pip install no_such_lib"):
         server.require("json", "no_such_lib")

@@ -1,10 +1,10 @@
-"""The web chat in a real browser, with no network: two turns, and a vote that step 2 trains on."""
+"""The web chat: in a real browser without a network, and what its buttons do."""
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
-import socket
 import sys
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ import pytest
 from loading import load
 
 from alpaca_rlhf.evaluation import saved
-from alpaca_rlhf.inference import web_chat, web_page
+from alpaca_rlhf.inference import server, web_chat, web_page
 from alpaca_rlhf.inference.chat_model import ChatModel
 from alpaca_rlhf.inference.votes import VoteFile
 from alpaca_rlhf.inference.web_page import Site, launch
@@ -22,7 +22,6 @@ from alpaca_rlhf.utils.errors import UserError
 CHROMIUM = shutil.which("chromium")
 SAMPLING = SamplingConfig(max_new_tokens=12, temperature=0.0)  # sampled ones could be equal
 STEP_2 = "alpaca_rlhf.training_model.step2_reward_model_finetuning.main"
-WAIT = 60_000  # milliseconds, for what takes one or two
 
 
 @pytest.fixture(scope="module")
@@ -43,44 +42,34 @@ def models(small, tmp_path_factory):
         model.close()
 
 
-@pytest.fixture(scope="module")
-def browser():
+@pytest.fixture
+def opened():
+    """Serve a site and open it; afterwards check that the page had no errors and stayed local."""
     if CHROMIUM is None:
         pytest.skip("no chromium on PATH")
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
+    with sync_playwright() as playwright, contextlib.ExitStack() as closing:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
+        errors = []
+
+        def open_site(site):
+            with server.listen("127.0.0.1", 0) as found:
+                port = found.getsockname()[1]
+            closing.callback(launch(site, "127.0.0.1", port, wait=False).close)
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.set_default_timeout(60_000)
+            local = f"http://127.0.0.1:{port}", "data:", "blob:"
+            page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("request", lambda request: None if request.url.startswith(local)
+                    else errors.append(request.url))
+            page.goto(local[0])
+            return page
+
+        yield open_site
         browser.close()
-
-
-@pytest.fixture
-def opened(browser, capsys):
-    """Serve a site and open it; afterwards check that the page had no errors and stayed local."""
-    pages = []
-
-    def open_site(site):
-        with socket.create_server(("127.0.0.1", 0)) as found:
-            port = found.getsockname()[1]
-        served = launch(site, "127.0.0.1", port, wait=False)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(WAIT)
-        errors, strangers = [], []
-        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        home = f"http://127.0.0.1:{port}"
-        page.on("request", lambda request: None if request.url.startswith(
-            (home, "data:", "blob:")) else strangers.append(request.url))
-        page.goto(home)
-        pages.append((served, page, errors, strangers))
-        return page
-
-    yield open_site
-    for served, page, errors, strangers in pages:
-        page.close()
-        served.close()
-        assert (errors, strangers) == ([], [])
+        assert errors == []
 
 
 def say(page, text):
@@ -96,7 +85,7 @@ def turns(page, side=0):
 
 
 def wait_for(page, condition):
-    """Until a function of the page holds."""
+    """Wait until a condition of the page holds."""
     for _ in range(600):
         if condition():
             return
@@ -106,6 +95,7 @@ def wait_for(page, condition):
 
 def test_two_turns_with_one_model_on_a_screen_and_on_a_phone(models, opened):
     page = opened(Site(["actor"], models[:1], SAMPLING))
+    assert page.locator("#vote-left").count() == 0
     for number, text in enumerate(("What is ice?", "Who wrote Faust?"), 1):
         say(page, text)
         wait_for(page, lambda n=number: len(turns(page)) == 2 * n
@@ -121,16 +111,6 @@ def test_two_turns_with_one_model_on_a_screen_and_on_a_phone(models, opened):
     wait_for(page, lambda: turns(page) == [])
 
 
-def test_two_models_side_by_side_each_under_its_name(models, opened):
-    page = opened(Site(["rlhf", "sft"], models, SAMPLING))
-    assert page.locator("#vote-left").count() == 0
-    say(page, "What is ice?")
-    wait_for(page, lambda: all(len(turns(page, i)) == 2 for i in (0, 1))
-             and page.locator("#notice").inner_text() == "")
-    assert "rlhf" in page.locator("#chat-0").inner_text()
-    assert "sft" in page.locator("#chat-1").inner_text()
-
-
 def test_the_arena_hides_the_names_until_the_vote(models, opened, tmp_path):
     page = opened(Site(["rlhf", "sft"], models, SAMPLING, "", VoteFile(tmp_path / "votes.jsonl")))
     notice = page.locator("#notice")
@@ -138,13 +118,19 @@ def test_the_arena_hides_the_names_until_the_vote(models, opened, tmp_path):
     page.locator("#notice", has_text="Which is better?").wait_for()
     better = turns(page, 1)[-1]
     assert "rlhf" not in page.inner_text("body").replace(notice.inner_text(), "")
-    say(page, "Not before the vote")
-    page.locator("#notice", has_text="Vote on these responses first").wait_for()
     page.locator("#vote-right").click()
     page.locator("#notice", has_text="of 1 votes").wait_for()
     assert "rlhf" in notice.inner_text()
     row = json.loads((tmp_path / "votes.jsonl").read_text())
     assert " ".join(row["chosen"].split()) == " ".join(better.split())
+
+
+@pytest.mark.parametrize("arena", [False, True])
+def test_two_models_are_under_their_names_but_in_the_arena(models, tmp_path, arena):
+    votes = VoteFile(tmp_path / "votes.jsonl") if arena else None
+    blocks = Site(["rlhf", "sft"], models, SAMPLING, "", votes).page().blocks.values()
+    labels = [block.label for block in blocks if isinstance(block, web_page.gradio.Chatbot)]
+    assert labels == (["Left", "Right"] if arena else ["rlhf", "sft"])
 
 
 def test_votes_are_pairs_that_step_2_trains_on(models, small, tmp_path, monkeypatch, group):
