@@ -72,8 +72,14 @@ def of_this_rank(batch: PromptBatch) -> PromptBatch:
 # ------------------------------------------------------------------- the steps, compared by weights
 
 
-def two_steps(small: Small, role: str, stage: int, lora_rank: int = 0) -> Any:
-    """Two optimizer steps over the eight rows: micro-batches of 4 rows over all ranks."""
+def two_steps(
+    small: Small, role: str, stage: int, lora_rank: int = 0
+) -> tuple[Any, dict[str, float]]:
+    """Take two optimizer steps over the eight rows: micro-batches of 4 rows over all ranks.
+
+    Returns:
+        The engine, and loss and gradient norm of the second step.
+    """
     torch.manual_seed(0)  # of the adapter
     engine = small.trained(role, stage, lora_rank, **small.comparable)
     world = distributed.world_size()
@@ -85,8 +91,8 @@ def two_steps(small: Small, role: str, stage: int, lora_rank: int = 0) -> Any:
     for _ in range(2):
         micro = [collate([rows[i] for i in batch], pad_id=3) for batch in batches]
         weight = training_loop.global_weight(micro)
-        training_loop.optimizer_step(engine, micro, partial(loss, engine), weight)
-    return engine
+        result = training_loop.optimizer_step(engine, micro, partial(loss, engine), weight)
+    return engine, {"loss": result["loss"], "norm": training_loop.gradient_norm(engine)}
 
 
 def ppo_step(small: Small, stage: int, lora_rank: int, experience: Experience) -> Any:
@@ -106,12 +112,12 @@ def weights(engine: Any, on_this_rank: bool = True) -> dict[str, torch.Tensor]:
     return lora.merged_state_dict(model, state) if on_this_rank else {}
 
 
-def save(folder: Path, name: str, engine: Any) -> dict[str, Any]:
+def save(folder: Path, name: str, engine: Any, record: Any = None) -> dict[str, Any]:
     """Save the weights, to compare them with those of the same step on one rank."""
     state = weights(engine, distributed.is_main())
     if distributed.is_main():
         torch.save(state, folder / f"weights_{name}.pt")
-    return {}
+    return dict(record or {})
 
 
 # ------------------------------------------------------------------- step 3, run through
@@ -215,7 +221,7 @@ def greedy_replies(small: Small, stage: int, unpin: bool, lora_rank: int) -> dic
 
 def exported(small: Small, folder: Path, stage: int, role: str) -> dict[str, Any]:
     """Export the model after the two steps."""
-    engine = two_steps(small, role, stage, lora_rank=4)
+    engine, _ = two_steps(small, role, stage, lora_rank=4)
     model = engine.module if role == "actor" else engine.module.model
     before = snapshot(engine.module)
     export.export(model, small.tokenizer, folder / f"export_{role}_{stage}", "card")
@@ -280,16 +286,6 @@ def one_rank_not_finite(small: Small, stage: int) -> dict[str, Any]:
     return {"skipped": skipped, "unmoved": unmoved, "goes_on": good is not None}
 
 
-def norm(small: Small, stage: int) -> dict[str, Any]:
-    """Return loss and gradient norm of the first step."""
-    engine = small.trained("actor", stage, **small.comparable)
-    micro = [collate_tokens(TOKENS[distributed.rank() :: distributed.world_size()], pad_id=3)]
-    result = training_loop.optimizer_step(
-        engine, micro, partial(step1.loss, engine), training_loop.global_weight(micro)
-    )
-    return {"norm": training_loop.gradient_norm(engine), "loss": result["loss"]}
-
-
 def measured(small: Small) -> dict[str, Any]:
     """Evaluate seven held-out rows on two ranks, under ZeRO-3."""
     engine = small.trained("actor", 3)
@@ -335,14 +331,13 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
             for role in ("actor", "critic") if rank == 0 or stage in (0, 3) else ():
                 name = f"{role}_{stage}_{rank}"
                 made[f"step_{name}"] = lambda name=name, how=(role, stage, rank): save(
-                    folder, name, two_steps(small, *how)
+                    folder, name, *two_steps(small, *how)
                 )
         made[f"ppo_{stage}"] = lambda stage=stage: save_both(
             folder, stage, ppo_step(small, stage, 0, experience)
         )
         made[f"ema_{stage}"] = partial(averaged, small, stage)
         made[f"not_finite_{stage}"] = partial(one_rank_not_finite, small, stage)
-        made[f"norm_{stage}"] = partial(norm, small, stage)
     for stage, rank, hybrid in STEP3:
         made[f"step3_{stage}_{rank}_{hybrid}"] = partial(
             iterations, small, folder, stage, rank, hybrid

@@ -76,7 +76,7 @@ def test_values_of_a_half_precision_model_are_fp32(small):
     assert TokenScorer(small.reward_model(dtype="bf16"))(*pad(ROWS, 3)).dtype == torch.float32
 
 
-def test_a_new_head_is_drawn_with_std_1_over_root_of_hidden_size_plus_1(small):
+def test_a_new_head_has_std_1_over_root_of_hidden_size_plus_1(small):
     torch.manual_seed(0)
     weights = torch.stack([small.reward_model(small.actor).score.weight for _ in range(20)])
     assert weights.shape == (20, 1, 32)
