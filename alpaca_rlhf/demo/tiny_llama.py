@@ -92,7 +92,8 @@ def ensure_tiny_llama(
 
     While it is built, a terminal shows a progress bar on stderr.
     """
-    folder = cache_home / f"tiny-llama-{_key(recipe)}"
+    key = repr((FORMAT, assistant_world.FORMAT, asdict(recipe)))
+    folder = cache_home / f"tiny-llama-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
     cache_home.mkdir(parents=True, exist_ok=True)
@@ -108,11 +109,6 @@ def ensure_tiny_llama(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def _key(recipe: Recipe) -> str:
-    source = repr((FORMAT, assistant_world.FORMAT, asdict(recipe)))
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def _build(folder: Path, recipe: Recipe) -> None:

@@ -82,8 +82,11 @@ def run_main(main: Callable[[], None]) -> None:
             raise  # the debugger stops where it was raised
         _write_error(_full_disk(error) or _lost_rank(error) or traceback.format_exc())
         code = 1
-    if code == 0:
-        _leave_process_group()
+    if code == 0 and "torch" in sys.modules:
+        from torch import distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: threads of a broken collective would keep a failed process alive, and threads of
@@ -94,14 +97,6 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _leave_process_group() -> None:
-    if "torch" in sys.modules:
-        from torch import distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _full_disk(error: Exception) -> str | None:
