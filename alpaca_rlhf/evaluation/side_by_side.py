@@ -88,7 +88,7 @@ def prompts_of_file(path: Path) -> Iterator[list[Message]]:
         try:
             yield messages_in(row)
         except Unusable as reason:
-            raise UserError(f"--prompts {path}, row {number}: {reason}; mend it") from None
+            raise UserError(f"--prompts {path}, row {number}: {reason}; correct it") from None
 
 
 def messages_in(row: dict[str, Any]) -> list[Message]:

@@ -5,9 +5,8 @@
 
 Takes folders that step 1 or 3 exported, adapters' folders or hub ids. Listens on this machine only,
 with no public link unless --share asks for one, sends no telemetry and fetches nothing from
-elsewhere; needs `pip install gradio`. In the arena the sides are drawn anew for every message, the
-names are shown after the vote, and each vote is appended to --votes as a preference pair that step
-2 can train on.
+elsewhere; needs `pip install gradio`. In the arena the models change sides at random, the names are
+shown after the vote, and each vote is appended to --votes as a pair that step 2 can train on.
 """
 
 import os
