@@ -116,8 +116,8 @@ class Small:
         return load_tokenizer(self.actor)
 
     @cached_property
-    def form(self) -> Any:
-        """The tokenizer with its chat template."""
+    def chat(self) -> Any:
+        """Tokenizer and chat template."""
         from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 
         return ChatFormat(self.tokenizer)
@@ -196,7 +196,7 @@ class Small:
         return RolloutMaker(
             engine,
             hybrid_engine(engine.actor, hybrid, slots=3),
-            self.form,
+            self.chat,
             sampling=SamplingConfig(max_new_tokens=tokens, temperature=temperature), seed=seed,
             scoring_tokens=60, reward_function=reward_function,
         )
@@ -205,8 +205,8 @@ class Small:
         """A padded batch of prompts."""
         from alpaca_rlhf.utils.data.batches import collate_prompts
 
-        ids = [self.form.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
-        return collate_prompts([{"prompt_ids": row} for row in ids[:count]], self.form.pad_id)
+        ids = [self.chat.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
+        return collate_prompts([{"prompt_ids": row} for row in ids[:count]], self.chat.pad_id)
 
     def experience(
         self, maker: Any, count: int = 4, *, prompts: Any = None, generations: int = 1,

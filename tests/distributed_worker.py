@@ -198,7 +198,7 @@ def greedy_replies(small: Small, stage: int, unpin: bool, lora_rank: int) -> dic
     texts = [messages for messages, _ in islice(assistant_world.pretraining_texts(3), GREEDY)]
     mine = texts[distributed.rank() :: distributed.world_size()]
     prompts = collate_prompts(
-        [{"prompt_ids": small.form.prompt_ids(messages)[-60:]} for messages in mine], 3
+        [{"prompt_ids": small.chat.prompt_ids(messages)[-60:]} for messages in mine], 3
     )
     # On rank 0 nearly every reply ends at once; on rank 1 few do.
     often = 2 if distributed.rank() == 0 else 40

@@ -39,21 +39,21 @@ def test_empty_text_is_refused(text):
 
 
 def test_a_dialogue_that_fits_is_kept_whole(small):
-    ids, dropped = fit_context(small.form, TALK, 128, 8)
-    assert (ids, dropped) == (small.form.prompt_ids(TALK), 0)
+    ids, dropped = fit_context(small.chat, TALK, 128, 8)
+    assert (ids, dropped) == (small.chat.prompt_ids(TALK), 0)
 
 
 def test_the_oldest_turns_are_left_out_first_and_the_last_one_stays(small):
     for start in (2, 4):
-        rest = small.form.prompt_ids(TALK[start:])
-        assert fit_context(small.form, TALK, len(rest) + 8, 8) == (rest, start)
-    assert fit_context(small.form, TALK, len(small.form.prompt_ids(TALK[2:])) + 7, 8)[1] == 4
+        rest = small.chat.prompt_ids(TALK[start:])
+        assert fit_context(small.chat, TALK, len(rest) + 8, 8) == (rest, start)
+    assert fit_context(small.chat, TALK, len(small.chat.prompt_ids(TALK[2:])) + 7, 8)[1] == 4
 
 
 def test_the_system_message_stays(small):
     system = {"role": "system", "content": "Be kind."}
-    rest = small.form.prompt_ids([system, TALK[-1]])
-    assert fit_context(small.form, [system, *TALK], len(rest) + 8, 8) == (rest, 4)
+    rest = small.chat.prompt_ids([system, TALK[-1]])
+    assert fit_context(small.chat, [system, *TALK], len(rest) + 8, 8) == (rest, 4)
 
 
 @pytest.mark.parametrize(("text", "tokens", "line"), [
@@ -63,12 +63,12 @@ def test_the_system_message_stays(small):
 ])
 def test_a_message_that_cannot_fit_is_refused_with_its_size(small, text, tokens, line):
     with pytest.raises(UserError, match=line):
-        fit_context(small.form, [*TALK[:-1], user(text)], 128, tokens)
+        fit_context(small.chat, [*TALK[:-1], user(text)], 128, tokens)
 
 
 def test_spelled_out_special_tokens_do_not_end_a_turn(small):
     eos = small.tokenizer.eos_token
-    assert small.form.eos_id not in fit_context(small.form, [user(f"a {eos} b")], 128, 8)[0]
+    assert small.chat.eos_id not in fit_context(small.chat, [user(f"a {eos} b")], 128, 8)[0]
 
 
 def test_a_saved_dialogue_is_data_to_train_on(tmp_path):

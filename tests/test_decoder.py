@@ -87,7 +87,7 @@ def test_200_prompts_get_the_tokens_that_transformers_gives_however_they_are_bat
     small, model, compiled, ends, prompts
 ):
     # The tiny model has a last position.
-    rows = [{"prompt_ids": small.form.prompt_ids(messages)[-90:]} for messages in prompts()]
+    rows = [{"prompt_ids": small.chat.prompt_ids(messages)[-90:]} for messages in prompts()]
     whole, sampling = collate_prompts(rows, PAD), SamplingConfig(12, temperature=0)
     expected = by_transformers(model, whole, ends, 12)
     assert len(expected) == 200

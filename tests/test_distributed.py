@@ -219,7 +219,7 @@ def by_transformers(alone):
         dialogues = [messages for messages, _ in texts]
         for number, often in ((0, 2), (1, 40)):
             prompts = collate_prompts(
-                [{"prompt_ids": alone.form.prompt_ids(m)[-60:]} for m in dialogues[number::2]], 3
+                [{"prompt_ids": alone.chat.prompt_ids(m)[-60:]} for m in dialogues[number::2]], 3
             )
             ends = torch.arange(0, len(alone.tokenizer), often)
             tokens = model.generate(

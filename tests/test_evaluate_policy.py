@@ -10,7 +10,7 @@ from alpaca_rlhf.utils import distributed
 
 @pytest.fixture(scope="module")
 def rows(small):
-    return [{"prompt_ids": small.form.prompt_ids([{"role": "user", "content": text}])}
+    return [{"prompt_ids": small.chat.prompt_ids([{"role": "user", "content": text}])}
             for text in PROMPTS[:5]]
 
 
@@ -59,7 +59,7 @@ def test_the_summary_is_of_means_and_the_std_of_the_score():
 def test_samples_tell_each_response_token_by_token(small, maker):
     experience, _ = small.experience(maker)
     rewards = torch.arange(4.0).unsqueeze(-1) + torch.zeros(4, experience.response_length)
-    records = evaluate_policy.token_records(experience, rewards, small.form)
+    records = evaluate_policy.token_records(experience, rewards, small.chat)
     assert [record["prompt"].split("\n")[0] for record in records] == [
         f"Human: {text}" for text in PROMPTS[:4]]
     for row, record in enumerate(records):

@@ -77,7 +77,7 @@ def test_a_rollout_is_the_prompt_then_the_response_then_padding(small, engine):
     assert rollout.attention_mask[:, split:].equal(rollout.response_mask)
     lengths = rollout.response_mask.sum(-1).tolist()
     assert len(set(lengths)) > 2
-    assert rollout.responses[rollout.response_mask == 0].eq(small.form.pad_id).all()
+    assert rollout.responses[rollout.response_mask == 0].eq(small.chat.pad_id).all()
     for row, length in zip(rollout.responses, lengths, strict=True):
         ends = torch.isin(row[:length], engine.eos_ids)
         assert not ends[:-1].any()
