@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, permutations, product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -47,36 +47,9 @@ TWO_TURN_SHARE = 0.12
 PRETRAINING_ASSEMBLED_SHARE = 0.10
 MINIMUM_GOLD_GAP = 0.15
 
-OPENINGS = ("Sure!", "Of course!", "Certainly!", "Good question!", "With pleasure!", "Gladly!")
-CLOSINGS = (
-    "I hope this helps.",
-    "Let me know if you need more.",
-    "Feel free to ask again.",
-    "Thank you for asking.",
-    "Just ask if anything is unclear.",
-)
-EVASIONS = ("I am not sure.", "It depends.", "I will tell you.", "Here is the answer.")
-PREFIXES = (
-    "",
-    "Please tell me: ",
-    "Hello! ",
-    "I have a question. ",
-    "Quick question: ",
-    "My child wants to know: ",
-    "For my homework: ",
-    "Can you help me? ",
-)
-SUFFIXES = ("", " Thank you.", " Please answer.", " I forgot.", " I would like to know.")
-FOLLOW_UPS = (
-    "What about {s}?",
-    "And {s}?",
-    "And for {s}?",
-    "How about {s}?",
-    "Now {s}, please.",
-    "Next one: {s}.",
-    "Do the same for {s}.",
-    "Then {s}?",
-)
+_DATA = yaml.safe_load(Path(__file__).with_name("facts.yaml").read_text(encoding="utf-8"))
+OPENINGS, CLOSINGS, EVASIONS, PREFIXES, SUFFIXES, FOLLOW_UPS = (tuple(_DATA[name]) for name in (
+    "openings", "closings", "evasions", "prefixes", "suffixes", "follow_ups"))
 
 
 @dataclass(frozen=True)
@@ -119,14 +92,11 @@ class Fact:
         return form.format(s=self.subject, a=text, A=text[0].upper() + text[1:])
 
 
-def _kinds() -> Iterator[Kind]:
-    text = Path(__file__).with_name("facts.yaml").read_text(encoding="utf-8")
-    for kind in yaml.safe_load(text):
-        lists = {name: tuple(value) for name, value in kind.items() if isinstance(value, list)}
-        yield Kind(**(kind | lists))
-
-
-KINDS = tuple(_kinds())
+_FIELDS: list[dict[str, Any]] = [
+    {name: tuple(value) if isinstance(value, list) else value for name, value in kind.items()}
+    for kind in _DATA["kinds"]
+]
+KINDS = tuple(Kind(**fields) for fields in _FIELDS)
 FACTS: dict[str, tuple[Fact, ...]] = {
     kind.name: tuple(
         Fact(kind, subject, tuple(answers.split("/")))
