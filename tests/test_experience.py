@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
-from alpaca_rlhf.utils.generation.rollout import Rollout
+from alpaca_rlhf.utils.data.batches import Rollout
 
 OFFSETS = {"logprobs": 0, "ref_logprobs": 100, "values": 200, "advantages": 300, "returns": 400}
 

@@ -21,12 +21,12 @@ from alpaca_rlhf.utils import losses, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
+    Rollout,
     collate_pairs,
     collate_prompts,
     collate_tokens,
 )
 from alpaca_rlhf.utils.generation import decoder
-from alpaca_rlhf.utils.generation.rollout import Rollout
 from alpaca_rlhf.utils.generation.sampling import sample
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits

@@ -19,9 +19,8 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
 )
 from alpaca_rlhf.utils import distributed, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig
-from alpaca_rlhf.utils.data.batches import pad
+from alpaca_rlhf.utils.data.batches import Rollout, pad
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.generation.rollout import Rollout
 from alpaca_rlhf.utils.model.causal_lm import response_logits
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from alpaca_rlhf.utils.generation.rollout import Rollout
+from alpaca_rlhf.utils.data.batches import Rollout
 
 
 @dataclass(frozen=True)

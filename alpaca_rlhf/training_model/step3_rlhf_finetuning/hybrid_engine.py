@@ -23,9 +23,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from alpaca_rlhf.utils.configs import HybridEngineConfig, SamplingConfig
-from alpaca_rlhf.utils.data.batches import PromptBatch
+from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout
 from alpaca_rlhf.utils.generation.decoder import Decoder
-from alpaca_rlhf.utils.generation.rollout import Rollout
 from alpaca_rlhf.utils.generation.steps import DecodingStep, fastest
 from alpaca_rlhf.utils.model.lora import folded, unwrapped
 

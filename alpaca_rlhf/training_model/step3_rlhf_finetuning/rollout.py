@@ -14,10 +14,9 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import Hybri
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.utils import console, distributed, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
-from alpaca_rlhf.utils.data.batches import PromptBatch
+from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.generation.rollout import Rollout
 from alpaca_rlhf.utils.model.reward_model import load_statistics
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]

@@ -27,9 +27,8 @@ from transformers import Cache
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import SamplingConfig
-from alpaca_rlhf.utils.data.batches import PromptBatch, pad
+from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout, pad
 from alpaca_rlhf.utils.generation.kv_cache import SlotCache
-from alpaca_rlhf.utils.generation.rollout import Rollout
 from alpaca_rlhf.utils.generation.sampling import draw, uniform_numbers
 from alpaca_rlhf.utils.generation.steps import DecodingStep, ForwardStep, prefill
 
