@@ -109,8 +109,12 @@ def of_step(settings: list[list[Step]]) -> list[Plot]:
                 axis.set_xlabel("PPO iteration" if number == 3 else "optimizer step")
                 for event in runs[0].alarms if alone else []:
                     axis.axvline(event["step"], color=ALARM_COLOUR, linestyle=":", linewidth=1)
-    if alone:
-        _draw_measurements(sheet, runs[0])
+    if alone and runs[0].pairs:
+        _draw_reward_model(sheet, runs[0].pairs)
+    if alone and number == 3 and runs[0].metrics:
+        _draw_frontier(sheet, runs[0])
+    if alone and runs[0].dialogues:
+        _draw_policies(sheet, runs[0].dialogues)
     return sheet.plots
 
 
@@ -136,9 +140,6 @@ def curves_png(runs: list[Run], target: Path) -> None:
         figure.tight_layout()
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=110)
-
-
-# --- curves --------------------------------------------------------------------------------------
 
 
 def _lines(metric: str, settings: list[list[Step]]) -> list[Line]:
@@ -168,7 +169,9 @@ def draw_curves(axis: Any, lines: list[Line], labels: dict[str, str]) -> None:
         if len(x) > SMOOTHED_FROM and metric != "lr" and not held_out:
             if len(runs) == 1:
                 axis.plot(x, values[0], color=colour, alpha=0.25, linewidth=0.8)
-            values = _smoothed(values)
+            half = max(1, len(x) // 20)  # of a window of a tenth of all points, less at the ends
+            values = np.stack([values[:, max(0, i - half) : i + half + 1].mean(1)
+                               for i in range(len(x))], axis=1)
         if len(runs) > 1:
             axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.25,
                               linewidth=0)
@@ -179,30 +182,13 @@ def draw_curves(axis: Any, lines: list[Line], labels: dict[str, str]) -> None:
         axis.legend(fontsize=8, frameon=False)
 
 
-def _smoothed(values: Array) -> Array:
-    """Return the mean over a window of a tenth of all points around each, shorter at the ends."""
-    count = values.shape[1]
-    half = max(1, count // 20)
-    means = [values[:, max(0, i - half) : i + half + 1].mean(1) for i in range(count)]
-    return np.stack(means, axis=1)
-
-
-# --- distributions -------------------------------------------------------------------------------
-
-
-def _draw_measurements(sheet: Sheet, step: Step) -> None:
-    """Draw what was measured besides metrics over steps."""
-    if step.pairs:
-        _draw_reward_model(sheet, step.pairs)
-    if step.number == 3 and step.metrics:
-        _draw_frontier(sheet, step)
+def _draw_policies(sheet: Sheet, dialogues: Rows) -> None:
+    """Draw scores and lengths of both policies' responses to held-out prompts."""
+    note = f"{len(dialogues)} held-out prompts; the dashed lines are means."
     for name, title in (("score", "score"), ("length", "response length in tokens")):
-        if step.dialogues:
-            before, after = (np.array([row[when][name] for row in step.dialogues], dtype=float)
-                             for when in ("before", "after"))
-            _draw_histograms(
-                sheet, f"{title}, before and after", {"SFT": before, "RLHF": after},
-                f"{len(step.dialogues)} held-out prompts; the dashed lines are means.")
+        before, after = ([row[when][name] for row in dialogues] for when in ("before", "after"))
+        _draw_histograms(sheet, f"{title}, before and after",
+                         {"SFT": np.array(before), "RLHF": np.array(after)}, note)
 
 
 def _draw_reward_model(sheet: Sheet, pairs: Rows) -> None:
@@ -234,21 +220,20 @@ def _draw_calibration(sheet: Sheet, margins: Array) -> None:
         x, y = [b.confidence for b in bins], [b.accuracy for b in bins]
         axis.plot(x, y, color=RLHF_COLOUR)
         axis.scatter(x, y, color=RLHF_COLOUR, s=[10 + 120 * b.count / len(margins) for b in bins])
-        for b in bins:
-            interval = statistics.wilson_interval(b.accuracy * b.count, b.count)
-            axis.plot([b.confidence] * 2, interval, color=RLHF_COLOUR, alpha=0.4, linewidth=1.2)
+        intervals = [statistics.wilson_interval(b.accuracy * b.count, b.count) for b in bins]
+        axis.vlines(x, *zip(*intervals, strict=True), color=RLHF_COLOUR, alpha=0.4, linewidth=1.2)
         axis.set_xlabel("confidence")
         axis.set_ylabel("accuracy")
 
 
 def _draw_accuracies(axis: Any, parts: dict[str, Accuracy]) -> None:
     """Draw a bar and an interval for each part that has pairs."""
-    parts = {name: accuracy for name, accuracy in parts.items() if accuracy.pairs}
-    for i, accuracy in enumerate(parts.values()):
-        axis.bar(i, accuracy.share, color=RLHF_COLOUR, alpha=0.75, width=0.7)
-        axis.plot([i, i], [accuracy.low, accuracy.high], color=INK, linewidth=1.2)
-    axis.set_xticks(range(len(parts)),
-                    [f"{name}\nn={accuracy.pairs}" for name, accuracy in parts.items()], fontsize=8)
+    parts = {f"{name}\nn={one.pairs}": one for name, one in parts.items() if one.pairs}
+    shown = list(parts.values())
+    axis.bar(list(parts), [one.share for one in shown], color=RLHF_COLOUR, alpha=0.75, width=0.7)
+    axis.vlines(list(parts), [one.low for one in shown], [one.high for one in shown], color=INK,
+                linewidth=1.2)
+    axis.tick_params(axis="x", labelsize=8)
     axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
     axis.set_ylim(0, 1)
 
@@ -286,9 +271,6 @@ def _draw_histograms(
                 axis.axvline(column.mean(), color=colour, linestyle="--", linewidth=1.2)
         axis.legend(fontsize=8, frameon=False)
         axis.set_yticks([])
-
-
-# --- drawing -------------------------------------------------------------------------------------
 
 
 @contextmanager

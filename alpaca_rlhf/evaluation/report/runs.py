@@ -16,19 +16,13 @@ TITLES = {1: "Supervised fine-tuning", 2: "Reward model", 3: "PPO"}
 
 
 class Step:
-    """One step of a run, with all that its folder holds so far; empty what it does not hold.
-
-    Args:
-        folder: of the step.
+    """One step of a run: all that its folder holds so far, and nothing where it holds nothing.
 
     Attributes:
-        metrics, events, samples, pairs: rows of the files of `records`; alarms are events too.
-        arguments: resolved arguments, by name.
+        metrics, events, samples, pairs: rows of the files of `records`; alarms are events.
         start: when and on what the step started.
-        finished: whether there are results.
         before, after: measured on held-out data before and after the training.
-        dialogues: held-out prompts, with the records of both policies' responses.
-        number: 1, 2 or 3; of an unfinished step told by its metrics.
+        dialogues: held-out prompts, each with a response of both policies.
     """
 
     def __init__(self, folder: Path) -> None:
