@@ -29,7 +29,6 @@ from alpaca_rlhf.utils.run import checkpoints as module
 from alpaca_rlhf.utils.run import engine_state
 from alpaca_rlhf.utils.run.checkpoints import (
     Checkpoints,
-    StopSignals,
     changed_arguments,
     find_damage,
     open_run,
@@ -460,21 +459,21 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(small, tmp_path, stage, con
 # --- engines -------------------------------------------------------------------------------------
 
 
-def resumed_after_two_steps(small, folder, stages, lora):
-    """Weights after a third step: of a run that went on, and of one resumed at another stage."""
+def resumed(small, folder, stages, lora, steps=2):
+    """Weights after one step more: of a run that went on, and of one resumed at another stage."""
     engines = []
     for seed, stage in enumerate(stages):
         torch.manual_seed(seed)  # of the adapter
         engines.append(actor(small, stage, lora=lora, adam_eps=1e-8, **RATES))
     engine, again = engines
     with opened(folder, {"model": engine}, arguments={"zero_stage": stages[0]}) as checkpoints:
-        for _ in range(2):
+        for _ in range(steps):
             step(engine, tokens([0, 1], [2]))
-        save_at(checkpoints, 2)
+        save_at(checkpoints, steps)
     with opened(
         folder, {"model": again}, resume="latest", arguments={"zero_stage": stages[1]}
     ) as checkpoints:
-        assert checkpoints.restore("").step == 2
+        assert checkpoints.restore("").step == steps
     for one in engines:
         step(one, tokens([3, 1]))
     return snapshot(engine.module), snapshot(again.module)
@@ -485,17 +484,18 @@ def resumed_after_two_steps(small, folder, stages, lora):
 def test_a_resumed_engine_takes_the_steps_of_one_that_was_never_killed(
     small, tmp_path, stage, lora
 ):
-    expected, weights = resumed_after_two_steps(small, tmp_path / "run", (stage, stage), lora)
+    expected, weights = resumed(small, tmp_path / "run", (stage, stage), lora)
     for name, weight in weights.items():
         assert weight.equal(expected[name]), name
 
 
-@pytest.mark.parametrize(("stages", "lora"), [
-    ((0, 2), 0), ((2, 0), 4), ((0, 3), 4), ((3, 0), 0), ((3, 2), 0), ((2, 3), 4)])
+@pytest.mark.parametrize(("stages", "lora", "steps"), [
+    ((0, 2), 0, 2), ((2, 0), 4, 2), ((0, 3), 4, 2), ((3, 0), 0, 2), ((3, 2), 0, 2),
+    ((2, 3), 4, 2), ((2, 0), 0, 0), ((0, 2), 0, 0)])
 def test_an_engine_resumed_at_another_stage_takes_the_same_step_but_for_rounding(
-    small, tmp_path, stages, lora
+    small, tmp_path, stages, lora, steps
 ):
-    expected, weights = resumed_after_two_steps(small, tmp_path / "run", stages, lora)
+    expected, weights = resumed(small, tmp_path / "run", stages, lora, steps)
     for name, weight in weights.items():
         assert_close(weight, expected[name], rtol=0, atol=2e-6)
 
@@ -609,7 +609,7 @@ def test_a_signal_saves_at_the_next_step_boundary_and_ends_the_run_with_its_code
 
 def test_another_ctrl_c_a_moment_later_stops_at_once(monkeypatch):
     monkeypatch.setattr(module, "SAME_CTRL_C", 0.0)
-    with StopSignals():
+    with opened(None) as checkpoints, checkpoints.deferring_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):

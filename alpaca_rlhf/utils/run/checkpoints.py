@@ -31,11 +31,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.distributed.checkpoint.stateful import Stateful
 
 from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.configs import CheckpointConfig, RunConfig, on_resume
@@ -59,16 +60,6 @@ SHARED = "shared.pt"
 NAME = re.compile(r"step-\d{8}")
 NEEDED_KEYS = {"step_of_rlhf", "step", "in_round", "ranks"}
 NEEDED_FILES = {PROGRESS, ARGUMENTS, SHARED, "rank-00000.pt"}
-
-
-class Stateful(Protocol):
-    """Part of a run that has a state: plain values and tensors, in dicts and lists."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the state."""
 
 
 @dataclass
@@ -108,13 +99,10 @@ def open_run(
     """Open the output folder of a run, and find the checkpoint to resume from.
 
     Args:
-        run: names the folder.
-        checkpoint: says what to resume from.
+        run: `output_dir`.
+        checkpoint: `resume_from_checkpoint`.
         step: of RLHF: 1, 2 or 3.
         arguments: resolved arguments of this run, {flag: value}.
-
-    Returns:
-        The folder, and the checkpoint; None starts at the first step.
 
     Raises:
         UserError: the folder cannot be used; the path is not a checkpoint; it is damaged, or was
@@ -219,7 +207,10 @@ def _check_fit(path: Path, allow_changed: bool, step: int, arguments: dict[str, 
         raise UserError(f"--resume_from_checkpoint {path}: is of step {manifest['step_of_rlhf']}, "
                         f"this is step {step}")
     then, ranks = json.loads((path / ARGUMENTS).read_text()), manifest["ranks"]
-    convert = ranks != distributed.world_size() or places_changed(then, arguments)
+    convert = ranks != distributed.world_size() or any(
+        then.get(flag) != arguments.get(flag)
+        for flag, kind in on_resume().items() if kind == "place"
+    )
     if convert and manifest["in_round"]:
         raise UserError(
             f"--resume_from_checkpoint {path}: was written in the middle of a PPO iteration, by "
@@ -240,13 +231,6 @@ def _check_fit(path: Path, allow_changed: bool, step: int, arguments: dict[str, 
         console.say("the checkpoint is of another number of ranks or ZeRO stage: it is "
                     "converted, and the results agree to fp32's rounding, not bit for bit")
     return convert
-
-
-def places_changed(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the ZeRO stages of two runs differ, given the arguments of both."""
-    return any(
-        then.get(flag) != now.get(flag) for flag, kind in on_resume().items() if kind == "place"
-    )
 
 
 def changed_arguments(
@@ -300,8 +284,12 @@ class Checkpoints:
     @contextlib.contextmanager
     def deferring_signals(self) -> Iterator[None]:
         """Inside, SIGTERM and SIGINT wait for the next `step_boundary`."""
-        with self._signals:
+        before = {number: signal.signal(number, self._signals.note) for number in HANDLED}
+        try:
             yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def restore(self, data: str) -> Progress:
         """Restore the checkpoint that was found, if any; all ranks together.
@@ -484,26 +472,17 @@ SAME_CTRL_C = 1.0  # seconds within which a launcher sends several signals for o
 
 
 class StopSignals:
-    """Inside, SIGTERM and SIGINT are noted, for all ranks to stop at the next step boundary.
+    """Notes SIGTERM and SIGINT, for all ranks to stop at the next step boundary.
 
     A launcher may send both for one Ctrl-C, and one of them twice. Only another Ctrl-C, more than
     `SAME_CTRL_C` later, raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
-        self._noted = 0
-        self._since = 0.0
-        self._before: dict[int, Any] = {}
+        self._noted, self._since = 0, 0.0
 
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in HANDLED}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def note(self, number: int, _: FrameType | None) -> None:
+        """Handle a signal."""
         if self._noted:
             if number == signal.SIGINT and time.monotonic() - self._since > SAME_CTRL_C:
                 raise KeyboardInterrupt

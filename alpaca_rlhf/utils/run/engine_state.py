@@ -19,7 +19,10 @@ import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from alpaca_rlhf.utils import distributed
@@ -31,6 +34,8 @@ from alpaca_rlhf.utils.run.run_folder import write_durably
 TAG = "engine"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ValueOf = Callable[[str, str], Tensor | None]  # name, "fp32" or a moment -> the whole tensor
+# In DeepSpeed's files besides tensors and plain values.
+DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 class CheckpointFiles(CheckpointEngine):
@@ -74,7 +79,7 @@ class CheckpointFiles(CheckpointEngine):
             UserError: it holds more than tensors and plain values.
         """
         try:
-            with torch.serialization.safe_globals(_deepspeed_classes()):
+            with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
                 return torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError:
             raise UserError(f"{path}: holds more than data, or is damaged, and is not read; give "
@@ -83,17 +88,6 @@ class CheckpointFiles(CheckpointEngine):
     def commit(self, info: Any) -> bool:
         """Leave the manifest to `Checkpoints`."""
         return True
-
-
-def _deepspeed_classes() -> list[Any]:
-    """Return the classes in DeepSpeed's files besides tensors and plain values."""
-    from deepspeed.runtime.fp16 import loss_scaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [
-        loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address
-    ]
 
 
 def save(engine: Engine, folder: Path, files: CheckpointFiles) -> None:
@@ -107,12 +101,9 @@ def save(engine: Engine, folder: Path, files: CheckpointFiles) -> None:
 
 
 def load(engine: Engine, folder: Path, files: CheckpointFiles, *, convert: bool) -> None:
-    """Load an engine that `save` saved; all ranks together.
+    """Load an engine of the same model and trainable parameters; all ranks together.
 
     Args:
-        engine: of the same model, with the same trainable parameters.
-        folder: where it was saved.
-        files: reads them.
         convert: whether another number of ranks or another ZeRO stage saved it.
 
     Raises:
@@ -180,11 +171,11 @@ def _set_values(engine: Engine, value_of: ValueOf, step: float) -> None:
                 safe_set_full_optimizer_state(parameter, moment, kind)
         else:
             parameter.data.copy_(weight)
-            plain.state[parameter] = {"step": torch.tensor(step)} | {
+            plain.state[parameter] = {
                 kind: moment.to(parameter.device, torch.float32)
                 for kind, moment in values.items()
             }
-    for state in plain.state.values():
+    for state in filter(None, plain.state.values()):
         state["step"] = torch.tensor(step)
 
 
