@@ -1,204 +1,319 @@
-"""What a step would train on, before it does: rows in colour, lengths as a picture, an audit.
+"""Show what a step would train on: rows in colour, lengths as a picture, and an audit.
 
     python -m alpaca_rlhf.inspect_data --step 2 --data_path PAIRS.jsonl [flags of that step]
 
-Takes the flags of the step and prepares its data just as the step does (and leaves it in the cache
-for it). What is trained is green, the worse reply of a pair red; without colours (NO_COLOR, or no
-terminal) it stands in «quotes». Ends with a verdict: exit code 0, or 1 when something should be
-looked at first.
+Takes the flags of the step and prepares its data as the step does, which leaves it in the cache.
+Trained text is green, the rejected response of a pair red; without colours (NO_COLOR, or no
+terminal) both are in «quotes». Ends with a verdict: exit code 0, or 1 if something needs a look.
 """
 
-import argparse
+import hashlib
 import os
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from argparse import ArgumentParser
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.utils import arguments, console
-from alpaca_rlhf.utils.configs import Step1Config, Step2Config, Step3Config
-from alpaca_rlhf.utils.data import audit, prepare, sources
+from alpaca_rlhf.utils.configs import InspectStep1, InspectStep2, InspectStep3
+from alpaca_rlhf.utils.data import prepare
+from alpaca_rlhf.utils.data import split as splitting
 from alpaca_rlhf.utils.data.prepare import Prepared
-from alpaca_rlhf.utils.data.split import Split
-from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer
+from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
+from alpaca_rlhf.utils.data.split import Placed, Split
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
 
-STEPS = {1: Step1Config, 2: Step2Config, 3: Step3Config}
+Step = InspectStep1 | InspectStep2 | InspectStep3
 _GREEN, _RED, _FAINT, _PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, prepare, show rows and lengths, audit."""
-    own, rest = parse(sys.argv[1:])
-    args: Any = arguments.parse(STEPS[own.step], rest)
-    form = ChatFormat(tokenizer_of(args))
-    console.say(describe(form.tokenizer))
-    data = prepared(args, form)
+    args = parse(sys.argv[1:] if argv is None else argv)
+    data, chat = prepared(args)
     console.say(data.describe())
-    paint = Paint(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    for number, row in enumerate(data.train.select(range(min(own.rows, len(data.train))))):
-        console.say(f"\n--- row {number + 1}: {row['length']} tokens")
-        console.say(shown(row, form, paint))
-    path = Path(own.histogram or f"lengths_step{own.step}.png")
-    draw_lengths(data, own.step, path)
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    rows = data.train.select(range(min(args.inspect.rows, len(data.train))))
+    for number, row in enumerate(rows, 1):
+        console.say(f"\n--- row {number}: {row['length']} tokens\n{shown(row, chat, colours)}")
+    path = Path(args.inspect.histogram or f"lengths_step{args.step}.png")
+    draw_lengths(data, f"Rows of step {args.step}", path)
     console.say(f"\nlengths: {quantiles(data.lengths())}; drawn in {path}")
-    findings = audit.audit(sources_of(args), split_of(args), data.report)
+    split = Split(args.step, args.data.shares, args.run.seed, tuple(args.data.lang))
+    findings = audit(open_step(args), split, data.report)
     for finding in findings:
-        mark = "ok  " if finding.passed else "LOOK"
-        console.say(f"{mark} {finding.name}: {finding.text}")
-    line, passed = audit.verdict(findings)
+        console.say(f"{'ok  ' if finding.passed else 'LOOK'} {finding.name}: {finding.text}")
+    line, passed = verdict(findings)
     console.say(line)
     if not passed:
         raise SystemExit(1)
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this program, and those of the step.
-
-    Raises:
-        UserError: no step, or one that there is not.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m alpaca_rlhf.inspect_data", description=(__doc__ or "").split("\n")[0],
-        epilog="All other flags are those of the step.", allow_abbrev=False, exit_on_error=False,
-    )
-    parser.add_argument("--step", type=int, choices=[1, 2, 3], help="whose data: 1, 2 or 3")
-    parser.add_argument("--rows", type=int, default=3, help="rows to show (default: 3)")
-    parser.add_argument("--histogram", help="picture of lengths (default: lengths_stepN.png)")
-    try:
-        own, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
-    if own.step is None:
-        raise UserError("--step is required: 1, 2 or 3, whose data is to be looked at")
-    if own.rows < 0:
-        raise UserError(f"--rows {own.rows}: must be 0 or more")
-    return own, rest
+def parse(argv: Sequence[str]) -> Step:
+    """Read the flags of the step that --step names, and those of this program."""
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--step", nargs="?")
+    step = first.parse_known_args(argv)[0].step
+    steps: dict[str | None, type[Step]] = {"2": InspectStep2, "3": InspectStep3}
+    return arguments.parse(steps.get(step, InspectStep1), argv, doc=__doc__)
 
 
-def tokenizer_of(args: Any) -> Any:
-    """The tokenizer that the step would use."""
-    third = isinstance(args, Step3Config)
-    path = args.actor.model_name_or_path if third else args.model.model_name_or_path
-    path = path or tiny_llama.shared(prepare.cache_home(args.data.data_output_path))
-    return load_tokenizer(
-        args.loading.tokenizer_name_or_path or path, args.data.chat_template,
-        args.loading.trust_remote_code, fixed=third,
-    )
-
-
-def prepared(args: Any, chat: ChatFormat) -> Prepared:
-    """The data of the step, prepared just as the step does."""
-    data, seed = args.data, args.run.seed
-    if args.step == 3:
+def prepared(args: Step) -> tuple[Prepared, ChatFormat]:
+    """Load the tokenizer and prepare the data as the step does."""
+    data, seed, template = args.data, args.run.seed, args.data.chat_template
+    if isinstance(args, InspectStep3):
+        chat = load_chat(args.actor.model_name_or_path, args.loading, template, fixed=True)
         limit = args.rollout.max_prompt_seq_len
-        return prepare.prepare_prompts(data, seed=seed, max_prompt_seq_len=limit, chat=chat)
+        return prepare.prepare_prompts(data, seed=seed, max_prompt_seq_len=limit, chat=chat), chat
+    role = tiny_llama.or_embedded(args.model, prepare.cache_home(data.data_output_path))
+    chat = load_chat(role.model_name_or_path, args.loading, template)
     limit = args.batches.max_seq_len
-    if args.step == 2:
-        return prepare.prepare_pairs(data, seed=seed, max_seq_len=limit, chat=chat)
-    sft = args.sft
-    return prepare.prepare_sft(data, sft, seed=seed, max_seq_len=limit, chat=chat)
+    if isinstance(args, InspectStep2):
+        return prepare.prepare_pairs(data, seed=seed, max_seq_len=limit, chat=chat), chat
+    return prepare.prepare_sft(data, args.sft, seed=seed, max_seq_len=limit, chat=chat), chat
 
 
-def sources_of(args: Any) -> list[sources.Source]:
-    """The data sets of the step."""
-    data = args.data
-    if args.step == 1:
-        return prepare.sft_sources(data, args.sft)
-    return sources.open_sources(data.data_path)
-
-
-def split_of(args: Any) -> Split:
-    """How the step shares out its prompts."""
-    data = args.data
-    return Split(args.step, data.shares, args.run.seed, tuple(data.lang))
+def open_step(args: Step) -> list[Source]:
+    """Open the data sets of the step."""
+    if isinstance(args, InspectStep1):
+        return prepare.sft_sources(args.data, args.sft)
+    return open_sources(args.data.data_path)
 
 
 # --- rows ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Paint:
-    """Marks a text by colour, or in plain characters."""
+def shown(row: dict[str, Any], chat: ChatFormat, colours: bool) -> str:
+    """Return the text of a row of any step, with its special tokens."""
 
-    colours: bool
+    def painted(colour: str, ids: list[int], start: int, end: int) -> str:
+        before, both = (chat.tokenizer.decode(ids[:n]) for n in (start, end))
+        text = both[len(before) :]
+        if colours:
+            return f"{colour}{text}{_PLAIN}"
+        return text if colour == _FAINT else f"«{text}»"
 
-    def better(self, text: str) -> str:
-        """What is trained, or the chosen reply."""
-        return f"{_GREEN}{text}{_PLAIN}" if self.colours else f"«{text}»"
-
-    def worse(self, text: str) -> str:
-        """The rejected reply."""
-        return f"{_RED}{text}{_PLAIN}" if self.colours else f"«{text}»"
-
-    def context(self, text: str) -> str:
-        """What is only read."""
-        return f"{_FAINT}{text}{_PLAIN}" if self.colours else text
-
-
-def shown(row: dict[str, Any], form: ChatFormat, paint: Paint) -> str:
-    """A row of any step, special tokens and all."""
     if "prompt_ids" in row:
-        return paint.context(text_of(form, row["prompt_ids"], 0, len(row["prompt_ids"])))
+        return painted(_FAINT, row["prompt_ids"], 0, len(row["prompt_ids"]))
     if "labels" in row:
-        ids = row["input_ids"]
-        trained = [label != IGNORE_INDEX for label in row["labels"]]
+        ids, trained = row["input_ids"], [label != IGNORE_INDEX for label in row["labels"]]
         edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
-        return "".join(
-            (paint.better if trained[start] else paint.context)(text_of(form, ids, start, end))
-            for start, end in zip(edges, edges[1:], strict=False)
-        )
+        return "".join(painted(_GREEN if trained[start] else _FAINT, ids, start, end)
+                       for start, end in zip(edges, edges[1:], strict=False))
     chosen, rejected = row["chosen_ids"], row["rejected_ids"]
-    pairs = zip(chosen, rejected, strict=False)
-    common = next((i for i, (one, other) in enumerate(pairs) if one != other), min(
-        len(chosen), len(rejected)))
+    shared = len(os.path.commonprefix([chosen, rejected]))
     return (
-        paint.context(text_of(form, chosen, 0, common))
-        + "\n chosen:   " + paint.better(text_of(form, chosen, common, len(chosen)))
-        + "\n rejected: " + paint.worse(text_of(form, rejected, common, len(rejected)))
+        painted(_FAINT, chosen, 0, shared)
+        + "\n chosen:   " + painted(_GREEN, chosen, shared, len(chosen))
+        + "\n rejected: " + painted(_RED, rejected, shared, len(rejected))
     )
-
-
-def text_of(form: ChatFormat, ids: Sequence[int], start: int, end: int) -> str:
-    """The text that some of the ids add to those before them."""
-    before, all_of_it = (form.tokenizer.decode(ids[:n]) for n in (start, end))
-    return all_of_it[len(before) :]
 
 
 # --- lengths -------------------------------------------------------------------------------------
 
 
 def quantiles(lengths: Sequence[int]) -> str:
-    """A few numbers for a distribution."""
+    """Return median, upper quantiles and maximum of lengths in tokens."""
     ordered = sorted(lengths)
     at = {name: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
           for name, share in (("median", 0.5), ("90 %", 0.9), ("99 %", 0.99))}
     return ", ".join(f"{name} {n}" for name, n in at.items()) + f", longest {ordered[-1]} tokens"
 
 
-def draw_lengths(data: Prepared, step: int, path: Path) -> None:
-    """Histogram of the tokens of rows, of each kind of sequence that the step has.
+def draw_lengths(data: Prepared, title: str, path: Path) -> None:
+    """Draw a histogram of the lengths of training rows, for each sequence that they have.
 
     Raises:
         UserError: the picture cannot be written.
     """
     from matplotlib.figure import Figure
 
-    columns = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}[step]
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    for column in columns:
+    for column in [name for name in data.train.column_names if name.endswith("_ids")]:
         lengths = [len(ids) for ids in data.train[column]]
         axes.hist(lengths, bins=50, alpha=0.6, label=column.removesuffix("_ids"))
-    axes.set(xlabel="tokens, after cutting", ylabel="rows", title=f"Rows of step {step}")
+    axes.set(xlabel="tokens, after truncation", ylabel="rows", title=title)
     axes.legend()
     try:
         figure.savefig(path, dpi=120, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise UserError(f"--histogram {path}: cannot be written ({error}); give another") from error
+
+
+# --- audit ---------------------------------------------------------------------------------------
+
+# The largest share of rows (for length bias: of pairs) that passes; docs/data.md gives the reasons.
+LIMITS = {
+    "duplicates": 0.01, "leaks": 0.01, "equal": 0.01, "empty": 0.01, "long": 0.1, "unused": 0.1,
+    "length bias": 0.65,
+}
+FEWEST_HELD_OUT = 50
+_LANGUAGE_SAMPLES = 500  # of each data set
+_SHORTEST_TEXT = 20  # characters, below which a language is a guess
+# Reasons that are no fault of the data: another flag asks for them, or another step uses the row.
+_NO_FAULTS = ("no rejected response", "prompt occurred before", "prompt is held out", "language ",
+              "beyond the share")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Result of one check."""
+
+    name: str
+    text: str
+    passed: bool = True
+
+
+def audit(
+    sources: Sequence[Source], split: Split, report: dict[str, Any],
+    guess: Callable[[str], str] | None = None,
+) -> list[Finding]:
+    """Check the data of a step.
+
+    Args:
+        sources: data sets.
+        split: of the step.
+        report: of its preparation.
+        guess: returns the language of a text; None uses py3langid.
+    """
+    seen = _Seen()
+    for one in splitting.placed(sources, split, [Tally() for _ in sources]):
+        seen.add(one, split, guess or _language)
+    return [*_check_report(report), *_check_samples(seen), _languages(seen.languages)]
+
+
+def verdict(findings: Iterable[Finding]) -> tuple[str, bool]:
+    """Return one line on all findings, and whether all passed."""
+    reasons = [finding.name for finding in findings if not finding.passed]
+    if not reasons:
+        return "verdict: no issues found", True
+    return f"verdict: look closer before training: {', '.join(reasons)}", False
+
+
+def _check(name: str, text: str, part: int, whole: int, limit: str) -> Finding:
+    """Compare a share with its limit; the text has places for `part`, `whole` and `share`."""
+    share = part / whole if whole else 0.0
+    filled = text.format(part=f"{part:,}", whole=f"{whole:,}", share=f"{share:.1%}")
+    return Finding(name, filled, share <= LIMITS[limit])
+
+
+def _check_report(report: dict[str, Any]) -> list[Finding]:
+    reasons, samples = report["filtered_out"], sum(one["samples"] for one in report["data_sets"])
+    faults = {why: n for why, n in reasons.items() if not why.startswith(_NO_FAULTS)}
+    over, empty, equal = (
+        sum(n for why, n in reasons.items() if re.match(pattern, why))
+        for pattern in ("over --", "empty", "chosen equals rejected|responses are identical")
+    )
+    unused = sum(faults.values())
+    listed = ", ".join(f"{n:,} {why}" for why, n in faults.items()) or "none"
+    used, cut = report["train"] + report["held_out"], sum(report["cut"].values())
+    flag = next(iter(report["cut"]), "").removeprefix("cut to ") or "the maximum length"
+    rows, few = report["held_out"], report["held_out"] < FEWEST_HELD_OUT
+    advice = f"; {FEWEST_HELD_OUT} or more tell a good model from a bad one"
+    return [
+        _check("rows filtered out", f"{{share}} ({listed})", unused, samples + unused, "unused"),
+        _check("empty responses or prompts", "{part} ({share}), filtered out", empty,
+               samples + empty, "empty"),
+        _check("pairs of equal responses", "{part} ({share}), filtered out", equal,
+               samples + equal, "equal"),
+        _check("rows that are too long", f"{{share}} over {flag}", cut + over, used + over, "long"),
+        Finding("held-out rows", f"{rows:,}{advice if few else ''}", not few),
+    ]
+
+
+@dataclass
+class _Seen:
+    """Counts of one pass over the samples.
+
+    Attributes:
+        samples: of the step at hand.
+        rows: digests of prompt and responses.
+        duplicates: rows that occurred before.
+        places: of each prompt, one bit for each step that it belongs to; bit 0: held out.
+        pairs: samples with two responses.
+        longer: pairs whose chosen response is the longer one.
+        characters: of the chosen and of the rejected responses.
+        languages: guessed.
+        guessed: number of guesses by data set.
+    """
+
+    samples: int = 0
+    rows: set[bytes] = field(default_factory=set)
+    duplicates: int = 0
+    places: dict[bytes, int] = field(default_factory=dict)
+    pairs: int = 0
+    longer: int = 0
+    characters: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    guessed: Counter[int] = field(default_factory=Counter)
+
+    def add(self, one: Placed, split: Split, guess: Callable[[str], str]) -> None:
+        """Count a sample of any step; most of it only for the step at hand."""
+        sample, key = one.sample, one.sample.prompt_key()
+        loose = _digest(" ".join(re.findall(r"\w+", key.casefold())) or key)
+        self.places[loose] = self.places.get(loose, 0) | 1 << one.step
+        if one.step not in (0, split.step):
+            return
+        self.samples += 1
+        row = _digest(f"{key}\0{sample.chosen}\0{sample.rejected}")
+        self.duplicates += row in self.rows
+        self.rows.add(row)
+        if sample.rejected is not None:
+            self.pairs += 1
+            self.longer += len(sample.chosen) > len(sample.rejected)
+            self.characters["chosen"] += len(sample.chosen)
+            self.characters["rejected"] += len(sample.rejected)
+        if self.guessed[one.source] < _LANGUAGE_SAMPLES:
+            self.guessed[one.source] += 1
+            text = f"{sample.messages[-1]['content']}\n{sample.chosen}"
+            self.languages[guess(text) if len(text) >= _SHORTEST_TEXT else "too short"] += 1
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _check_samples(seen: _Seen) -> list[Finding]:
+    held_out = [bits for bits in seen.places.values() if bits & 1]
+    trained = [bits >> 1 for bits in seen.places.values() if bits > 1]
+    loosely = "ignoring case, spaces and punctuation"
+    findings = [
+        _check("duplicate rows", "{part} ({share}) with prompt and responses of an earlier row",
+               seen.duplicates, seen.samples, "duplicates"),
+        _check("held-out prompts that leak",
+               f"{{part}} of {{whole}} ({{share}}) are trained on by some step, {loosely}",
+               sum(bits > 1 for bits in held_out), len(held_out), "leaks"),
+        _check("prompts in more than one step", f"{{part}} of {{whole}} ({{share}}), {loosely}",
+               sum(bits.bit_count() > 1 for bits in trained), len(trained), "leaks"),
+    ]
+    if seen.pairs:
+        share, limit = seen.longer / seen.pairs, LIMITS["length bias"]
+        means = [seen.characters[side] / seen.pairs for side in ("chosen", "rejected")]
+        text = (f"the chosen response is the longer one in {share:.1%} of {seen.pairs:,} pairs; "
+                f"mean lengths {means[0]:,.0f} and {means[1]:,.0f} characters")
+        findings.append(Finding("length bias", text, 1 - limit <= share <= limit))
+    return findings
+
+
+def _languages(languages: Counter[str]) -> Finding:
+    total = languages.total()
+    common = [(name, n / total) for name, n in languages.most_common() if n >= 0.01 * total]
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in common) or "none"
+    return Finding("languages", f"{listed} (guessed from {total:,} rows)")
+
+
+def _language(text: str) -> str:
+    import py3langid
+
+    return py3langid.classify(text[:1000])[0]
 
 
 if __name__ == "__main__":

@@ -9,14 +9,10 @@ sequences of a pair differ in length.
 
 import argparse
 import tempfile
-from functools import partial
-from pathlib import Path
 
 from alpaca_rlhf.demo import tiny_llama
-from alpaca_rlhf.utils.data import batches, prepare, sources, tokenizer
-from alpaca_rlhf.utils.data.split import Split
-
-ENCODERS = {1: prepare.encode_replies, 2: prepare.encode_pairs}
+from alpaca_rlhf.utils.configs import DataConfig, SFTConfig
+from alpaca_rlhf.utils.data import batches, prepare, tokenizer
 
 
 def main() -> None:
@@ -53,16 +49,15 @@ def parse() -> argparse.Namespace:
 def sequences(args: argparse.Namespace, step: int) -> list[list[int]]:
     """Return the token counts of each row's sequences: one, or the two of a pair."""
     path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(prepare.cache_home(None)))
-    form = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))
-    lengths = prepare.Lengths.of_sequence(args.max_seq_len, "truncate")
-    shares = (float(step == 1), float(step == 2), 0.0)
+    chat = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))
+    options = {"seed": args.seed, "max_seq_len": args.max_seq_len, "chat": chat}
     with tempfile.TemporaryDirectory() as cache:
-        train = prepare.prepare(
-            sources.open_sources(args.data_path), Split(step, shares, args.seed),
-            partial(ENCODERS[step], form=form, lengths=lengths), form, lengths, Path(cache), {},
-        ).train
+        shares = "1,0,0" if step == 1 else "0,1,0"
+        data = DataConfig(data_path=args.data_path, data_split=shares, data_output_path=cache)
+        prepared = (prepare.prepare_sft(data, SFTConfig(), **options) if step == 1
+                    else prepare.prepare_pairs(data, **options))
         columns = ["input_ids"] if step == 1 else ["chosen_ids", "rejected_ids"]
-        return [[len(row[column]) for column in columns] for row in train]
+        return [[len(row[column]) for column in columns] for row in prepared.train]
 
 
 def padding(rows: list[list[int]], order: list[int], size: int, longest: int | None) -> float:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -102,20 +101,18 @@ def memory(pid: int) -> float:
 def prepare(args: argparse.Namespace) -> None:
     """Prepare all rows for step 2 and print the times, in a process of its own."""
     from alpaca_rlhf.demo import tiny_llama
-    from alpaca_rlhf.utils.data import prepare as preprocessing
-    from alpaca_rlhf.utils.data import sources as raw_datasets
+    from alpaca_rlhf.utils.configs import DataConfig
+    from alpaca_rlhf.utils.data import prepare as preparing
     from alpaca_rlhf.utils.data import tokenizer
-    from alpaca_rlhf.utils.data.split import Split
 
-    path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(preprocessing.cache_home(None)))
-    form = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))
+    path = args.tokenizer or str(tiny_llama.ensure_tiny_llama(preparing.cache_home(None)))
+    chat = tokenizer.ChatFormat(tokenizer.load_tokenizer(path))
     started = time.time()
     data, cache = args.child
-    lengths = preprocessing.Lengths.of_sequence(args.max_seq_len, "truncate")
-    prepared = preprocessing.prepare(
-        raw_datasets.open_sources([data]), Split(2, (0.0, 1.0, 0.0), 1234),
-        partial(preprocessing.encode_pairs, form=form, lengths=lengths), form, lengths,
-        Path(cache), {}, args.workers,
+    prepared = preparing.prepare_pairs(
+        DataConfig(data_path=[data], data_split="0,1,0", data_output_path=cache,
+                   preprocessing_num_workers=args.workers),
+        seed=1234, max_seq_len=args.max_seq_len, chat=chat,
     )
     found = {
         "start": started - psutil.Process().create_time(),

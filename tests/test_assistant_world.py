@@ -26,10 +26,10 @@ def test_the_text_is_that_of_its_format():
 
 def test_a_raised_format_changes_the_fingerprint_of_the_data(monkeypatch):
     [source] = sources.open_sources([])
-    before = source.rows.fingerprint()
-    assert source.rows.fingerprint() == before
+    before = source.fingerprint()
+    assert source.fingerprint() == before
     monkeypatch.setattr(world, "FORMAT", world.FORMAT + 1)
-    assert source.rows.fingerprint() != before
+    assert source.fingerprint() != before
 
 
 def test_there_are_at_least_twelve_kinds_of_instruction():

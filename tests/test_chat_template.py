@@ -1,4 +1,4 @@
-"""What a dialogue looks like to the model: the exact text, and who may speak."""
+"""Chat templates: the exact text of a dialogue, and which roles there are."""
 
 import jinja2
 import pytest
@@ -17,40 +17,29 @@ def rendered(messages, name="human_assistant", adds_bos=True, prompt=False):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
 
-def test_one_turn():
-    assert rendered([QUESTION, ANSWER]) == (
-        "<s>Human: Who are you?\n\nAssistant: A model.</s>")
+SYSTEM = {"role": "system", "content": " Be brief. "}
+BYE = {"role": "assistant", "content": "  Bye. "}
 
 
-def test_two_turns_with_the_space_around_them_taken_off():
-    assert rendered([QUESTION, ANSWER, THANKS, {"role": "assistant", "content": "  Bye. "}]) == (
-        "<s>Human: Who are you?\n\nAssistant: A model.</s>"
-        "Human: Thanks!\n\nAssistant: Bye.</s>")
-
-
-def test_generation_prompt_ends_right_before_the_reply():
-    assert rendered([QUESTION, ANSWER, THANKS], prompt=True) == (
-        "<s>Human: Who are you?\n\nAssistant: A model.</s>Human: Thanks!\n\nAssistant:")
-
-
-def test_system_message_stands_first_without_a_name():
-    assert rendered([{"role": "system", "content": " Be brief. "}, QUESTION], prompt=True) == (
-        "<s>Be brief.\n\nHuman: Who are you?\n\nAssistant:")
-
-
-def test_bos_is_left_out_for_a_tokenizer_that_adds_none():
-    assert rendered([QUESTION, ANSWER], adds_bos=False) == (
-        "Human: Who are you?\n\nAssistant: A model.</s>")
-
-
-def test_newlines_inside_a_message_stay():
-    assert rendered([{"role": "user", "content": "a\n\n b\r\n\tc"}], prompt=True) == (
-        "<s>Human: a\n\n b\r\n\tc\n\nAssistant:")
-
-
-def test_braces_in_a_message_are_text_not_template():
-    assert rendered([{"role": "user", "content": "{{ 1 + 1 }} {% if %}"}], prompt=True) == (
-        "<s>Human: {{ 1 + 1 }} {% if %}\n\nAssistant:")
+@pytest.mark.parametrize(("messages", "options", "text"), [
+    ([QUESTION, ANSWER], {}, "<s>Human: Who are you?\n\nAssistant: A model.</s>"),
+    ([QUESTION, ANSWER, THANKS, BYE], {}, "<s>Human: Who are you?\n\nAssistant: A model.</s>"
+     "Human: Thanks!\n\nAssistant: Bye.</s>"),
+    # The generation prompt ends right before the response.
+    ([QUESTION, ANSWER, THANKS], {"prompt": True},
+     "<s>Human: Who are you?\n\nAssistant: A model.</s>Human: Thanks!\n\nAssistant:"),
+    ([SYSTEM, QUESTION], {"prompt": True},
+     "<s>Be brief.\n\nHuman: Who are you?\n\nAssistant:"),
+    # No bos for a tokenizer that adds none.
+    ([QUESTION, ANSWER], {"adds_bos": False}, "Human: Who are you?\n\nAssistant: A model.</s>"),
+    # Newlines inside a message stay, and braces are text.
+    ([{"role": "user", "content": "a\n\n b\r\n\tc"}], {"prompt": True},
+     "<s>Human: a\n\n b\r\n\tc\n\nAssistant:"),
+    ([{"role": "user", "content": "{{ 1 + 1 }} {% if %}"}], {"prompt": True},
+     "<s>Human: {{ 1 + 1 }} {% if %}\n\nAssistant:"),
+])
+def test_human_assistant_renders_exactly_this(messages, options, text):
+    assert rendered(messages, **options) == text
 
 
 @pytest.mark.parametrize("name", chat_template.TEMPLATES)
@@ -59,9 +48,7 @@ def test_another_role_is_an_error(name):
         rendered([{"role": "tool", "content": "x"}], name)
 
 
-SYSTEM = {"role": "system", "content": " Be brief. "}
 ADD = {"role": "user", "content": "Add.\n\n1, 2", "instruction": "Add.", "input": "1, 2"}
-BYE = {"role": "assistant", "content": "  Bye. "}
 PREAMBLE = ("Below is an instruction that describes a task. Write a response that appropriately "
             "completes the request.\n\n")
 WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
@@ -96,14 +83,14 @@ CHAT = ("A chat between a curious user and an artificial intelligence assistant.
      "<|im_start|>assistant\nA model.<|im_end|>\n<|im_start|>user\nThanks!<|im_end|>\n"
      "<|im_start|>assistant\n"),
 ])
-def test_each_template_renders_its_own_form(name, messages, text):
+def test_each_template_renders_its_own_text(name, messages, text):
     assert rendered(messages, name, prompt=True) == text
 
 
 @pytest.mark.parametrize(("name", "end"), [
     ("alpaca", "\nBye.</s>"), ("vicuna", " Bye.</s>"), ("llama2", " Bye.</s>"),
     ("chatml", "\nBye.<|im_end|>")])
-def test_a_reply_ends_with_the_end_of_turn_and_nothing_else(name, end):
+def test_a_response_ends_with_the_end_of_turn_and_nothing_else(name, end):
     assert rendered([QUESTION, BYE], name).endswith(end)
 
 
@@ -117,8 +104,3 @@ def test_llama2_has_a_bos_before_each_turn_only_where_the_tokenizer_has_one():
 def test_a_template_is_known_by_its_source(name, adds_bos):
     assert chat_template.name_of(chat_template.jinja(name, adds_bos)) == name
     assert chat_template.name_of(chat_template.jinja(name, adds_bos) + " ") is None
-
-
-def test_a_name_that_is_no_template_is_an_error():
-    with pytest.raises(KeyError, match="nonesuch"):
-        chat_template.jinja("nonesuch", adds_bos=True)

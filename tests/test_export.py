@@ -15,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from alpaca_rlhf.utils.run.export import eos_ids, export, model_card
+from alpaca_rlhf.utils.run.export import export, model_card
 
 
 def adapted(model):
@@ -89,14 +89,16 @@ def test_an_export_keeps_the_precision_of_the_weights(small, tmp_path):
 
 
 def test_an_export_has_tokenizer_template_generation_config_and_card(small, tmp_path):
-    export(small.causal_lm(), small.tokenizer, tmp_path, model_card("Policy", {"KL": 1.5}))
+    model = small.causal_lm()
+    model.generation_config.eos_token_id = 9
+    export(model, small.tokenizer, tmp_path, model_card("Policy", {"KL": 1.5}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     question = [{"role": "user", "content": "Hi."}]
     assert tokenizer.apply_chat_template(
         question, tokenize=False, add_generation_prompt=True
     ) == "<s>Human: Hi.\n\nAssistant:"
     generation = json.loads((tmp_path / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [small.tokenizer.eos_token_id]
+    assert generation["eos_token_id"] == [small.tokenizer.eos_token_id, 9]
     assert generation["pad_token_id"] == small.tokenizer.pad_token_id
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["use_cache"] is True
@@ -106,14 +108,3 @@ def test_an_export_has_tokenizer_template_generation_config_and_card(small, tmp_
 def test_nothing_is_exported_without_a_folder(small, tmp_path):
     export(small.causal_lm(), small.tokenizer, None, "card")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("configured", "expected"), [(None, [2]), (2, [2]), (9, [2, 9]), ([9, 2, 11], [2, 9, 11])]
-)
-def test_what_ends_a_reply_is_the_tokenizers_eos_and_the_generation_configs(
-    small, configured, expected
-):
-    model = small.causal_lm()
-    model.generation_config.eos_token_id = configured
-    assert eos_ids(model, small.tokenizer) == expected

@@ -1,18 +1,17 @@
-"""Each form of the table, from small files in its exact schema and in the layouts of the hub."""
+"""Each data format of the table, from rows in its exact schema; what cannot be used is counted."""
 
 import json
 from collections import Counter
-from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loading import load
 
 from alpaca_rlhf.utils.data import formats
-from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.data.samples import Sample, parse_dialogue
 
 
 def user(text: str, **more: str) -> dict[str, str]:
@@ -56,7 +55,7 @@ FROM_TREE = [*PAIR, Sample((user("Hi"), assistant("Good."), user("More")), "Only
 INPUT = (user("Add.\n\n1, 2", instruction="Add.", input="1, 2"),)
 
 # (a name it goes by, its rows, the samples they make)
-FORMS = [
+KNOWN = [
     ("Anthropic/hh-rlhf", [{"chosen": TALK_TEXT + " Good.", "rejected": TALK_TEXT + " Bad."}],
      TALK_PAIR),
     ("Dahoas/rm-static",
@@ -145,89 +144,84 @@ FORMS = [
         {"input": "1, 2", "output": "3"}, {"input": "", "output": "What?"}]}],
      [Sample(INPUT, "3"), Sample((user("Add."),), "What?")]),
 ]
-IDS = [f"{name} {'+'.join(list(rows[0])[:3])}" for name, rows, _ in FORMS]
-every_form = pytest.mark.parametrize(("name", "rows", "expected"), FORMS, ids=IDS)
-
-
-def parquet(path: Path, rows: list) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
 # Trees come as JSON alone: each of their levels is a type of its own.
-@pytest.mark.parametrize(
-    ("name", "rows", "expected"), [form for form in FORMS if form[1][0] is not TREE]
-)
+@pytest.mark.parametrize(("name", "rows", "expected"), [one for one in KNOWN if one[1][0] != TREE])
 def test_a_repository_of_the_hub_is_read_by_its_name(tmp_path, name, rows, expected):
-    parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows)
-    parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows[:0])
-    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    for part in ("train-00000-of-00002", "test-00000-of-00001"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{part}.parquet")
     data = load([f"{name}={tmp_path}"])
-    assert (data.train, data.held_out, data.counted_out) == (expected, expected, {})
+    assert (data.train, data.held_out, data.filtered_out) == (expected, expected, {})
 
 
-@every_form
-def test_a_file_is_read_by_its_columns(tmp_path, name, rows, expected):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert load([str(path)]).train == expected
-    assert load([f"{name}={path}"]).train == expected
-
-
-def test_every_name_of_the_table_stands_in_this_file_or_has_the_form_of_one_that_does():
-    shown = {name for name, _, _ in FORMS}
-    lacking = [a.names for a in formats.ADAPTORS if not shown & set(a.names)]
-    assert lacking == []
-
-
-# --- layouts -------------------------------------------------------------------------------------
-
-ROWS = [{"prompt": "Hi", "chosen": "Good.", "rejected": "Bad."}]
-
-
-def test_a_data_set_saved_with_datasets_is_read(tmp_path):
-    saved = datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS)
-                                  for name in ("train", "validation")})
-    saved.save_to_disk(tmp_path / "dict")
-    saved["train"].save_to_disk(tmp_path / "plain")
-    both, plain = load([str(tmp_path / "dict")]), load([str(tmp_path / "plain")])
-    assert (both.train, both.held_out) == (PAIR, PAIR)
-    assert (plain.train, plain.held_out) == (PAIR, [])
-
-
-def test_what_datasets_saved_and_something_tore_is_refused(tmp_path):
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
-    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"cannot read what it saved there .*; save it again"):
-        load([str(tmp_path)])
-
-
-def test_the_hubs_parquet_branch_is_read(tmp_path):
-    parquet(tmp_path / "default" / "train" / "0000.parquet", ROWS)
-    parquet(tmp_path / "default" / "validation" / "0000.parquet", ROWS)
-    data = load([str(tmp_path)])
-    assert (data.train, data.held_out) == (PAIR, PAIR)
-
-
-def test_folders_in_a_folder_are_read_and_hidden_ones_are_not(tmp_path):
-    for part in ("harmless-base", "helpful-base", ".git"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "train.jsonl").write_text(json.dumps(ROWS[0]))
-    assert load([str(tmp_path)]).train == PAIR * 2
-
-
-# --- what is counted out -------------------------------------------------------------------------
-
-
-def counted(*rows: dict) -> dict[str, int]:
-    """Reasons for rows of the form that the first of them has."""
+def read(rows: list[dict], name: str = "") -> tuple[list[Sample], dict[str, int]]:
+    """Return the samples of rows, and the reasons for the others."""
     unused = Counter[str]()
-    adaptor = next(a for a in formats.ADAPTORS if a.fits(rows[0]))
-    list(adaptor.read(rows, unused))
-    return dict(unused)
+    samples = list(formats.choose(name, rows[0], "--data_path x").read(rows, unused))
+    return samples, dict(unused)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "expected"), KNOWN,
+    ids=[f"{name} {'+'.join(list(rows[0])[:3])}" for name, rows, _ in KNOWN])
+def test_rows_are_known_by_name_or_by_their_columns(name, rows, expected):
+    as_json = json.loads(json.dumps(rows))
+    assert read(as_json) == read(as_json, name) == (expected, {})
+
+
+def test_every_format_of_the_table_stands_in_this_file():
+    shown = {name for name, _, _ in KNOWN}
+    assert [one.names for one in formats.FORMATS if not shown & set(one.names)] == []
+
+
+# --- prompts and responses -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "messages"), [
+    *[(prompt, (user("Hi\n\nthere"),)) for prompt in (
+        "Hi\n\nthere", "  Hi\n\nthere \n", "Human: Hi\n\nthere",
+        "\n\nHuman: Hi\n\nthere\n\nAssistant:", "Human:Hi\n\nthere\n\nAssistant: ",
+        [user(" Hi\n\nthere ")])],
+    (TALK_TEXT, TALK),
+    (list(TALK), TALK),
+    # A Human that is named later is part of one turn.
+    ("Finish this:\n\nHuman: Hi\n\nAssistant:",
+     (user("Finish this:\n\nHuman: Hi\n\nAssistant:"),)),
+])
+def test_a_prompt_is_text_a_dialogue_or_messages(prompt, messages):
+    row = {"id": 3, "prompt": prompt, "chosen": " Good. ", "rejected": "Bad.\n", "score": None}
+    assert read([row]) == ([Sample(messages, "Good.", "Bad.")], {})
+
+
+def test_responses_may_be_messages():
+    row = {"prompt": "Hi", "chosen": [user("Hi"), assistant("Good.")],
+           "rejected": [assistant("Bad.")]}
+    assert read([row]) == (PAIR, {})
+
+
+def test_a_dialogue_is_read_turn_by_turn():
+    assert parse_dialogue("\n\nHuman: A\nb\n\nAssistant: C: d\n\n\n\nHuman:  \n\nAssistant:") == [
+        user("A\nb"), assistant("C: d"), user(""), assistant("")]
+
+
+def test_equal_prompts_have_equal_keys_and_others_do_not():
+    first = Sample((user("ü"),), "a", "b")
+    assert first.prompt_key() == Sample((user("ü"),), "c", None).prompt_key()
+    assert first.prompt_key() != Sample((assistant("ü"),), "a", "b").prompt_key()
+
+
+def test_responses_that_are_rows_of_their_own_are_not_trained_twice():
+    def trained(rows):
+        return [sample.history_is_trained for sample in read(rows)[0]]
+
+    assert trained(FLAT) == [False, False]
+    assert trained([{"instruction": TALK_TEXT, "output": "x"}]) == [False]
+    assert trained([{"messages": GOOD}]) == [True]
+
+
+# --- what is filtered out ------------------------------------------------------------------------
+
+ROW = {"prompt": "Hi", "chosen": "Good.", "rejected": "Bad."}
+EVAL = {"instruction": "Hi", "output_1": "First.", "output_2": "Second.", "preference": 1}
 SCORED = {"question": {"full_text": "Hi"}, "answer_0": "Good.", "answer_1": "Bad.", "score_0": 0.5,
           "score_1": -0.5}
 TALKING = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good."}]}
@@ -240,7 +234,7 @@ TALKING = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "
     ({**SCORED, "score_1": float("nan")}, "score is not a number"),
     ({**SCORED, "question": "Hi"}, "question is not an object"),
     ({"user_input": "Hi", "responses_and_scores": []}, "empty responses_and_scores"),
-    ({"user_input": "Hi", "responses_and_scores": None}, "responses_and_scores is no list"),
+    ({"user_input": "Hi", "responses_and_scores": None}, "responses_and_scores is not a list"),
     ({"query": "Hi", "positive_passages": [{"text": "Good."}], "negative_passages": []},
      "empty negative_passages"),
     ({"history": "Hi", "human_ref_A": "a", "human_ref_B": "b", "labels": None},
@@ -248,8 +242,8 @@ TALKING = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "
     ({"instruction": "Hi", "input": 3, "output": "Good."}, "input is not text"),
     ({"instruction": "Hi", "input": "", "output": None}, "chosen is not text"),
     ({"instruction": "Hi", "instances": []}, "empty instances"),
-    ({"conversations": []}, "no assistant's turn"),
-    ({"conversations": TALKING["conversations"][1:]}, "dialogue does not end with a user's turn"),
+    ({"conversations": []}, "no assistant turn"),
+    ({"conversations": TALKING["conversations"][1:]}, "dialogue does not end with a user turn"),
     ({"conversations": TALKING["conversations"][1:] + TALKING["conversations"]},
      "roles out of order"),
     ({"conversations": TALKING["conversations"][:1] * 2 + TALKING["conversations"]},
@@ -258,65 +252,137 @@ TALKING = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "
                         *TALKING["conversations"]]}, "empty turn"),
     ({"conversations": [{"from": "human", "value": None}]},
      "conversations is neither text nor messages"),
-    ({"prompt": "Hi", "label": "Good."}, "dialogue does not end with a user's turn"),
-    ({"chosen": GOOD, "rejected": [user("Ho"), *BAD[1:]]}, "pair parts before the last reply"),
+    ({"prompt": "Hi", "label": "Good."}, "dialogue does not end with a user turn"),
+    ({"chosen": GOOD, "rejected": [user("Ho"), *BAD[1:]]},
+     "dialogues differ before the last response"),
     ({"prompt": "Hi", "chosen": [user("Hi")], "rejected": "Bad."},
-     "chosen does not end with the assistant's turn"),
+     "chosen does not end with an assistant turn"),
     ({"message_tree_id": "x", "prompt": None}, "message is not an object"),
     ({"message_tree_id": "x", "prompt": {"role": "assistant", "text": "Hi"}},
      "roles out of order"),
     ({"message_tree_id": "x", "prompt": {"role": "prompter", "text": "Hi", "replies": []}},
-     "prompt without a reply"),
+     "prompt without a response"),
+    ({**ROW, "prompt": " \n"}, "empty prompt"),
+    *[({**ROW, "prompt": prompt}, "prompt is neither text nor messages")
+      for prompt in (None, ["Hi"], [{"role": "user"}])],
+    ({**ROW, "prompt": [{"role": "tool", "content": "x"}, user("Hi")]},
+     "role is not system, user or assistant"),
+    *[({**ROW, "prompt": prompt}, "dialogue does not end with a user turn")
+      for prompt in ([], [user("Hi"), assistant("Yes")], "Human: Hi\n\nAssistant: Yes",
+                     "Human:\n\nAssistant:")],
+    ({**ROW, "chosen": ""}, "empty chosen"),
+    ({**ROW, "rejected": " "}, "empty rejected"),
+    ({**ROW, "chosen": 3}, "chosen is not text"),
+    ({**ROW, "rejected": None}, "rejected is not text"),
+    ({**ROW, "rejected": []}, "rejected is not text"),
+    ({**ROW, "chosen": [{"role": "assistant"}]}, "chosen is not text"),
+    ({**ROW, "rejected": "Good. "}, "chosen equals rejected"),
+    ({**ROW, "prompt": "broken \ud83d emoji"}, "text is not valid Unicode"),
+    ({**ROW, "rejected": "broken \ud83d emoji"}, "text is not valid Unicode"),
+    *[({"chosen": chosen, "rejected": rejected}, reason) for chosen, rejected, reason in (
+        (TALK_TEXT + " a", TALK_TEXT.replace("Hello", "2") + " b",
+         "dialogues differ before the last response"),
+        (TALK_TEXT + " a", TALK_TEXT + " b\n\nHuman: More\n\nAssistant: c",
+         "dialogues differ before the last response"),
+        (TALK_TEXT + " a", TALK_TEXT + " a", "chosen equals rejected"),
+        (TALK_TEXT + " a", TALK_TEXT, "empty rejected"),
+        (TALK_TEXT, TALK_TEXT + " b", "empty chosen"),
+        (TALK_TEXT + " a\n\nHuman: End", TALK_TEXT + " a\n\nHuman: Stop",
+         "dialogue does not end with an assistant turn"),
+        ("\n\nAssistant: a", "\n\nAssistant: b", "dialogue does not begin with Human:"),
+        ("Yes", "No", "dialogue does not begin with Human:"),
+        (TALK_TEXT + " a", None, "chosen or rejected is not text"))],
+    ({**EVAL, "preference": 0}, "tie"),
+    *[({**EVAL, "preference": preference}, "preference is not 0, 1 or 2")
+      for preference in (3, None, "1", [1])],
 ])
 def test_a_row_that_cannot_be_used_is_counted(row, reason):
-    assert counted(row) == {reason: 1}
+    assert read([row]) == ([], {reason: 1})
+
+
+def test_a_row_that_lacks_a_column_of_the_first_is_counted():
+    assert read([ROW, {"prompt": "Hi", "chosen": "Good."}]) == (PAIR, {"rejected is not text": 1})
+
+
+def test_alpaca_eval_names_the_better_output():
+    better = [read([{**EVAL, "preference": preference}])[0][0].chosen for preference in (1, 2, 2.0)]
+    assert better == ["First.", "Second.", "Second."]
 
 
 def test_deleted_messages_of_a_tree_are_counted_and_the_others_used():
     replies = [{**reply, "deleted": reply["rank"] == 2} for reply in TREE["prompt"]["replies"]]
-    tree = {**TREE, "prompt": {**TREE["prompt"], "replies": replies}}
-    unused = Counter[str]()
-    first, _ = formats.named("OpenAssistant/oasst1")[1].read([tree], unused)
+    (first, _), unused = read([{**TREE, "prompt": {**TREE["prompt"], "replies": replies}}])
     assert (first.chosen, first.rejected) == ("Good.", "Fair.")
     assert unused == {"deleted message": 1}
 
 
-def test_a_cycle_of_messages_and_one_that_hangs_on_none_are_counted():
-    circle = [{**FLAT[1], "message_id": "a", "parent_id": "b"},
-              {**FLAT[3], "message_id": "b", "parent_id": "a"},
-              {**FLAT[3], "message_id": "c", "parent_id": "c"}]
+def test_messages_in_cycles_or_without_a_root_are_counted():
+    cycle = [{**FLAT[1], "message_id": "a", "parent_id": "b"},
+             {**FLAT[3], "message_id": "b", "parent_id": "a"},
+             {**FLAT[3], "message_id": "c", "parent_id": "c"}]
     lost = [{**FLAT[3], "message_id": "d", "parent_id": "gone"},
             {**FLAT[4], "message_id": "e", "parent_id": "d"}]
-    assert counted(*FLAT, *circle, *lost, FLAT[0], {**FLAT[0], "message_id": 3}) == {
+    assert read([*FLAT, *cycle, *lost, FLAT[0], {**FLAT[0], "message_id": 3}])[1] == {
         "tree cycle": 3, "parent message is missing": 2, "message_id occurs twice": 1,
         "message_id or parent_id is not text": 1}
 
 
-def test_replies_that_are_rows_of_their_own_are_not_trained_twice():
-    def trained(name, rows):
-        adaptor = next(a for a in formats.named(name) if a.fits(rows[0]))
-        return [sample.history_is_trained for sample in adaptor.read(rows, Counter())]
+# --- any row at all ------------------------------------------------------------------------------
 
-    assert trained("OpenAssistant/oasst1", FLAT) == [False, False]
-    assert trained("MultiTurnAlpaca", [{"instruction": TALK_TEXT, "output": "x"}]) == [False]
-    assert trained("ShareGPT", [{"messages": GOOD}]) == [True]
-
-
-# --- shares and names ----------------------------------------------------------------------------
-
-
-def test_what_exists_under_the_whole_text_is_what_is_meant(tmp_path):
-    odd = tmp_path / "a=b:0.5"
-    odd.write_text("")
-    (tmp_path / "a=b:0.5.jsonl").write_text(json.dumps(ROWS[0]))
-    assert load([str(tmp_path / "a=b:0.5.jsonl")]).train == PAIR
+TEXT = st.one_of(
+    st.text(max_size=10),
+    st.lists(st.sampled_from(["\n\n", "Human:", "Assistant:", " ", "a", "b"]), max_size=8)
+    .map("".join),
+)
+ROLE = st.sampled_from(["user", "assistant", "system", "tool"])
+MESSAGE = st.fixed_dictionaries(
+    {}, optional={"role": ROLE | st.none(), "content": TEXT | st.none()})
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+VALUE = TEXT | st.lists(MESSAGE, max_size=3) | ANYTHING | st.integers(0, 3)
 
 
-@pytest.mark.parametrize("share", ["0", "1.5", "2"])
-def test_a_share_that_is_none_is_refused(tmp_path, share):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROWS[0]))
-    with pytest.raises(UserError) as refused:
-        load([f"{path}:{share}"])
-    assert str(refused.value) == (
-        f"--data_path {path}:{share}: the share after the colon must be above 0 and at most 1")
+@pytest.mark.parametrize("one", formats.FORMATS, ids=lambda one: f"{one.names[0]} {one.columns[0]}")
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_row_becomes_a_sample_or_is_counted(one, data):
+    row = data.draw(st.fixed_dictionaries({column: VALUE for column in one.columns}))
+    unused = Counter()
+    samples = list(one.read([row], unused))
+    assert not any("\n" in reason for reason in unused)
+    for sample in samples:
+        assert sample.messages[-1]["role"] == "user"
+        assert {message["role"] for message in sample.messages} <= {"system", "user", "assistant"}
+        for text in (sample.messages[-1]["content"], sample.chosen, sample.rejected):
+            assert text is None or text == text.strip() != ""
+        sample.prompt_key().encode()
+        assert sample.chosen != sample.rejected
+
+
+NODE = st.recursive(
+    st.fixed_dictionaries({}, optional={"text": TEXT, "role": st.sampled_from(
+        ["prompter", "assistant", "x"]), "rank": st.none() | st.integers(0, 3),
+        "deleted": st.booleans(), "replies": ANYTHING}),
+    lambda inner: st.fixed_dictionaries(
+        {"text": TEXT, "role": st.sampled_from(["prompter", "assistant"]),
+         "replies": st.lists(inner, max_size=3)}, optional={"rank": st.integers(0, 3)}),
+    max_leaves=8)
+MESSAGES = st.lists(st.fixed_dictionaries({
+    "message_id": st.sampled_from(["a", "b", "c", "d", "", None]), "text": TEXT,
+    "parent_id": st.sampled_from(["a", "b", "c", "e", "", None, 3]),
+    "role": st.sampled_from(["prompter", "assistant"]),
+    "rank": st.none() | st.integers(0, 2)}), max_size=8)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(trees=st.lists(NODE, max_size=3), messages=MESSAGES)
+def test_any_tree_and_any_flat_messages_are_read_to_the_end(trees, messages):
+    rows = [{"message_tree_id": "x", "prompt": tree} for tree in trees]
+    for given_rows in (rows, messages):
+        for sample in read(given_rows)[0] if given_rows else []:
+            roles = [message["role"] for message in sample.messages]
+            assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
+            assert len(roles) % 2

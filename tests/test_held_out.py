@@ -41,7 +41,7 @@ def test_a_models_record_gives_the_split(run):
     chosen = choose(model)
     split = Split(2, (1.0, 1.0, 0.0), 7)
     placed = splitting.placed(open_sources([str(data)]), split, [Tally()])
-    expected = {one.key for one in placed if one.step == 0}
+    expected = {one.sample.prompt_key() for one in placed if one.step == 0}
     assert 1 < len(expected) < 30
     assert prompts(chosen) == expected and len(chosen.samples) == 2 * len(expected)
     assert (chosen.seed, chosen.embedded) == (7, False)
@@ -57,7 +57,7 @@ def test_flags_override_the_record_and_a_warning_names_the_difference(run, capsy
 def test_prompts_that_the_model_was_trained_on_are_reported(run, capsys):
     data, model = run
     digest = splitting.digest(choose(model).samples[0].prompt_key())
-    trained = np.array([int.from_bytes(digest, "big", signed=True)], dtype=np.int64)
+    trained = np.array([digest], dtype=np.int64)
     np.save(model / "trained_prompts.npy", trained)
     choose(model)
     assert "was trained on 1 of this run's" in capsys.readouterr().out

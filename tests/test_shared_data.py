@@ -32,7 +32,7 @@ def text_of(path: Path) -> str:
 def test_alpaca_eval_is_used_but_for_its_ties():
     data = loaded(ALPACA_EVAL)
     assert (len(data.train), len(data.held_out)) == (789, 0)
-    assert data.counted_out == {"tie": 16}
+    assert data.filtered_out == {"tie": 16}
     rows = json.loads(text_of(ALPACA_EVAL))
     assert Counter(row["preference"] == 0 for row in rows) == {False: 789, True: 16}
 
@@ -59,7 +59,7 @@ def plainly_read() -> tuple[list[tuple[str, str, str]], Counter[str]]:
         (before, chosen), (other, rejected) = (
             row[side].rsplit(MARK, 1) for side in ("chosen", "rejected"))
         if before != other:
-            reasons["pair parts before the last reply"] += 1
+            reasons["dialogues differ before the last response"] += 1
         elif not chosen.strip():
             reasons["empty chosen"] += 1
         else:
@@ -71,9 +71,9 @@ def plainly_read() -> tuple[list[tuple[str, str, str]], Counter[str]]:
 def test_hh_rlhf_is_used_but_for_empty_responses_and_pairs_that_part_early(name):
     data = loaded(HH_RLHF, name)
     assert (len(data.train), len(data.held_out)) == (1495, 0)
-    assert data.counted_out == {"empty chosen": 4, "pair parts before the last reply": 1}
+    assert data.filtered_out == {"empty chosen": 4, "dialogues differ before the last response": 1}
     pairs, reasons = plainly_read()
-    assert (len(pairs), reasons) == (1495, data.counted_out)
+    assert (len(pairs), reasons) == (1495, data.filtered_out)
 
 
 def test_hh_rlhf_pairs_are_those_of_the_file():
@@ -111,7 +111,7 @@ def replied_to(node: dict, path: tuple = ()) -> list[tuple]:
 @pytest.mark.parametrize("name", ["", "OpenAssistant/oasst1"])
 def test_open_assistants_trees_are_used_but_for_turns_without_a_response(name):
     data = loaded(OASST, name)
-    assert (len(data.train), data.counted_out) == (182, {"prompt without a reply": 140})
+    assert (len(data.train), data.filtered_out) == (182, {"prompt without a response": 140})
     turns = [turn for line in text_of(OASST).splitlines()
              for turn in replied_to(json.loads(line)["prompt"])]
     assert Counter(best is None for _, best, _ in turns) == {False: 182, True: 140}
@@ -125,7 +125,7 @@ def test_seed_tasks_give_a_sample_for_each_instance():
     data = loaded(SEED_TASKS)
     rows = [json.loads(line) for line in text_of(SEED_TASKS).splitlines()]
     instances = [(row["instruction"], one) for row in rows for one in row["instances"]]
-    assert (len(rows), len(data.train), data.counted_out) == (175, len(instances), {})
+    assert (len(rows), len(data.train), data.filtered_out) == (175, len(instances), {})
     for (instruction, one), sample in zip(instances, data.train, strict=True):
         assert sample.chosen == one["output"].strip()
         (message,) = sample.messages

@@ -1,4 +1,4 @@
-"""From dialogues to ids: one prompt, one reply, one ending, the same in all three steps.
+"""Dialogues to token ids: prompt, response and ending, the same in all three steps.
 
 The properties are checked under every template with a small sentencepiece tokenizer, and with that
 of SmolLM2-135M where `scripts/fetch_smollm2.py` has put it into output/smollm2-135m.
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import small_tokenizer
@@ -20,10 +21,16 @@ from tiny_model import word_tokenizer
 from tokenizers import AddedToken
 
 from alpaca_rlhf.demo import tiny_llama
-from alpaca_rlhf.utils.data import chat_template, prepare
-from alpaca_rlhf.utils.data.prepare import Lengths
+from alpaca_rlhf.utils.data import chat_template
+from alpaca_rlhf.utils.data.encode import Lengths, encode_pairs, encode_prompts, encode_sft
 from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.tokenizer import ChatFormat, describe, load_tokenizer, require_same
+from alpaca_rlhf.utils.data.tokenizer import (
+    ChatFormat,
+    describe,
+    eos_ids,
+    load_tokenizer,
+    require_same,
+)
 from alpaca_rlhf.utils.errors import UserError
 
 SMOLLM2 = Path(__file__).resolve().parents[1] / "output" / "smollm2-135m"
@@ -38,18 +45,6 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def encode_reply(sample: Sample, form: ChatFormat, lengths: Lengths = WIDE, **options) -> dict:
-    return prepare.encode_replies([sample], form, lengths, **options)[0]
-
-
-def encode_pair(sample: Sample, form: ChatFormat) -> dict:
-    return prepare.encode_pairs([sample], form, WIDE)[0]
-
-
-def encode_prompt(sample: Sample, form: ChatFormat) -> dict:
-    return prepare.encode_prompts([sample], form, WIDE)[0]
-
-
 # --- literal ids ---------------------------------------------------------------------------------
 
 WORDS = "Human: Assistant: hi you yes no"  # ids 4 to 9
@@ -59,81 +54,56 @@ def word_format(**special: str | None) -> ChatFormat:
     return ChatFormat(word_tokenizer(WORDS, **special))
 
 
-def test_prompt_ids_begin_with_bos_and_end_before_the_reply():
-    assert word_format().prompt_ids([user("hi you")]) == [1, 4, 6, 7, 5]
+@pytest.mark.parametrize(("messages", "ids"), [
+    ([user("hi you")], [1, 4, 6, 7, 5]),
+    ([user("hi"), assistant("yes"), user("you")], [1, 4, 6, 5, 8, 2, 4, 7, 5]),
+])
+def test_prompt_ids_begin_with_bos_and_end_before_the_response(messages, ids):
+    assert word_format().prompt_ids(messages) == ids
 
 
-def test_an_earlier_reply_in_the_prompt_ends_with_eos():
-    dialogue = [user("hi"), assistant("yes"), user("you")]
-    assert word_format().prompt_ids(dialogue) == [1, 4, 6, 5, 8, 2, 4, 7, 5]
-
-
-def test_response_ids_are_the_reply_and_one_eos():
+def test_response_ids_are_the_response_and_one_eos():
     assert word_format().response_ids(" yes no\n") == [8, 9, 2]
 
 
-def test_step_1_trains_exactly_the_reply_and_its_eos():
-    sample = Sample((user("hi you"),), "yes no")
-    row = encode_reply(sample, word_format())
-    assert row["input_ids"] == [1, 4, 6, 7, 5, 8, 9, 2]
-    assert row["labels"] == [-100, -100, -100, -100, -100, 8, 9, 2]
-
-
 TWO_TURNS = Sample((user("hi"), assistant("yes"), user("you")), "no")
-#              <s> Human: hi Assistant: yes </s> Human: you Assistant: no </s>
-TWO_TURN_IDS = [1, 4, 6, 5, 8, 2, 4, 7, 5, 9, 2]
+#               <s> Human: hi Assistant: yes </s> Human: you Assistant: no </s>
+TWO_TURNS_IDS = [1, 4, 6, 5, 8, 2, 4, 7, 5, 9, 2]
 
 
-def test_step_1_trains_every_reply_and_its_eos_and_nothing_else():
-    row = encode_reply(TWO_TURNS, word_format())
-    assert row["input_ids"] == TWO_TURN_IDS
-    assert row["labels"] == [-100, -100, -100, -100, 8, 2, -100, -100, -100, 9, 2]
-
-
-def test_step_1_trains_the_last_reply_alone_when_told_so():
-    row = encode_reply(TWO_TURNS, word_format(), train_on="last")
-    assert row["input_ids"] == TWO_TURN_IDS
-    assert row["labels"] == [-100] * 9 + [9, 2]
-
-
-def test_a_reply_that_is_trained_in_a_row_of_its_own_is_not_trained_as_history():
-    once = dataclasses.replace(TWO_TURNS, history_is_trained=False)
-    assert encode_reply(once, word_format())["labels"] == [-100] * 9 + [9, 2]
-
-
-def test_an_earlier_reply_without_a_word_is_not_trained():
-    silent = Sample((user("hi"), assistant(""), user("you")), "no")
-    row = encode_reply(silent, word_format())
-    assert row["input_ids"] == [1, 4, 6, 5, 2, 4, 7, 5, 9, 2]
-    assert row["labels"] == [-100] * 8 + [9, 2]
-
-
-def test_labels_are_cut_with_the_prompt():
-    row = encode_reply(TWO_TURNS, word_format(), Lengths.of_sequence(8, "truncate"))
-    assert row["input_ids"] == TWO_TURN_IDS[-8:]
-    assert row["labels"] == [-100, 8, 2, -100, -100, -100, 9, 2]
-
-
-def test_two_replies_in_a_row_are_both_trained():
-    twice = Sample((user("hi"), assistant("yes"), assistant("no"), user("you")), "no")
-    row = encode_reply(twice, word_format())
-    assert row["input_ids"] == [1, 4, 6, 5, 8, 2, 5, 9, 2, 4, 7, 5, 9, 2]
-    assert row["labels"] == [-100] * 4 + [8, 2, -100, 9, 2, -100, -100, -100, 9, 2]
-
-
-def test_train_on_prompt_trains_every_token():
-    row = encode_reply(TWO_TURNS, word_format(), train_on_prompt=True)
-    assert row["labels"] == row["input_ids"] == TWO_TURN_IDS
+@pytest.mark.parametrize(("sample", "options", "ids", "labels"), [
+    (Sample((user("hi you"),), "yes no"), {}, [1, 4, 6, 7, 5, 8, 9, 2], [-100] * 5 + [8, 9, 2]),
+    # Every response and its eos, and nothing else.
+    (TWO_TURNS, {}, TWO_TURNS_IDS, [-100, -100, -100, -100, 8, 2, -100, -100, -100, 9, 2]),
+    (TWO_TURNS, {"train_on": "last"}, TWO_TURNS_IDS, [-100] * 9 + [9, 2]),
+    (TWO_TURNS, {"train_on_prompt": True}, TWO_TURNS_IDS, TWO_TURNS_IDS),
+    # The earlier response is trained in a row of its own.
+    (dataclasses.replace(TWO_TURNS, history_is_trained=False), {}, TWO_TURNS_IDS,
+     [-100] * 9 + [9, 2]),
+    # An earlier response without a word is not trained.
+    (Sample((user("hi"), assistant(""), user("you")), "no"), {}, [1, 4, 6, 5, 2, 4, 7, 5, 9, 2],
+     [-100] * 8 + [9, 2]),
+    # Labels are cut with the prompt.
+    (TWO_TURNS, {"lengths": Lengths.of_sequence(8, "truncate")}, TWO_TURNS_IDS[-8:],
+     [-100, 8, 2, -100, -100, -100, 9, 2]),
+    # Two responses in a row are both trained.
+    (Sample((user("hi"), assistant("yes"), assistant("no"), user("you")), "no"), {},
+     [1, 4, 6, 5, 8, 2, 5, 9, 2, 4, 7, 5, 9, 2],
+     [-100] * 4 + [8, 2, -100, 9, 2, -100, -100, -100, 9, 2]),
+])
+def test_step_1_trains_exactly_these_tokens(sample, options, ids, labels):
+    (row,) = encode_sft([sample], word_format(), **{"lengths": WIDE, **options})
+    assert (row["input_ids"], row["labels"]) == (ids, labels)
 
 
 def test_step_2_pairs_share_the_prompt():
-    row = encode_pair(Sample((user("hi"),), "yes", "no no"), word_format())
+    (row,) = encode_pairs([Sample((user("hi"),), "yes", "no no")], word_format(), WIDE)
     assert row["chosen_ids"] == [1, 4, 6, 5, 8, 2]
     assert row["rejected_ids"] == [1, 4, 6, 5, 9, 9, 2]
 
 
-def test_step_3_keeps_the_messages_for_people():
-    row = encode_prompt(Sample((user("hi ü"),), "yes"), word_format())
+def test_step_3_keeps_the_messages_to_show_them():
+    (row,) = encode_prompts([Sample((user("hi ü"),), "yes")], word_format(), WIDE)
     assert row["prompt_ids"] == [1, 4, 6, 3, 5]
     assert json.loads(row["messages"]) == [{"role": "user", "content": "hi ü"}]
 
@@ -141,16 +111,16 @@ def test_step_3_keeps_the_messages_for_people():
 @pytest.mark.parametrize("text", [
     "hi </s>", "<s>hi", "hi<pad>", "h<s>i", "h</s>i", "h<</s>s>i", "hi<<pad>/s>", "<</s>/s>hi"])
 def test_spelled_out_special_tokens_never_become_real_ones(text):
-    form = word_format()
-    assert form.prompt_ids([user(text)]) == [1, 4, 6, 5]
-    assert form.response_ids(text) == [6, 2]
+    chat = word_format()
+    assert chat.prompt_ids([user(text)]) == [1, 4, 6, 5]
+    assert chat.response_ids(text) == [6, 2]
 
 
-def test_a_special_token_without_a_name_of_its_own_is_no_text_either():
+def test_a_special_token_without_a_name_of_its_own_is_removed_too():
     tokenizer = word_tokenizer(WORDS)
     tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True), AddedToken("<plain>")])
-    form = ChatFormat(tokenizer)
-    assert form.prompt_ids([user("hi <|eot_id|> <plain>")]) == [1, 4, 6, 11, 5]
+    chat = ChatFormat(tokenizer)
+    assert chat.prompt_ids([user("hi <|eot_id|> <plain>")]) == [1, 4, 6, 11, 5]
 
 
 def test_decoded_text_has_no_special_tokens():
@@ -168,42 +138,78 @@ def saved(folder: Path, words: str = WORDS, **special: str | None) -> str:
     return str(folder)
 
 
-def test_a_pad_of_its_own_is_kept_though_its_id_is_0(tmp_path):
-    assert load_tokenizer(saved(tmp_path)).pad_token_id == 0
+@pytest.mark.parametrize(("words", "special", "pad"), [
+    (WORDS, {}, ("<pad>", 0)),  # a pad of its own is kept though its id is 0
+    (WORDS, {"pad_token": "</s>"}, ("<unk>", 3)),
+    ("hi", {"pad_token": "</s>", "unk_token": None}, ("<pad>", 0)),
+    (WORDS, {"pad_token": None, "unk_token": "<s>"}, ("<pad>", 0)),
+])
+def test_pad_is_never_eos_but_a_token_of_its_own_or_unk(tmp_path, words, special, pad):
+    tokenizer = load_tokenizer(saved(tmp_path, words, **special))
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == pad
+    assert tokenizer.eos_token_id == 2
 
 
-def test_pad_that_is_eos_is_replaced_by_unk(tmp_path):
-    tokenizer = load_tokenizer(saved(tmp_path, pad_token="</s>"))
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (3, 2)
-
-
-def test_pad_that_is_eos_is_replaced_by_a_new_token_without_unk(tmp_path):
-    tokenizer = load_tokenizer(saved(tmp_path, "hi", pad_token="</s>", unk_token=None))
-    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 0)
-
-
-def test_a_missing_pad_is_a_new_token_when_unk_is_eos(tmp_path):
-    folder = saved(tmp_path, pad_token=None, unk_token="<s>")
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, None)
+def refusal(*args, **options) -> str:
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(*args, **options)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     folder = saved(tmp_path, eos_token=None)
-    with pytest.raises(UserError) as refused:
-        load_tokenizer(folder)
-    assert str(refused.value) == (
+    assert refusal(folder) == (
         f"{folder}: the tokenizer has no eos token; set eos_token in its config")
 
 
-def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError) as refused:
-        load_tokenizer(str(tmp_path))
-    line = str(refused.value)
-    assert line.startswith(f"no tokenizer can be loaded from {tmp_path}: ")
-    assert line.endswith("; give a folder with tokenizer files")
-    assert "\n" not in line
+NO_VOCABULARY = "it has no tokenizer.json or other vocabulary; give a folder with tokenizer files"
+
+
+@pytest.mark.parametrize(("files", "problem"), [
+    ({}, NO_VOCABULARY),
+    ({"config.json": "{}"}, NO_VOCABULARY),
+    ({"config.json": '{"model_type": "llama"}'}, NO_VOCABULARY),
+    # These would be loaded as a tokenizer of nothing but special tokens.
+    ({"config.json": '{"model_type": "gpt2"}'}, NO_VOCABULARY),
+    ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}'},
+     NO_VOCABULARY),
+    ({"config.json": "{"}, "its config.json is broken; save or download it again"),
+    ({"tokenizer.json": "{}", "tokenizer_config.json": "[]"},
+     "its tokenizer_config.json is broken; save or download it again"),
+    ({"tokenizer.json": '{"version": "1.0"', "tokenizer_config.json": "{}"},
+     "its tokenizer.json is broken; save or download it again"),
+    ({"tokenizer.json": b"\xff\xfe\x00", "tokenizer_config.json": "{}"},
+     "its tokenizer.json is broken; save or download it again"),
+    ({"tokenizer.json": "{}", "tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+     "its files cannot be read (KeyError); save or download them again"),
+    ({"config.json": '{"model_type": "llama"}', "tokenizer.model": ""},
+     "its files cannot be read (ValueError); save or download them again"),
+    ({"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}}'},
+     "it comes with code of its own; give --trust_remote_code to run it"),
+])
+def test_a_folder_without_a_whole_tokenizer_is_refused(tmp_path, files, problem):
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+    assert refusal(str(tmp_path)) == f"no tokenizer can be loaded from {tmp_path}: {problem}"
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path, problem in (
+        (tmp_path / "file", "it is a file; give the folder with the tokenizer files"),
+        (tmp_path / "nowhere", "no such folder; check the name"),
+    ):
+        assert refusal(str(path)) == f"no tokenizer can be loaded from {path}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"), [(None, [2]), (2, [2]), (9, [2, 9]), ([9, 2, 11], [2, 9, 11])])
+def test_a_response_ends_with_the_tokenizers_eos_or_one_of_the_generation_config(
+    configured, expected
+):
+    assert eos_ids(word_tokenizer(WORDS), configured) == expected
 
 
 def test_template_adds_bos_only_where_the_tokenizer_does(tmp_path):
@@ -211,40 +217,31 @@ def test_template_adds_bos_only_where_the_tokenizer_does(tmp_path):
     assert small_tokenizer().chat_template.startswith("{{- bos_token -}}")
 
 
-def test_a_tokenizers_own_template_is_kept_when_asked_for(tmp_path):
+OTHERS = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+
+
+def with_template(template: str) -> Any:
     tokenizer = word_tokenizer(WORDS)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path), "tokenizer").chat_template == tokenizer.chat_template
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_tokenizers_own_template_is_used_only_when_asked_for(tmp_path):
+    with_template(OTHERS).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), "tokenizer").chat_template == OTHERS
+    default = load_tokenizer(str(tmp_path)).chat_template
+    assert default == chat_template.jinja("human_assistant", adds_bos=False)
 
 
 def test_a_tokenizer_without_a_template_is_refused_when_its_own_is_asked_for(tmp_path):
-    tokenizer = word_tokenizer(WORDS)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError) as refused:
-        load_tokenizer(str(tmp_path), "tokenizer")
-    assert str(refused.value) == (
+    assert refusal(saved(tmp_path), "tokenizer") == (
         f"--chat_template tokenizer: the tokenizer of {tmp_path} has none; "
         "choose one of human_assistant, alpaca, alpaca_short, vicuna, llama2, chatml")
 
 
-OTHERS = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-
-
-def test_without_a_flag_a_tokenizer_of_others_gets_human_assistant(tmp_path):
-    tokenizer = word_tokenizer(WORDS)
-    tokenizer.chat_template = OTHERS
-    tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(str(tmp_path))
-    assert loaded.chat_template == chat_template.jinja("human_assistant", adds_bos=False)
-
-
 @pytest.mark.parametrize("name", ["human_assistant", "alpaca", "vicuna", "llama2", "tokenizer"])
 def test_a_template_is_handed_on_by_the_model(tmp_path, name, capsys):
-    base = word_tokenizer(WORDS)
-    base.chat_template = OTHERS
-    base.save_pretrained(tmp_path / "base")
+    with_template(OTHERS).save_pretrained(tmp_path / "base")
     load_tokenizer(str(tmp_path / "base"), name).save_pretrained(tmp_path / "sft")
     first = load_tokenizer(str(tmp_path / "sft"))
     first.save_pretrained(tmp_path / "reward")
@@ -263,9 +260,7 @@ def test_another_template_than_the_models_is_told_or_refused(tmp_path, capsys):
     assert changed.chat_template == chat_template.jinja("alpaca", adds_bos=False)
     assert capsys.readouterr().out == (
         f"--chat_template alpaca: {folder} was trained with vicuna; from here on it is alpaca\n")
-    with pytest.raises(UserError) as refused:
-        load_tokenizer(folder, "alpaca", fixed=True)
-    assert str(refused.value) == (
+    assert refusal(folder, "alpaca", fixed=True) == (
         f"--chat_template alpaca: {folder} was trained with vicuna; remove the flag")
 
 
@@ -276,49 +271,36 @@ def test_chatml_makes_its_end_of_turn_eos_where_the_tokenizer_has_it(tmp_path, c
     assert tokenizer.pad_token_id not in (2, 11, None)
     assert capsys.readouterr().out == "--chat_template chatml: <|im_end|> is eos from here on\n"
     tokenizer.save_pretrained(tmp_path / "sft")
-    form = ChatFormat(load_tokenizer(str(tmp_path / "sft")))
-    assert form.eos_id == form.response_ids("yes")[-1] == 11
+    chat = ChatFormat(load_tokenizer(str(tmp_path / "sft")))
+    assert chat.eos_id == chat.response_ids("yes")[-1] == 11
 
 
 def test_chatml_is_refused_where_its_end_of_turn_would_be_several_ids(tmp_path):
     folder = saved(tmp_path, WORDS + " <|im_start|>")
-    with pytest.raises(UserError) as refused:
-        load_tokenizer(folder, "chatml")
-    assert str(refused.value) == (
+    assert refusal(folder, "chatml") == (
         f"--chat_template chatml: the tokenizer of {folder} has no <|im_end|>; choose another "
         "template, or a model that has them")
 
 
-def with_template(template: str) -> ChatFormat:
-    tokenizer = word_tokenizer(WORDS)
-    tokenizer.chat_template = template
-    return ChatFormat(tokenizer)
-
-
-def test_a_template_whose_turns_do_not_end_with_eos_is_refused():
+@pytest.mark.parametrize(("template", "line"), [
+    ("{% for m in messages %}{{ m.content + ' no' }}{% endfor %}",
+     "an assistant turn ends with ' no', not with the single token '</s>'"),
+    (OTHERS + "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}",
+     "the template's generation prompt is not the text that precedes a response"),
+])
+def test_a_template_that_gives_other_ids_in_training_than_in_generation_is_refused(template, line):
     with pytest.raises(UserError) as refused:
-        with_template("{% for m in messages %}{{ m.content + ' no' }}{% endfor %}")
-    assert str(refused.value) == (
-        "--chat_template tokenizer: an assistant's turn ends with ' no', not with the single "
-        "token '</s>'; choose human_assistant")
-
-
-def test_a_template_whose_generation_prompt_is_not_what_precedes_a_reply_is_refused():
-    with pytest.raises(UserError) as refused:
-        with_template("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-                      "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}")
-    assert str(refused.value) == (
-        "--chat_template tokenizer: the template's generation prompt is not what stands before a "
-        "reply; choose human_assistant")
+        ChatFormat(with_template(template))
+    assert str(refused.value) == f"--chat_template tokenizer: {line}; choose human_assistant"
 
 
 def test_a_dialogue_that_the_tokenizers_own_template_refuses_is_one_line():
-    form = with_template(
+    chat = ChatFormat(with_template(
         "{% if messages|length > 2 %}{{ raise_exception('only\\none turn') }}{% endif %}"
         "{% for m in messages %}{{ m.content }}"
-        "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}")
+        "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}"))
     with pytest.raises(UserError) as refused:
-        form.prompt_ids([user("hi"), assistant("yes"), user("no")])
+        chat.prompt_ids([user("hi"), assistant("yes"), user("no")])
     assert str(refused.value) == (
         "--chat_template tokenizer: the template refuses a dialogue of 3 turns (only one turn); "
         "choose human_assistant")
@@ -332,29 +314,20 @@ def test_the_start_up_line_names_the_special_tokens():
 # --- actor and critic ----------------------------------------------------------------------------
 
 
-def test_equal_tokenizers_go_together():
+def test_tokenizers_of_actor_and_critic_must_be_the_same():
     require_same(word_tokenizer(WORDS), word_tokenizer(WORDS))
-
-
-@pytest.mark.parametrize(("what", "other"), [
-    ("vocabularies", word_tokenizer("Assistant: Human: hi you yes no")),
-    ("special tokens", word_tokenizer(WORDS, pad_token="<unk>")),
-])
-def test_different_tokenizers_are_refused(what, other):
-    actor = word_tokenizer(WORDS)
-    actor.name_or_path, other.name_or_path = "out/actor", "out/critic"
-    with pytest.raises(UserError) as refused:
-        require_same(actor, other)
-    assert str(refused.value) == (
-        f"--actor_model_name_or_path and --critic_model_name_or_path have different {what} "
-        "(out/actor, out/critic); train both from the same model")
-
-
-def test_different_templates_are_refused():
-    other = word_tokenizer(WORDS)
-    other.chat_template += " "
-    with pytest.raises(UserError, match="have different chat templates"):
-        require_same(word_tokenizer(WORDS), other)
+    for what, other in (
+        ("vocabularies", word_tokenizer("Assistant: Human: hi you yes no")),
+        ("special tokens", word_tokenizer(WORDS, pad_token="<unk>")),
+        ("chat templates", with_template(OTHERS)),
+    ):
+        actor = word_tokenizer(WORDS)
+        actor.name_or_path, other.name_or_path = "out/actor", "out/critic"
+        with pytest.raises(UserError) as refused:
+            require_same(actor, other)
+        assert str(refused.value) == (
+            f"--actor_model_name_or_path and --critic_model_name_or_path have different {what} "
+            "(out/actor, out/critic); train both from the same model")
 
 
 # --- properties over random dialogues ------------------------------------------------------------
@@ -429,87 +402,87 @@ def property_of_every_format(test):
     return pytest.mark.parametrize("name", FORMATS)(randomly)
 
 
-def has_special(form: ChatFormat, *texts: str) -> bool:
-    return any(token in text for token in form.tokenizer.all_special_tokens for text in texts)
+def has_special(chat: ChatFormat, *texts: str) -> bool:
+    return any(token in text for token in chat.tokenizer.all_special_tokens for text in texts)
 
 
 @property_of_every_format
-@given(messages=dialogues(), reply=SPOKEN)
-def test_prompt_and_response_ids_are_those_of_any_other_tool(name, messages, reply):
-    form = chat_format(name)
-    assume(not has_special(form, reply, *(m["content"] for m in messages)))
-    tool = partial(form.tokenizer.apply_chat_template, return_dict=False)
-    assert form.prompt_ids(messages) == tool(messages, add_generation_prompt=True)
-    whole = tool([*messages, assistant(reply.strip())])
-    ids = form.prompt_ids(messages) + form.response_ids(reply)
+@given(messages=dialogues(), response=SPOKEN)
+def test_prompt_and_response_ids_are_those_of_any_other_tool(name, messages, response):
+    chat = chat_format(name)
+    assume(not has_special(chat, response, *(m["content"] for m in messages)))
+    tool = partial(chat.tokenizer.apply_chat_template, return_dict=False)
+    assert chat.prompt_ids(messages) == tool(messages, add_generation_prompt=True)
+    whole = tool([*messages, assistant(response.strip())])
+    ids = chat.prompt_ids(messages) + chat.response_ids(response)
     if name == "smollm2 tokenizer":  # which ends each turn with eos and a line break
-        assert form.tokenizer.decode(whole[len(ids) :]) == "\n"
+        assert chat.tokenizer.decode(whole[len(ids) :]) == "\n"
         whole = whole[: len(ids)]
     assert ids == whole
 
 
 @property_of_every_format
-@given(instruction=SPOKEN, extra=SPOKEN, reply=SPOKEN)
+@given(instruction=SPOKEN, extra=SPOKEN, response=SPOKEN)
 def test_an_alpaca_turn_with_an_input_has_the_ids_of_any_other_tool(
-    name, instruction, extra, reply
+    name, instruction, extra, response
 ):
-    form = chat_format(name)
-    assume(not has_special(form, reply, instruction, extra, instruction + extra))
+    chat = chat_format(name)
+    assume(not has_special(chat, response, instruction, extra, instruction + extra))
     turn = {**user(f"{instruction}\n\n{extra}"), "instruction": instruction, "input": extra}
-    whole = form.tokenizer.apply_chat_template(
-        [turn, assistant(reply.strip())], return_dict=False)
-    ids = form.prompt_ids([turn]) + form.response_ids(reply)
+    whole = chat.tokenizer.apply_chat_template(
+        [turn, assistant(response.strip())], return_dict=False)
+    ids = chat.prompt_ids([turn]) + chat.response_ids(response)
     assert ids == whole[: len(ids)]
     assert len(whole) - len(ids) <= (name == "smollm2 tokenizer")
 
 
 @property_of_every_format
-@given(messages=dialogues(), reply=SPOKEN)
-def test_labels_cover_exactly_the_replies_and_their_eos(name, messages, reply):
-    form = chat_format(name)
-    row = encode_reply(Sample(tuple(messages), reply.strip()), form)
-    said = [m["content"] for m in messages if m["role"] == "assistant"] + [reply]
-    trained = [form.response_ids(text) for text in said]
+@given(messages=dialogues(), response=SPOKEN)
+def test_labels_cover_exactly_the_responses_and_their_eos(name, messages, response):
+    chat = chat_format(name)
+    (row,) = encode_sft([Sample(tuple(messages), response.strip())], chat, WIDE)
+    said = [m["content"] for m in messages if m["role"] == "assistant"] + [response]
+    trained = [chat.response_ids(text) for text in said]
     expected = [ids for ids in trained if len(ids) > 1 or ids is trained[-1]]
     assert [i for i in row["labels"] if i != -100] == sum(expected, [])
-    assert sum(label == form.eos_id for label in row["labels"]) == len(expected)
+    assert sum(label == chat.eos_id for label in row["labels"]) == len(expected)
     for label, token in zip(row["labels"], row["input_ids"], strict=True):
         assert label in (-100, token)
 
 
 @property_of_every_format
-@given(reply=SPOKEN)
-def test_response_ids_decode_to_the_stripped_text(name, reply):
-    form = chat_format(name)
-    assume(not has_special(form, reply))
-    assert form.decode(form.response_ids(reply)) == reply.strip()
+@given(response=SPOKEN)
+def test_response_ids_decode_to_the_stripped_text(name, response):
+    chat = chat_format(name)
+    assume(not has_special(chat, response))
+    assert chat.decode(chat.response_ids(response)) == response.strip()
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(reply=st.text(ANY_CHARACTER, max_size=30))
-def test_every_character_survives_a_tokenizer_that_has_every_byte(reply):
-    form = chat_format("small human_assistant")
-    assume(not has_special(form, reply))
-    assert form.decode(form.response_ids(reply)) == reply.strip()
+@given(response=st.text(ANY_CHARACTER, max_size=30))
+def test_every_character_survives_a_tokenizer_that_has_every_byte(response):
+    chat = chat_format("small human_assistant")
+    assume(not has_special(chat, response))
+    assert chat.decode(chat.response_ids(response)) == response.strip()
 
 
 @property_of_every_format
-@given(reply=st.lists(st.one_of(SPOKEN, st.sampled_from(SPECIAL)), max_size=8).map("".join))
-def test_eos_is_one_id_at_the_end_and_no_other_special_id_is_in_a_reply(name, reply):
-    form = chat_format(name)
-    *before, last = form.response_ids(reply)
-    assert last == form.eos_id
-    assert not set(before) & set(form.tokenizer.all_special_ids)
+@given(response=st.lists(st.one_of(SPOKEN, st.sampled_from(SPECIAL)), max_size=8).map("".join))
+def test_eos_is_one_id_at_the_end_and_no_other_special_id_is_in_a_response(name, response):
+    chat = chat_format(name)
+    *before, last = chat.response_ids(response)
+    assert last == chat.eos_id
+    assert not set(before) & set(chat.tokenizer.all_special_ids)
 
 
 @property_of_every_format
 @given(text=st.lists(st.one_of(SPOKEN, st.sampled_from(SPECIAL)), max_size=8).map("".join))
 def test_no_text_adds_a_special_id_to_a_prompt(name, text):
-    form = chat_format(name)
-    special = set(form.tokenizer.all_special_ids)
+    chat = chat_format(name)
+    special = set(chat.tokenizer.all_special_ids)
 
     def count(content: str) -> int:
-        return sum(i in special for i in form.prompt_ids([user(content)]))
+        return sum(i in special for i in chat.prompt_ids([user(content)]))
 
     assert count(text) == count("Hi")
 
@@ -517,11 +490,12 @@ def test_no_text_adds_a_special_id_to_a_prompt(name, text):
 @property_of_every_format
 @given(messages=dialogues(), chosen=SPOKEN, rejected=SPOKEN)
 def test_all_steps_read_the_same_ids(name, messages, chosen, rejected):
-    form = chat_format(name)
+    chat = chat_format(name)
     sample = Sample(tuple(messages), chosen, rejected)
-    prompt = encode_prompt(sample, form)["prompt_ids"]
-    reply = encode_reply(sample, form)
-    pair = encode_pair(sample, form)
-    assert prompt == form.prompt_ids(messages)
-    assert pair["chosen_ids"] == reply["input_ids"] == prompt + form.response_ids(chosen)
-    assert pair["rejected_ids"] == prompt + form.response_ids(rejected)
+    (prompt,) = encode_prompts([sample], chat, WIDE)
+    (sft,) = encode_sft([sample], chat, WIDE)
+    (pair,) = encode_pairs([sample], chat, WIDE)
+    ids = chat.prompt_ids(messages)
+    assert prompt["prompt_ids"] == ids
+    assert pair["chosen_ids"] == sft["input_ids"] == ids + chat.response_ids(chosen)
+    assert pair["rejected_ids"] == ids + chat.response_ids(rejected)

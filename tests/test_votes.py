@@ -27,7 +27,7 @@ def test_a_vote_is_a_pair_and_a_tie_is_filtered_out(tmp_path):
     (sample,) = data.train
     assert (list(sample.messages), sample.chosen, sample.rejected) == (
         PROMPT, GOOD.response, BAD.response)
-    assert data.counted_out == {"rejected is not text": 2}
+    assert data.filtered_out == {"rejected is not text": 2}
 
 
 def test_votes_of_earlier_sessions_count(tmp_path):

@@ -158,7 +158,7 @@ def test_votes_are_pairs_that_step_2_trains_on(models, small, tmp_path, monkeypa
     ])
     importlib.import_module(STEP_2).main()
     results = json.loads((tmp_path / "critic" / "results.json").read_text())
-    assert (results["data"]["train"], results["data"]["counted_out"]) == (2, {})
+    assert (results["data"]["train"], results["data"]["filtered_out"]) == (2, {})
     assert len((tmp_path / "critic" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

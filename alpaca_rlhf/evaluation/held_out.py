@@ -53,11 +53,11 @@ def choose(config: HeldOutConfig, models: Sequence[str], pairs: bool) -> HeldOut
     config = _resolved(config, record)
     split = Split(3, config.shares, config.seed, tuple(config.lang))
     sources = open_sources(config.data_path)
-    kept: dict[str, Sample] = {}
+    kept: dict[int, Sample] = {}
     for placed in splitting.placed(sources, split, [Tally() for _ in sources]):
         trained_on = config.part == "held_out" and placed.step != 0
         if not trained_on and not (pairs and placed.sample.rejected is None):
-            kept.setdefault(str(len(kept)) if pairs else placed.key, placed.sample)
+            kept.setdefault(len(kept) if pairs else placed.digest, placed.sample)
     if not kept:
         raise UserError(_nothing(sources, config.part, pairs))
     samples = list(kept.values())
@@ -114,9 +114,6 @@ def _nothing(sources: Sequence[Source], part: str, pairs: bool) -> str:
 
 
 def _leaks(folder: Path, samples: Sequence[Sample], split: Split) -> list[str]:
-    report = {"split": {"seed": split.seed, "shares": list(split.shares)}}
-    digests = [
-        int.from_bytes(splitting.digest(sample.prompt_key()), "big", signed=True)
-        for sample in samples
-    ]
-    return splitting.check_record(str(folder), "the model", report, [], digests)
+    used = {"seed": split.seed, "shares": list(split.shares)}
+    digests = [splitting.digest(sample.prompt_key()) for sample in samples]
+    return splitting.check_record(str(folder), "the model", used, [], digests)

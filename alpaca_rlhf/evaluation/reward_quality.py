@@ -17,7 +17,7 @@ from alpaca_rlhf.utils.configs import (
     SamplingConfig,
 )
 from alpaca_rlhf.utils.console import say, table
-from alpaca_rlhf.utils.data.prepare import DISCARDED, LENGTH, Lengths, encode_pairs
+from alpaca_rlhf.utils.data.encode import FILTERED_OUT, LENGTH, Lengths, encode_pairs
 from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.errors import UserError
 
@@ -69,9 +69,9 @@ def score_pairs(scorer: Scorer, samples: Sequence[Sample], max_seq_len: int) -> 
         UserError: no pair is left after truncation.
     """
     rows = encode_pairs(samples, scorer.chat, Lengths.of_sequence(max_seq_len, "truncate"))
-    kept = [i for i, row in enumerate(rows) if not row[DISCARDED]]
+    kept = [i for i, row in enumerate(rows) if not row[FILTERED_OUT]]
     if not kept:
-        raise UserError(f"--max_seq_len {max_seq_len}: no pair is left ({rows[0][DISCARDED]})")
+        raise UserError(f"--max_seq_len {max_seq_len}: no pair is left ({rows[0][FILTERED_OUT]})")
     if len(kept) < len(rows):
         say(f"data: {len(rows) - len(kept)} pairs are identical after truncation and filtered out")
     scores = scorer.score([rows[i][ids] for ids in ("chosen_ids", "rejected_ids") for i in kept])

@@ -26,7 +26,7 @@ from alpaca_rlhf.evaluation.conversation import fit_context
 from alpaca_rlhf.utils import distributed, preflight
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, pad
-from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, load_tokenizer
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, eos_ids, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import Decoder
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
@@ -36,7 +36,6 @@ from alpaca_rlhf.utils.model.reward_model import (
     load_reward_model,
     scores,
 )
-from alpaca_rlhf.utils.run import export
 from alpaca_rlhf.utils.run.run_folder import read_json
 
 # The part of DeepSpeed's configuration that loading reads: the whole model on one device.
@@ -187,7 +186,7 @@ def open_policy(path: str, loading: LoadingConfig) -> Policy:
     model, chat = _open(path, loading, scorer=False)
     return Policy(
         name=path, model=model, chat=chat, context=context_length(model, chat.tokenizer),
-        eos_ids=export.eos_ids(model, chat.tokenizer),
+        eos_ids=eos_ids(chat.tokenizer, model.generation_config.eos_token_id),
     )
 
 

@@ -13,8 +13,8 @@ from alpaca_rlhf.evaluation.saved import open_policy, open_scorer, short_names
 from alpaca_rlhf.utils.configs import LoadingConfig, PromptEvalConfig, SamplingConfig
 from alpaca_rlhf.utils.console import say, table
 from alpaca_rlhf.utils.data.formats import instruction_turns
-from alpaca_rlhf.utils.data.reading import read_rows
 from alpaca_rlhf.utils.data.samples import Unusable, in_order, messages_of, turns_of, user_turn
+from alpaca_rlhf.utils.data.sources import read_rows
 from alpaca_rlhf.utils.data.tokenizer import Message
 from alpaca_rlhf.utils.errors import UserError
 

@@ -748,6 +748,44 @@ class ServeProgram:
     loading: LoadingConfig = _loading()
 
 
+# --- the inspector -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What `inspect_data` shows."""
+
+    title: ClassVar[str] = "inspector"
+
+    step: Literal[1, 2, 3] = option(
+        1, "step whose data is inspected, 1, 2 or 3; all other flags are those of the step",
+        required=True)
+    rows: Whole = option(3, "rows to show")
+    histogram: str | None = option(
+        None, "file for a picture of the lengths (default: lengths_stepN.png)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectStep1(Step1Config):
+    """Options of `inspect_data --step 1`."""
+
+    inspect: InspectConfig = group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectStep2(Step2Config):
+    """Options of `inspect_data --step 2`."""
+
+    inspect: InspectConfig = group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectStep3(Step3Config):
+    """Options of `inspect_data --step 3`."""
+
+    inspect: InspectConfig = group()
+
+
 # --- all options of a program --------------------------------------------------------------------
 
 

@@ -21,11 +21,11 @@ from alpaca_rlhf.utils.configs import (
     RoleConfig,
     ScheduleConfig,
 )
+from alpaca_rlhf.utils.data.tokenizer import eos_ids
 from alpaca_rlhf.utils.engine import build_frozen, build_trained
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm, response_logits
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model, scores
-from alpaca_rlhf.utils.run.export import eos_ids
 
 # Adam's default of 1e-8 lets the first, tiny gradients of a critic take full steps ("N
 # implementation details of RLHF with PPO", 2023).
@@ -60,7 +60,8 @@ class RLHFEngine:
         if not lora.base_is_frozen(actor, adapters):
             self._reference, source = build_frozen(load, actor, loading), "a frozen copy"
         self.summary = [f"actor: {trained}; reference model: {source}"]
-        ends = eos_ids(lora.unwrapped(self.actor.module), tokenizer)
+        config = lora.unwrapped(self.actor.module).generation_config
+        ends = eos_ids(tokenizer, config.eos_token_id)
         self.eos_ids = torch.tensor(ends, device=distributed.device())
 
         load = partial(load_reward_model, tokenizer=tokenizer)

@@ -1,16 +1,15 @@
-"""What a dialogue looks like to the model, as Jinja: the form that is saved with the tokenizer.
+"""Chat templates: the text of a dialogue, as Jinja that is saved with the tokenizer.
 
 A template renders bos, the turns and the generation prompt, so `tokenizer.apply_chat_template` in
-any other tool gives the ids that were trained on. A turn of the assistant ends with eos, and with
-nothing else: what the policy learns to emit is one token. A user's turn in the form of Stanford
-Alpaca has `instruction` and `input` beside its content, which is both; only `alpaca` and
-`alpaca_short` look at them.
+any other tool gives the ids that were trained on. An assistant turn ends with eos and nothing else:
+the policy learns to emit one token. A user turn in Stanford Alpaca's format has `instruction` and
+`input` beside its content, which is both; only `alpaca` and `alpaca_short` read them.
 """
 
 DEFAULT = "human_assistant"
 # The name under which a tokenizer keeps the template it came with.
 OWN_TEMPLATE = "tokenizer"
-# Tokens that a template cannot do without; the second takes the place of eos.
+# Tokens that chatml needs; the second becomes eos.
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 _BOS = "{{- bos_token -}}"
@@ -29,7 +28,7 @@ _HUMAN_ASSISTANT = (
     "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
 )
 
-# The words are those of Stanford Alpaca's two prompts, which its models were trained on.
+# The wording of Stanford Alpaca's two prompts, on which its models were trained.
 _ALPACA_PREAMBLE = (
     "{%- if messages and messages[0]['role'] != 'system' -%}"
     "{{- 'Below is an instruction that describes a task' -}}"
@@ -60,7 +59,7 @@ _ALPACA_TURNS = (
     "{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}"
 )
 
-# Vicuna 1.1's form, its opening sentences included.
+# Vicuna 1.1's template, its opening sentences included.
 _VICUNA = (
     "{%- if messages and messages[0]['role'] != 'system' -%}"
     "{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -78,7 +77,7 @@ _VICUNA = (
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )
 
-# Llama 2's form, but that eos follows the reply at once: Meta's own puts a space between them.
+# Llama 2's template, except that eos follows the response directly: Meta's puts a space before it.
 _LLAMA2 = (
     "{%- set state = namespace(system='') -%}"
     "{%- for message in messages -%}"
@@ -96,7 +95,7 @@ _LLAMA2 = (
     "{%- endfor -%}"
 )
 
-# The line break stands before each further turn, not behind each: it is no part of a reply.
+# The line break precedes each further turn instead of ending each: it is no part of a response.
 _CHATML = (
     "{%- for message in messages -%}"
     "{%- if message['role'] not in ('system', 'user', 'assistant') -%}" + _UNKNOWN_ROLE
@@ -119,19 +118,16 @@ TEMPLATES = {
 
 
 def jinja(name: str, adds_bos: bool) -> str:
-    """The Jinja source of template `name`.
+    """Return the Jinja source of a template.
 
     Args:
         name: a key of `TEMPLATES`.
-        adds_bos: whether the tokenizer's own encoding begins with bos; then the template does.
-
-    Raises:
-        KeyError: no template of that name.
+        adds_bos: the tokenizer's own encoding begins with bos, and so does the template's text.
     """
     bos = _BOS if adds_bos else ""
     return bos + TEMPLATES[name].replace("BOS", bos)
 
 
 def name_of(source: str) -> str | None:
-    """The name of the template that a Jinja source is, or None."""
+    """Return the name of a template by its Jinja source, or None."""
     return next((n for n in TEMPLATES for bos in (False, True) if jinja(n, bos) == source), None)

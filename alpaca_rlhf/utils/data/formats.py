@@ -1,20 +1,19 @@
-"""The forms of rows: how each known data set becomes `Sample(messages, chosen, rejected)`.
+"""Data formats: how the rows of each known data set become `Sample(messages, chosen, rejected)`.
 
-`ADAPTORS`, at the end, is the table. A new data set is one entry in it: its names, the columns by
-which its rows are known, and a function that makes a sample of a row, or several, and raises
-`Unusable` with the reason when it cannot. The helpers in `samples` do the checking.
+`FORMATS`, at the end, is the table. A new format is one entry in it: names of data sets, the
+columns that tell it from the others, and a function that makes a sample (or several) from a row
+and raises `Unusable` with the reason when it cannot. The checks are in `samples`.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from alpaca_rlhf.utils.data.message_trees import tree_samples, trees_of_messages
-from alpaca_rlhf.utils.data.reading import Row
 from alpaca_rlhf.utils.data.samples import (
-    Made,
     Sample,
     Unusable,
     best_and_worst,
@@ -34,33 +33,35 @@ from alpaca_rlhf.utils.data.samples import (
     whole_pair,
 )
 from alpaca_rlhf.utils.data.tokenizer import Message
+from alpaca_rlhf.utils.errors import UserError
 
+Row = dict[str, Any]
 EMBEDDED = "embedded"
 LOCAL_JSON = "local/jsonfile"
 
 
 @dataclass(frozen=True)
-class Adaptor:
-    """How rows of one form are read.
+class DataFormat:
+    """A format of rows.
 
     Attributes:
-        names: of the data sets that have this form.
-        columns: what a row must have.
-        convert: row -> sample, or samples; raises (or gives) `Unusable`.
-        gather: makes rows of many rows first, where a sample is spread over several.
+        names: data sets in this format.
+        columns: those a row must have.
+        convert: makes a sample, or several, from a row; raises (or yields) `Unusable`.
+        gather: joins rows first, where a sample is spread over several.
     """
 
     names: tuple[str, ...]
     columns: tuple[str, ...]
-    convert: Callable[[Row], Made]
+    convert: Callable[[Row], Sample | Iterable[Sample | Unusable]]
     gather: Callable[[Iterable[Row]], Iterator[Row | Unusable]] | None = None
 
     def fits(self, row: Row) -> bool:
-        """Whether the row has the columns."""
+        """Return whether the row has the columns."""
         return all(column in row for column in self.columns)
 
     def read(self, rows: Iterable[Row], unused: Counter[str]) -> Iterator[Sample]:
-        """The samples of rows; what cannot be used is added to `unused` by its reason."""
+        """Yield the samples of rows; what cannot be used is added to `unused` by its reason."""
         for row in self.gather(rows) if self.gather else rows:
             for made in [row] if isinstance(row, Unusable) else self._samples(row):
                 if isinstance(made, Unusable):
@@ -71,7 +72,7 @@ class Adaptor:
     def _samples(self, row: Row) -> Iterator[Sample | Unusable]:
         language = next((row[c] for c in ("lang", "language") if isinstance(row.get(c), str)), None)
         try:
-            # A column that only some rows lack is an empty one there.
+            # A column that only some of the rows lack counts as empty.
             made = self.convert({**dict.fromkeys(self.columns), **row})
             for sample in [made] if isinstance(made, Sample) else made:
                 if isinstance(sample, Sample) and sample.language is None:
@@ -81,11 +82,11 @@ class Adaptor:
             yield reason
 
 
-# --- the forms -----------------------------------------------------------------------------------
+# --- pairs ---------------------------------------------------------------------------------------
 
 
 def _chosen_rejected(row: Row) -> Sample:
-    """Whole dialogues, as Human/Assistant text or as messages; the prompt is what they share."""
+    """Read whole dialogues, as `Human: …` text or as messages; the prompt is what they share."""
     sides = row["chosen"], row["rejected"]
     if all(isinstance(side, list) and side for side in sides):
         chosen, rejected = (turns_of(side, "dialogue") for side in sides)
@@ -94,6 +95,9 @@ def _chosen_rejected(row: Row) -> Sample:
     if not all(isinstance(side, str) for side in sides):
         raise Unusable("chosen or rejected is not text")
     return whole_pair(*map(parse_dialogue, sides))
+
+
+_NAME = "Assistant:"
 
 
 def _prompt_chosen_rejected(row: Row) -> Sample:
@@ -109,11 +113,8 @@ def _prompt_chosen_rejected(row: Row) -> Sample:
     return pair_of(messages_of(prompt), chosen, rejected)
 
 
-_NAME = "Assistant:"
-
-
 def _is_whole(side: Any) -> bool:
-    """Whether messages are a dialogue, not only the reply."""
+    """Return whether messages are a dialogue, not the response alone."""
     return (isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict)
             and side[0].get("role") != "assistant")
 
@@ -130,8 +131,8 @@ def _shp(row: Row) -> Sample:
     messages = [user_turn(text_of(row["history"], "history"))]
     if row["labels"] not in (0, 1):
         raise Unusable("labels is not 0 or 1")
-    replies = row["human_ref_B"], row["human_ref_A"]
-    return pair_of(messages, replies[int(row["labels"])], replies[1 - int(row["labels"])])
+    responses = row["human_ref_B"], row["human_ref_A"]
+    return pair_of(messages, responses[int(row["labels"])], responses[1 - int(row["labels"])])
 
 
 def _alpaca_eval(row: Row) -> Sample:
@@ -144,46 +145,47 @@ def _alpaca_eval(row: Row) -> Sample:
 
 def _webgpt(row: Row) -> Sample:
     question = text_of(value_of(row["question"], "full_text", "question"), "question")
-    replies = []
+    responses = []
     for i in (0, 1):
         answer = text_of(row[f"answer_{i}"], f"answer_{i}")
-        marks_off = re.sub(r"\s?\[\d+(?:,\s*\d+)*\]", "", answer)
-        replies.append((number_of(row[f"score_{i}"], "score"), marks_off))
-    return best_and_worst([user_turn(question)], replies)
+        without_marks = re.sub(r"\s?\[\d+(?:,\s*\d+)*\]", "", answer)
+        responses.append((number_of(row[f"score_{i}"], "score"), without_marks))
+    return best_and_worst([user_turn(question)], responses)
 
 
 def _scored_responses(row: Row) -> Sample:
-    """GPT-4-LLM's comparison data: some replies, each with a score."""
+    """Read GPT-4-LLM's comparison data: several responses, each with a score."""
     question = text_of(row["user_input"], "user_input")
-    replies = [
-        (number_of(value_of(reply, "score", "response"), "score"), reply.get("response"))
-        for reply in list_of(row["responses_and_scores"], "responses_and_scores")
+    responses = [
+        (number_of(value_of(response, "score", "response"), "score"), response.get("response"))
+        for response in list_of(row["responses_and_scores"], "responses_and_scores")
     ]
-    return best_and_worst([user_turn(question)], replies)
+    return best_and_worst([user_turn(question)], responses)
 
 
 def _miracl(row: Row) -> Sample:
-    sides = []
-    for side in ("positive_passages", "negative_passages"):
-        sides.append(value_of(list_of(row[side], side)[0], "text", side))
+    sides = [value_of(list_of(row[side], side)[0], "text", side)
+             for side in ("positive_passages", "negative_passages")]
     return pair_of([user_turn(text_of(row["query"], "query"))], *sides)
 
 
+# --- single responses ----------------------------------------------------------------------------
+
+
 def instruction_turns(instruction: Any, extra: Any) -> list[Message]:
-    """An instruction of Stanford Alpaca's form, with its input if it has one."""
+    """Read an instruction in Stanford Alpaca's format, with its input if it has one."""
     if extra is not None and not isinstance(extra, str):
         raise Unusable("input is not text")
     text = text_of(instruction, "instruction")
     if extra is None or not extra.strip():
         return messages_of(text, "instruction")
     extra = extra.strip()
-    turn = {**user_turn(f"{text}\n\n{extra}"), "instruction": text, "input": extra}
-    return [turn]
+    return [{**user_turn(f"{text}\n\n{extra}"), "instruction": text, "input": extra}]
 
 
 def _alpaca(row: Row) -> Sample:
     messages = instruction_turns(row["instruction"], row.get("input"))
-    # In MultiTurnAlpaca the instruction is the dialogue so far, whose replies have their own rows.
+    # In MultiTurnAlpaca the instruction is the dialogue so far; its responses have their own rows.
     return sample_of(messages, row["output"], history_is_trained=len(messages) == 1)
 
 
@@ -196,18 +198,14 @@ def _seed_task(row: Row) -> Iterator[Sample | Unusable]:
             yield reason
 
 
-def _conversation(column: str) -> Callable[[Row], Sample]:
-    """A whole dialogue in one column; what follows the last reply is left off."""
-
-    def convert(row: Row) -> Sample:
-        turns = turns_of(row[column], column)
-        while turns and turns[-1]["role"] != "assistant":
-            turns.pop()
-        if not turns:
-            raise Unusable("no assistant's turn")
-        return sample_of(in_order(turns[:-1]), turns[-1]["content"])
-
-    return convert
+def _conversation(column: str, row: Row) -> Sample:
+    """Read a whole dialogue; what follows the last response is left out."""
+    turns = turns_of(row[column], column)
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if not turns:
+        raise Unusable("no assistant turn")
+    return sample_of(in_order(turns[:-1]), turns[-1]["content"])
 
 
 def _prompt_completion(row: Row) -> Sample:
@@ -218,27 +216,23 @@ _USER_ASSISTANT = re.compile(r"(?:^|\s|</s>)(USER|ASSISTANT):")
 
 
 def _user_assistant_prompt(row: Row) -> Sample:
-    """`USER: … ASSISTANT:` text, after a system's text or none."""
+    """Read `USER: … ASSISTANT:` text, with or without a system text before it."""
     parts = _USER_ASSISTANT.split(text_of(row["prompt"], "prompt"))
-    turns = turns_between([said.replace("</s>", "") for said in parts])
+    turns = turns_between([part.replace("</s>", "") for part in parts])
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()
     system: list[Message] = [{"role": "system", "content": parts[0].strip()}]
     return sample_of(in_order((system if parts[0].strip() else []) + turns), row["label"])
 
 
-def _question_answer(
-    question: str, answer: str, first_question: bool = False, first_answer: bool = False
-) -> Callable[[Row], Sample]:
-    """Two columns; of a column that holds a list, the first."""
+def _question_answer(question: str, answer: str) -> Callable[[Row], Sample]:
+    """Read two columns; "column[]" is the first of the column's list."""
 
-    def convert(row: Row) -> Sample:
-        asked, given = row[question], row[answer]
-        asked = list_of(asked, question)[0] if first_question else asked
-        given = list_of(given, answer)[0] if first_answer else given
-        return sample_of([user_turn(text_of(asked, question))], text_of(given, answer))
+    def value(row: Row, name: str) -> str:
+        column = name.removesuffix("[]")
+        return text_of(row[column] if name == column else list_of(row[column], column)[0], column)
 
-    return convert
+    return lambda row: sample_of([user_turn(value(row, question))], value(row, answer))
 
 
 def _mkqa(row: Row) -> Iterator[Sample | Unusable]:
@@ -252,62 +246,179 @@ def _mkqa(row: Row) -> Iterator[Sample | Unusable]:
             yield reason
 
 
+# --- Open Assistant's trees of messages ----------------------------------------------------------
+
+
+def _tree_samples(row: Row) -> Iterator[Sample | Unusable]:
+    """Yield a sample for each prompter turn of a tree: its best and worst response."""
+    open_nodes: list[tuple[Any, list[Message]]] = [(row["prompt"], [])]
+    while open_nodes:
+        node, path = open_nodes.pop()
+        try:
+            turns = [*path, user_turn(_tree_text(node, "prompter"))]
+        except Unusable as reason:
+            yield reason
+            continue
+        responses, unusable = _tree_responses(node)
+        yield from unusable
+        try:
+            language = node.get("lang") if isinstance(node.get("lang"), str) else None
+            chosen, rejected = _best_and_worst_text(responses)
+            yield sample_of(turns, chosen, rejected, history_is_trained=False, language=language)
+        except Unusable as reason:
+            yield reason
+        for response in reversed(responses):
+            turn = {"role": "assistant", "content": response["text"].strip()}
+            open_nodes += [(child, [*turns, turn]) for child in reversed(_children(response))]
+
+
+def _tree_text(node: Any, role: str) -> str:
+    if value_of(node, "deleted", "message"):
+        raise Unusable("deleted message")
+    if node.get("role") != role:
+        raise Unusable("roles out of order")
+    return text_of(node.get("text"), "message")
+
+
+def _children(node: Row) -> list[Any]:
+    below = node.get("replies")
+    return below if isinstance(below, list) else []
+
+
+def _tree_responses(node: Row) -> tuple[list[Row], list[Unusable]]:
+    """Return the usable responses to a turn, the best first, unranked ones last; and the others."""
+    usable, others = [], []
+    for response in _children(node):
+        try:
+            _tree_text(response, "assistant")
+            usable.append(response)
+        except Unusable as reason:
+            others.append(reason)
+    return sorted(usable, key=_rank), others
+
+
+def _rank(response: Row) -> float:
+    try:
+        return number_of(response.get("rank"), "rank")
+    except Unusable:
+        return math.inf
+
+
+def _best_and_worst_text(responses: list[Row]) -> tuple[str, str | None]:
+    if not responses:
+        raise Unusable("prompt without a response")
+    ranked = [response for response in responses if _rank(response) != math.inf]
+    if ranked and _rank(ranked[0]) != _rank(ranked[-1]):
+        return ranked[0]["text"], ranked[-1]["text"]
+    return responses[0]["text"], None
+
+
+def _trees_of_messages(rows: Iterable[Row]) -> Iterator[Row | Unusable]:
+    """Join flat messages to trees; a message that belongs to no tree is counted."""
+    nodes: dict[str, Row] = {}
+    below: dict[str, list[str]] = {}
+    for row in rows:
+        name, parent = row.get("message_id"), row.get("parent_id")
+        if not isinstance(name, str) or not name or not isinstance(parent, str | None):
+            yield Unusable("message_id or parent_id is not text")
+        elif name in nodes:
+            yield Unusable("message_id occurs twice")
+        else:
+            nodes[name] = {**row, "replies": []}
+            below.setdefault(parent or "", []).append(name)
+    for parent, children in below.items():
+        if parent in nodes:
+            nodes[parent]["replies"] += [nodes[child] for child in children]
+    roots = below.get("", [])
+    for name in roots:
+        yield {"prompt": nodes[name]}
+    orphans = [c for p, children in below.items() if p and p not in nodes for c in children]
+    lost = _reached(orphans, below)
+    yield from (Unusable("parent message is missing") for _ in lost)
+    in_cycles = len(nodes) - len(lost) - len(_reached(roots, below))
+    yield from (Unusable("tree cycle") for _ in range(in_cycles))
+
+
+def _reached(start: list[str], below: dict[str, list[str]]) -> set[str]:
+    reached, waiting = set(start), list(start)
+    while waiting:
+        new = [child for child in below.get(waiting.pop(), []) if child not in reached]
+        reached.update(new)
+        waiting += new
+    return reached
+
+
 # --- the table -----------------------------------------------------------------------------------
 
-# The order counts for what has no name: the first entry whose columns a row has is taken, so a form
-# with more columns stands before one with fewer of them.
-ADAPTORS = (
-    Adaptor(("Dahoas/synthetic-instruct-gptj-pairwise", "Dahoas/rm-static", "Dahoas/static-hh",
-             "Dahoas/full-hh-rlhf", "yitingxie/rlhf-reward-datasets",
-             "HuggingFaceH4/ultrafeedback_binarized",
-             "argilla/ultrafeedback-binarized-preferences-cleaned", LOCAL_JSON, EMBEDDED),
-            ("prompt", "chosen", "rejected"), _prompt_chosen_rejected),
-    Adaptor(("Intel/orca_dpo_pairs",), ("question", "chosen", "rejected"),
-            _question_chosen_rejected),
-    Adaptor(("Anthropic/hh-rlhf", "argilla/dpo-mix-7k"), ("chosen", "rejected"), _chosen_rejected),
-    Adaptor(("stanfordnlp/SHP",), ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
-    Adaptor(("tatsu-lab/alpaca_eval",), ("instruction", "output_1", "output_2", "preference"),
-            _alpaca_eval),
-    Adaptor(("openai/webgpt_comparisons",),
-            ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
-    Adaptor(("GPT-4-LLM",), ("user_input", "responses_and_scores"), _scored_responses),
-    Adaptor(("OpenAssistant/oasst1",), ("message_id", "parent_id", "role", "text"), tree_samples,
-            trees_of_messages),
-    Adaptor(("OpenAssistant/oasst1",), ("message_tree_id", "prompt"), tree_samples),
-    Adaptor(("Cohere/miracl-zh-queries-22-12", "Cohere/miracl-ja-queries-22-12"),
-            ("query", "positive_passages", "negative_passages"), _miracl),
-    Adaptor(("seed_tasks",), ("instruction", "instances"), _seed_task),
-    Adaptor(("tatsu-lab/alpaca", "yahma/alpaca-cleaned", "vicgalle/alpaca-gpt4", "GPT-4-LLM",
-             "MultiTurnAlpaca"), ("instruction", "output"), _alpaca),
-    Adaptor(("ShareGPT", "ChatAlpaca"), ("conversations",), _conversation("conversations")),
-    Adaptor(("ShareGPT", "ChatAlpaca", "HuggingFaceH4/ultrachat_200k"), ("messages",),
-            _conversation("messages")),
-    Adaptor(("pvduy/sharegpt_alpaca_oa_vicuna_format",), ("prompt", "label"),
-            _user_assistant_prompt),
-    Adaptor(("prompt-completion",), ("prompt", "completion"), _prompt_completion),
-    Adaptor(("wangrui6/Zhihu-KOL",), ("INSTRUCTION", "RESPONSE"),
-            _question_answer("INSTRUCTION", "RESPONSE")),
-    Adaptor(("Hello-SimpleAI/HC3-Chinese", "Hello-SimpleAI/HC3"), ("question", "human_answers"),
-            _question_answer("question", "human_answers", first_answer=True)),
-    Adaptor(("mkqa", "apple/mkqa"), ("queries", "answers"), _mkqa),
-    Adaptor(("lmqg/qag_jaquad",), ("questions", "paragraph"),
-            _question_answer("questions", "paragraph", first_question=True)),
-    Adaptor(("lmqg/qg_jaquad",), ("question", "sentence"),
-            _question_answer("question", "sentence")),
+# The order matters for data without a name: the first format whose columns a row has is taken, so
+# a format with more columns stands before one with fewer of them.
+FORMATS = (
+    DataFormat(("Dahoas/synthetic-instruct-gptj-pairwise", "Dahoas/rm-static", "Dahoas/static-hh",
+                "Dahoas/full-hh-rlhf", "yitingxie/rlhf-reward-datasets",
+                "HuggingFaceH4/ultrafeedback_binarized",
+                "argilla/ultrafeedback-binarized-preferences-cleaned", LOCAL_JSON, EMBEDDED),
+               ("prompt", "chosen", "rejected"), _prompt_chosen_rejected),
+    DataFormat(("Intel/orca_dpo_pairs",), ("question", "chosen", "rejected"),
+               _question_chosen_rejected),
+    DataFormat(("Anthropic/hh-rlhf", "argilla/dpo-mix-7k"), ("chosen", "rejected"),
+               _chosen_rejected),
+    DataFormat(("stanfordnlp/SHP",), ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
+    DataFormat(("tatsu-lab/alpaca_eval",), ("instruction", "output_1", "output_2", "preference"),
+               _alpaca_eval),
+    DataFormat(("openai/webgpt_comparisons",),
+               ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
+    DataFormat(("GPT-4-LLM",), ("user_input", "responses_and_scores"), _scored_responses),
+    DataFormat(("OpenAssistant/oasst1",), ("message_id", "parent_id", "role", "text"),
+               _tree_samples, _trees_of_messages),
+    DataFormat(("OpenAssistant/oasst1",), ("message_tree_id", "prompt"), _tree_samples),
+    DataFormat(("Cohere/miracl-zh-queries-22-12", "Cohere/miracl-ja-queries-22-12"),
+               ("query", "positive_passages", "negative_passages"), _miracl),
+    DataFormat(("seed_tasks",), ("instruction", "instances"), _seed_task),
+    DataFormat(("tatsu-lab/alpaca", "yahma/alpaca-cleaned", "vicgalle/alpaca-gpt4", "GPT-4-LLM",
+                "MultiTurnAlpaca"), ("instruction", "output"), _alpaca),
+    DataFormat(("ShareGPT", "ChatAlpaca"), ("conversations",),
+               partial(_conversation, "conversations")),
+    DataFormat(("ShareGPT", "ChatAlpaca", "HuggingFaceH4/ultrachat_200k"), ("messages",),
+               partial(_conversation, "messages")),
+    DataFormat(("pvduy/sharegpt_alpaca_oa_vicuna_format",), ("prompt", "label"),
+               _user_assistant_prompt),
+    DataFormat(("prompt-completion",), ("prompt", "completion"), _prompt_completion),
+    DataFormat(("wangrui6/Zhihu-KOL",), ("INSTRUCTION", "RESPONSE"),
+               _question_answer("INSTRUCTION", "RESPONSE")),
+    DataFormat(("Hello-SimpleAI/HC3-Chinese", "Hello-SimpleAI/HC3"), ("question", "human_answers"),
+               _question_answer("question", "human_answers[]")),
+    DataFormat(("mkqa", "apple/mkqa"), ("queries", "answers"), _mkqa),
+    DataFormat(("lmqg/qag_jaquad",), ("questions", "paragraph"),
+               _question_answer("questions[]", "paragraph")),
+    DataFormat(("lmqg/qg_jaquad",), ("question", "sentence"),
+               _question_answer("question", "sentence")),
 )
 
 
 def names() -> list[str]:
-    """Every name a data set may be called by."""
-    known = dict.fromkeys(name for adaptor in ADAPTORS for name in adaptor.names)
+    """Return every name of a data set whose format is known."""
+    known = dict.fromkeys(name for one in FORMATS for name in one.names)
     return [name for name in known if name != EMBEDDED]
 
 
-def forms() -> str:
-    """The columns of every form, for messages."""
-    return "; ".join(dict.fromkeys("+".join(adaptor.columns) for adaptor in ADAPTORS))
+def choose(name: str, row: Row, flag: str) -> DataFormat:
+    """Return the format of a data set: the one with its name and the columns of its first row.
 
+    Args:
+        name: of the data set; "" goes by the columns alone.
+        row: the first one.
+        flag: flag and entry, for the message.
 
-def named(name: str) -> list[Adaptor]:
-    """The forms that go by a name: some data sets come in two."""
-    return [adaptor for adaptor in ADAPTORS if name in adaptor.names]
+    Raises:
+        UserError: no format fits.
+    """
+    candidates = [one for one in FORMATS if name in one.names] if name else list(FORMATS)
+    for one in candidates:
+        if one.fits(row):
+            return one
+    columns = ", ".join(row) or "(none)"
+    if name:
+        missing = [column for column in candidates[0].columns if column not in row]
+        raise UserError(f"{flag}: no column {', '.join(missing)}; the columns found are {columns}")
+    known = "; ".join(dict.fromkeys("+".join(one.columns) for one in FORMATS))
+    raise UserError(f"{flag}: the columns {columns} fit no known data format; known are {known}")

@@ -1,34 +1,48 @@
-"""What stands behind `--data_path`: each entry's place, its form and its share, read as samples.
+"""Data sets: the entries of `--data_path`, opened and read as samples, a row at a time.
 
-An entry is `[NAME=]PLACE[:SHARE]`. PLACE is a file, a folder or a data set of the hub; NAME says
-which form it has when its columns do not; SHARE, from 0 to 1, takes so much of it. Whatever exists
-under the whole text of an entry is what is meant, colons and equals signs included.
+An entry is `[NAME=]PLACE[:SHARE]`. PLACE is a file (.json as one list or as lines, .jsonl, both
+also .gz, or .parquet), a folder of such files, a folder that `datasets` saved, or a data set of the
+hub. NAME says which data format it has when its columns do not; SHARE, above 0 and at most 1, takes
+that part of it. If the whole text of an entry exists as a path, it is that path, colons and equals
+signs included. A fingerprint of a source never parses it.
 """
 
+import gzip
+import hashlib
+import json
+import os
 import re
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import IO, Any
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import console
-from alpaca_rlhf.utils.data import formats, reading
-from alpaca_rlhf.utils.data.formats import EMBEDDED, LOCAL_JSON, Adaptor
-from alpaca_rlhf.utils.data.reading import HELD_OUT, TRAIN, Row, Rows
+from alpaca_rlhf.utils.data import formats
+from alpaca_rlhf.utils.data.formats import EMBEDDED, LOCAL_JSON, Row
 from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.errors import UserError
+
+TRAIN, HELD_OUT = "train", "held_out"
+_ROWS_AT_ONCE = 1000
+
+Parts = dict[str, list[Callable[[], Iterator[Row]]]]
+Content = tuple[Parts, Callable[[], str]]  # readers of each part, and the fingerprint
 
 
 @dataclass
 class Tally:
-    """What became of the rows of one data set.
+    """Counts of one data set.
 
     Attributes:
-        rows: how many were read (an Open Assistant tree is one, and so is a message of a flat one).
-        samples: how many samples an adaptor made of them.
-        unused: how many rows or samples were counted out, by reason.
+        rows: read (an Open Assistant tree is one row, and so is a message of a flat one).
+        samples: made of them.
+        unused: rows or samples that were filtered out, by reason.
     """
 
     rows: int = 0
@@ -41,80 +55,62 @@ class Source:
     """One entry of `--data_path`.
 
     Attributes:
-        given: the flag and the entry, for messages.
+        flag: flag and entry, for messages.
         label: the entry.
-        name: of the form, or "" to go by the columns.
-        rows: where its rows are.
-        share: how much of it is used, by groups of equal prompts.
-        whole: whether all of it goes to the step at hand, as --sft_only_data_path does.
+        name: of its data format; "" goes by the columns.
+        parts: readers of the rows of "train" and, where the data set has one, of "held_out".
+        fingerprint: returns a text that changes whenever the content does.
+        share: part that is used, drawn by prompt.
+        whole: all of it goes to the step at hand, as with --sft_only_data_path.
     """
 
-    given: str
+    flag: str
     label: str
     name: str
-    rows: Rows
+    parts: Parts
+    fingerprint: Callable[[], str]
     share: float = 1.0
     whole: bool = False
 
-    def parts(self) -> list[str]:
-        """Those it has, of "held_out" and "train"."""
-        return [part for part in (HELD_OUT, TRAIN) if part in self.rows.parts]
-
     def samples(self, part: str, tally: Tally) -> Iterator[Sample]:
-        """The samples of a part, in order; counts into `tally`.
+        """Yield the samples of a part in order, and count into `tally`.
 
         Raises:
-            UserError: the rows cannot be read, have no known form, or none of them is usable.
+            UserError: the rows cannot be read, have no known format, or none of them is usable.
         """
-        rows = self._counted(self.rows.parts[part](), tally)
+        rows = self._counted(part, tally)
         first = next(rows, None)
         before = tally.samples
         if first is not None:
-            for sample in self._adaptor(first).read(chain([first], rows), tally.unused):
+            data_format = formats.choose(self.name, first, self.flag)
+            for sample in data_format.read(chain([first], rows), tally.unused):
                 tally.samples += 1
                 yield sample
         if part == TRAIN and tally.rows == 0:
-            raise UserError(f"{self.given}: the file is empty; give one with rows")
+            raise UserError(f"{self.flag}: the file is empty; give one with rows")
         if part == TRAIN and tally.samples == before:
             reasons = "; ".join(f"{n} {reason}" for reason, n in tally.unused.items())
-            raise UserError(f"{self.given}: no usable row ({reasons}); give other data")
+            raise UserError(f"{self.flag}: no usable row ({reasons}); give other data")
 
-    @staticmethod
-    def _counted(rows: Iterator[Row], tally: Tally) -> Iterator[Row]:
-        for row in rows:
-            tally.rows += 1
-            yield row
-
-    def _adaptor(self, first: Row) -> Adaptor:
-        """The form of this source, by its name or by the columns of a row."""
-        candidates = formats.named(self.name) if self.name else list(formats.ADAPTORS)
-        for adaptor in candidates:
-            if adaptor.fits(first):
-                return adaptor
-        columns = ", ".join(first) or "(none)"
-        if not self.name:
-            raise UserError(
-                f"{self.given}: the columns {columns} fit no known form; known are "
-                f"{formats.forms()}"
-            )
-        missing = [column for column in candidates[0].columns if column not in first]
-        raise UserError(
-            f"{self.given}: no column {', '.join(missing)}; the columns found are {columns}"
-        )
+    def _counted(self, part: str, tally: Tally) -> Iterator[Row]:
+        for read in self.parts[part]:
+            for row in read():
+                tally.rows += 1
+                yield row
 
 
 def open_sources(
     data_paths: list[str], flag: str = "--data_path", whole: bool = False
 ) -> list[Source]:
-    """Find every data set that is given; nothing of them is read yet.
+    """Find every data set that is given, without reading it.
 
     Args:
-        data_paths: entries of the flag.
-        flag: the flag they came from, for messages.
-        whole: whether they go to one step whole.
+        data_paths: entries of the flag; none of `--data_path` is the embedded data set.
+        flag: where they come from, for messages.
+        whole: all of them goes to the step at hand.
 
     Raises:
-        UserError: a place where nothing is, or a name that no form has.
+        UserError: nothing is found at a place, or no data format has the name.
     """
     if not data_paths and not whole:
         console.say("--data_path is not given: using the embedded data set")
@@ -125,21 +121,24 @@ def open_sources(
 _SHARE = re.compile(r"(.+):(\d*\.?\d+)")
 
 
-def _open(entry: str, given: str, whole: bool) -> Source:
-    name, place, share = _parts(entry)
+def _open(entry: str, flag: str, whole: bool) -> Source:
+    name, place, share = _parts_of(entry)
     if not 0 < share <= 1:
-        raise UserError(f"{given}: the share after the colon must be above 0 and at most 1")
+        raise UserError(f"{flag}: the share after the colon must be above 0 and at most 1")
     known = formats.names()
     if name and name not in known:
-        raise UserError(f"{given}: no adaptor {name}; known are {', '.join(known)}")
-    rows = _rows(name, place, given)
+        raise UserError(f"{flag}: no data format {name}; known are {', '.join(known)}")
+    parts, fingerprint = _content(name, place, flag)
     if not name and place in (*known, EMBEDDED):
         name = place
-    return Source(given, entry, name, rows, share, whole)
+    return Source(
+        flag=flag, label=entry, name=name, parts=parts, fingerprint=fingerprint, share=share,
+        whole=whole,
+    )
 
 
-def _parts(entry: str) -> tuple[str, str, float]:
-    """Name, place and share; what exists under a longer text is not cut."""
+def _parts_of(entry: str) -> tuple[str, str, float]:
+    """Split an entry into name, place and share; an existing path is not split."""
     shared = _SHARE.fullmatch(entry)
     candidates = [(entry, 1.0), *([(shared[1], float(shared[2]))] if shared else [])]
     for text, share in candidates:
@@ -153,27 +152,249 @@ def _parts(entry: str) -> tuple[str, str, float]:
     return (name, place, share) if equals else ("", text, share)
 
 
-def _rows(name: str, place: str, given: str) -> Rows:
+def _content(name: str, place: str, flag: str) -> Content:
     if place == EMBEDDED:
-        parts = {TRAIN: lambda: iter(assistant_world.rows("train")),
-                 HELD_OUT: lambda: iter(assistant_world.rows("eval"))}
-        return Rows(parts, lambda: f"{EMBEDDED} {assistant_world.FORMAT}")
+        embedded: Parts = {TRAIN: [lambda: iter(assistant_world.rows("train"))],
+                           HELD_OUT: [lambda: iter(assistant_world.rows("eval"))]}
+        return embedded, lambda: f"{EMBEDDED} {assistant_world.FORMAT}"
     if place == LOCAL_JSON:
         place = "data"
         if not Path(place).is_dir():
             raise UserError(
-                f"{given}: there is no folder {Path(place).absolute()}; put "
-                "train.json and eval.json there, or give the path of a file"
+                f"{flag}: there is no folder {Path(place).absolute()}; put train.json and "
+                "eval.json there, or give the path of a file"
             )
-    if Path(place).is_dir():
-        return reading.open_folder(Path(place), given)
-    if Path(place).is_file():
-        return reading.open_file(Path(place))
+    path = Path(place)
+    if path.is_dir():
+        return _folder(path, flag)
+    if path.is_file():
+        return {TRAIN: [partial(read_rows, path)]}, partial(_hash_of, [path])
     if not name and (place in formats.names() or re.fullmatch(r"[\w.-]+/[\w.-]+", place)):
         if re.search(r"\.(jsonl?|parquet)(\.gz)?$", place) is None:
-            return reading.open_hub(place, given)
+            return _hub(place, flag)
     raise UserError(
-        f"{given}: no such file or folder, and no data set of that name is "
-        f"known; known are {', '.join(formats.names())}, owner/name of the hub, and local .json, "
-        ".jsonl and .parquet files"
+        f"{flag}: no such file or folder, and no data set of that name is known; known are "
+        f"{', '.join(formats.names())}, owner/name of the hub, and local .json, .jsonl and "
+        ".parquet files"
     )
+
+
+# --- splits --------------------------------------------------------------------------------------
+
+# Names of splits, also as the beginning of the name of a file or folder.
+_SPLITS = {"train": TRAIN, "eval": HELD_OUT, "test": HELD_OUT, "validation": HELD_OUT,
+           "valid": HELD_OUT, "dev": HELD_OUT}
+
+
+def _part(split: str) -> str | None:
+    """Return the part of a split: train_prefs is "train", test "held_out", other None."""
+    return _SPLITS.get(re.split(r"[^a-z]", split.lower())[0])
+
+
+def _by_part(splits: Iterable[str]) -> dict[str, list[str]]:
+    """Group splits by part; where some are made for preferences, these alone.
+
+    (`ultrafeedback_binarized` has each of its rows in train_prefs, train_sft and train_gen.)
+    """
+    names = [str(split) for split in splits]
+    parts: dict[str, list[str]] = {}
+    for name in [name for name in names if name.endswith("_prefs")] or names:
+        part = _part(name)
+        if part:
+            parts.setdefault(part, []).append(name)
+    return parts
+
+
+# --- folders and the hub -------------------------------------------------------------------------
+
+_KINDS = (".json", ".jsonl", ".parquet")
+
+
+def _folder(folder: Path, flag: str) -> Content:
+    """Open a folder of data files in any layout of the hub's, or one that `datasets` saved."""
+    saved = _saved_splits(folder)
+    splits = saved or _file_splits(folder)
+    parts = _by_part(splits)
+    if TRAIN not in parts:
+        raise UserError(
+            f"{flag}: the folder {folder} has no train.json, train.jsonl or train.parquet; add "
+            "one, or give the file itself"
+        )
+    used = {part: [path for name in names for path in splits[name]]
+            for part, names in parts.items()}
+    read = _saved_rows if saved else read_rows
+    files = _files_below(folder) if saved else list(chain.from_iterable(used.values()))
+    return ({part: [partial(read, path) for path in paths] for part, paths in used.items()},
+            partial(_hash_of, files))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def _file_splits(folder: Path) -> dict[str, list[Path]]:
+    """Return the data files of each split, which names the file or a folder that it is in."""
+    splits: dict[str, list[Path]] = {}
+    for file in _files_below(folder):
+        inside = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or _suffixes(file)[-1:] not in ([kind] for kind in _KINDS):
+            continue
+        names = [file.name.split(".")[0], *(part.name for part in inside.parents if part.name)]
+        stems = [re.sub(r"-\d{5}-of-\d{5}.*$", "", name) for name in names]
+        split = next((stem for stem in stems if _part(stem)), None)
+        if split:
+            splits.setdefault(split, []).append(file)
+    return splits
+
+
+def _saved_splits(folder: Path) -> dict[str, list[Path]]:
+    """Return the folder of each split that `datasets` saved; nothing if it did not."""
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return {"train": [folder]}
+    if not (folder / "dataset_dict.json").is_file():
+        return {}
+    return {path.name: [path] for path in sorted(folder.iterdir())
+            if (path / "state.json").is_file()}
+
+
+def _saved_rows(folder: Path) -> Iterator[Row]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+        for start in range(0, len(saved), _ROWS_AT_ONCE):
+            yield from saved.select(range(start, min(start + _ROWS_AT_ONCE, len(saved)))).to_list()
+    except Exception as error:  # whatever a torn or newer folder makes the library raise
+        raise UserError(
+            f"{folder}: datasets cannot read what it saved there ({type(error).__name__}); save it "
+            "again"
+        ) from error
+
+
+def _hash_of(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{os.path.getsize(file)}\0".encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _hub(name: str, flag: str) -> Content:
+    """Open a data set of the hub, or of the library's cache."""
+    found = _from_hub(name, flag)
+    parts = _by_part(found)
+    if TRAIN not in parts:
+        raise UserError(
+            f"{flag}: has no split train, but {', '.join(map(str, found))}; download it and give "
+            "the file to train on"
+        )
+    marks = {str(split): getattr(rows, "_fingerprint", None) for split, rows in found.items()}
+    return ({part: [partial(iter, found[split]) for split in splits]
+             for part, splits in parts.items()}, lambda: json.dumps(marks))
+
+
+def _from_hub(name: str, flag: str) -> Any:
+    import datasets
+
+    failed: Exception | None = None
+    # Sets made by a script are on the second branch, as parquet.
+    for options in ({}, {"revision": "refs/convert/parquet"}):
+        try:
+            return datasets.load_dataset(name, **options)
+        except Exception as error:  # the library raises a dozen kinds when the hub is out of reach
+            failed = failed or error
+            if "script" not in str(error):
+                break
+    raise UserError(
+        f"{flag}: the hub did not give it ({type(failed).__name__}); download it and give "
+        f"{name}=PATH"
+    ) from failed
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Read the rows of a .json (one list, or lines), .jsonl or .parquet file, the first two or .gz.
+
+    Raises:
+        UserError: the file cannot be read; the message names the line.
+    """
+    kind = (_suffixes(path) or [""])[-1]
+    if kind not in _KINDS:
+        raise UserError(f"{path}: unknown kind of file; known are .json, .jsonl (.gz), .parquet")
+    return _parquet(path) if kind == ".parquet" else _json(path, may_be_list=kind == ".json")
+
+
+def _suffixes(file: Path) -> list[str]:
+    return [suffix for suffix in file.suffixes if suffix != ".gz"]
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a parquet file; write it again") from error
+
+
+def _json(path: Path, may_be_list: bool) -> Iterator[Row]:
+    number = 0
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(file, 1):
+                text = _decoded(line, path, number)
+                if not text.strip():
+                    continue
+                if may_be_list and text.lstrip().startswith("["):
+                    text += _decoded(file.read(), path, number + 1)
+                    for entry, row in enumerate(_parsed(text, path, number), 1):
+                        yield _object(row, f"{path}, entry {entry}")
+                    return
+                may_be_list = False
+                yield _object(_parsed(text.rstrip(), path, number), f"{path}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        where = f", after line {number}" if number else ""
+        raise UserError(f"{path}{where}: cannot be read ({error}); write it again") from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix != ".gz":
+        return path.open("rb")
+    return gzip.open(path, "rb")  # type: ignore[return-value]
+
+
+def _decoded(data: bytes, path: Path, number: int) -> str:
+    """Decode data that begins with a line of this number."""
+    try:
+        return data.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        number += data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}, line {number}: not UTF-8; convert the file") from error
+
+
+def _parsed(text: str, path: Path, number: int) -> Any:
+    """Parse text that begins with a line of this number."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, numbers too long, lists too deep
+        reason = str(error).split(";")[0]
+        if isinstance(error, json.JSONDecodeError):
+            reason, number = error.msg, number + error.lineno - 1
+        problem = f"not JSON ({reason}); mend or remove the line"
+        if text.lstrip().startswith("<"):
+            problem = "not JSON but a web page; download the file itself"
+        raise UserError(f"{path}, line {number}: {problem}") from error
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not an object with named columns; mend or remove it")
+    return row

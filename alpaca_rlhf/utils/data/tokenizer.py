@@ -1,10 +1,11 @@
-"""The one room that decides bos, eos, pad and how a dialogue becomes ids.
+"""Tokenizers: bos, eos, pad, and how a dialogue becomes token ids.
 
-Prompt ids and response ids are made apart, once, and concatenated: in all three steps in the same
-way, so that the ids the actor samples from, the ids the reward model is trained on and the ids it
-scores are the same. eos is appended as an id, never as text, and pad is never eos.
+Prompt ids and response ids are made separately, once, and concatenated: in all three steps in the
+same way, so that the ids the actor samples from, the ids the reward model is trained on and the ids
+it scores are the same. eos is appended as an id, never as text, and pad is never eos.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
@@ -23,25 +24,25 @@ Message = dict[str, str]
 
 _PAD = "<pad>"
 _PROBE = "probe"
-# Stands for a reply while a dialogue is rendered; what is between two of them is not a reply.
-_REPLY = "\u27e6alpaca-rlhf reply\u27e7"
-# In tokenizer_config.json: which --chat_template the model was trained with.
+# Stands for a response while a dialogue is rendered; the text between two of them is context.
+_RESPONSE = "\u27e6alpaca-rlhf response\u27e7"
+# Key in tokenizer_config.json: the --chat_template that the model was trained with.
 _TEMPLATE_NAME = "chat_template_name"
 
 
 class TemplateRefusal(UserError):
-    """A dialogue that the chat template does not render, or not with its replies as they are."""
+    """A dialogue that the chat template refuses, or renders with its responses changed."""
 
 
 class ChatFormat:
-    """Turns messages and replies into ids with a tokenizer whose chat template is set.
+    """A tokenizer with its chat template: messages and responses to token ids, and back.
 
-    A dialogue is a list of segments: what stands before a reply, the reply and its eos, what stands
-    before the next, and so on. Each is encoded by itself, in a place like its own.
+    A dialogue is a list of segments: the context before a response, the response with its eos, the
+    context before the next one, and so on. Each is encoded by itself, in surroundings like its own.
 
     Raises:
-        UserError: the template's end of an assistant's turn is not the single token eos, or its
-            generation prompt is not what stands before a reply.
+        UserError: the template does not end an assistant turn with the single token eos, or its
+            generation prompt is not the text that precedes a response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,25 +60,25 @@ class ChatFormat:
         after = full[len(prompt) :]
         if not full.startswith(prompt) or _PROBE not in after:
             raise UserError(
-                "--chat_template tokenizer: the template's generation prompt is not what stands "
-                "before a reply; choose human_assistant"
+                "--chat_template tokenizer: the template's generation prompt is not the text that "
+                "precedes a response; choose human_assistant"
             )
         self._separator, ending = after.split(_PROBE, 1)
         if not ending.startswith(tokenizer.eos_token):
             raise UserError(
-                f"--chat_template tokenizer: an assistant's turn ends with {ending!r}, not with "
+                f"--chat_template tokenizer: an assistant turn ends with {ending!r}, not with "
                 f"the single token {tokenizer.eos_token!r}; choose human_assistant"
             )
-        # Sentencepiece puts a space before whatever it is given first, so a reply is encoded
-        # behind the end of the prompt, and the ids of that end are cut off again.
+        # Sentencepiece puts a space before the text it is given, so a response is encoded after
+        # the end of the prompt, and the ids of that end are cut off again.
         self._anchor = prompt.rstrip("\n").rsplit("\n", 1)[-1] + prompt[len(prompt.rstrip("\n")) :]
         self._anchor_ids = self._encode([self._anchor])[0]
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The text of a dialogue that the assistant is to go on with.
+        """Render a dialogue up to where the next response begins.
 
         Raises:
-            TemplateRefusal: as some templates do when roles do not alternate.
+            TemplateRefusal: the template refuses it, as some do when roles do not alternate.
         """
         cleaned = [
             {name: self._without_specials(text) for name, text in m.items()} for m in messages
@@ -93,43 +94,43 @@ class ChatFormat:
             ) from error
 
     def segments(self, dialogues: Sequence[Sequence[Message]]) -> list[list[list[int]]]:
-        """Ids of dialogues up to where the next reply begins: context, reply, context, …
+        """Encode dialogues up to where the next response begins: context, response, context, …
 
         The even segments are contexts (bos included, the last one ends with the generation prompt),
-        the odd ones the assistant's earlier replies with their eos. A dialogue that the template
-        refuses has no segments at all.
+        the odd ones the assistant's earlier responses with their eos. A dialogue that the template
+        refuses has no segments.
         """
         contexts = [self._contexts(messages) for messages in dialogues]
-        # Behind the first, a context follows an eos: it is encoded behind one, which is cut off.
+        # All contexts but the first follow an eos: they are encoded after one, which is cut off.
         first = self._encode([texts[0] for texts in contexts if texts])
         later = self._encode(
             [self.tokenizer.eos_token + text for texts in contexts for text in texts[1:]]
         )
-        replies = self.responses(
+        responses = self.responses(
             m["content"] for messages, texts in zip(dialogues, contexts, strict=True) if texts
             for m in messages if m["role"] == "assistant"
         )
-        beginnings, rest = iter(first), iter(zip(replies, later, strict=True))
+        beginnings, rest = iter(first), iter(zip(responses, later, strict=True))
         made = []
         for texts in contexts:
             found = [next(beginnings)] if texts else []
-            for reply, (_, *context) in islice(rest, max(0, len(texts) - 1)):
-                found += [reply, context]
+            for response, (_, *context) in islice(rest, max(0, len(texts) - 1)):
+                found += [response, context]
             made.append(found)
         return made
 
     def _contexts(self, messages: Sequence[Message]) -> list[str]:
-        """What stands before the replies of a dialogue; nothing when the template refuses it."""
+        """Return the texts before the responses of a dialogue; none if the template refuses it."""
         hidden = [
-            {**m, "content": _REPLY} if m["role"] == "assistant" else m for m in messages
+            {**m, "content": _RESPONSE} if m["role"] == "assistant" else m for m in messages
         ]
         try:
-            parts = self.prompt_text(hidden).split(_REPLY)
+            parts = self.prompt_text(hidden).split(_RESPONSE)
         except TemplateRefusal:
             return []
         eos, separator = self.tokenizer.eos_token, self._separator
-        told = sum(m["role"] == "assistant" for m in messages)
-        if len(parts) != told + 1 or not (
+        responses = sum(m["role"] == "assistant" for m in messages)
+        if len(parts) != responses + 1 or not (
             all(part.endswith(separator) for part in parts[:-1])
             and all(part.startswith(eos) for part in parts[1:])
         ):
@@ -138,41 +139,41 @@ class ChatFormat:
         return [*(part[: len(part) - len(separator)] for part in parts[:-1]), parts[-1]]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a dialogue up to the place where the assistant's reply begins (bos included).
+        """Encode a dialogue up to where the next response begins, bos included.
 
         Raises:
             TemplateRefusal: the template does not render it.
         """
         (segments,) = self.segments([messages])
         if not segments:
-            self.prompt_text(messages)  # says why
+            self.prompt_text(messages)  # raises with the reason
             raise TemplateRefusal(
-                f"--chat_template tokenizer: the template changes the replies of a dialogue of "
+                f"--chat_template tokenizer: the template changes the responses of a dialogue of "
                 f"{len(messages)} turns; choose human_assistant"
             )
         return list(chain.from_iterable(segments))
 
     def responses(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of replies, eos last."""
-        replies = [self._separator + self._without_specials(text).strip() for text in texts]
+        """Encode responses, eos last."""
+        rendered = [self._separator + self._without_specials(text).strip() for text in texts]
         n = len(self._anchor_ids)
-        made = self._encode([self._anchor + reply for reply in replies])
+        made = self._encode([self._anchor + text for text in rendered])
         for i, ids in enumerate(made):
-            # A tokenizer that merges across the border gives the reply on its own instead.
+            # With a tokenizer that merges across the border, the response is encoded alone.
             whole = ids[:n] == self._anchor_ids
-            made[i] = [*(ids[n:] if whole else self._encode([replies[i]])[0]), self.eos_id]
+            made[i] = [*(ids[n:] if whole else self._encode([rendered[i]])[0]), self.eos_id]
         return made
 
     def response_ids(self, text: str) -> list[int]:
-        """Ids of a reply, eos last."""
+        """Encode a response, eos last."""
         return self.responses([text])[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text, that of no dialogue, eos last."""
+        """Encode plain text, which belongs to no dialogue, eos last."""
         return [*self._encode([self._without_specials(text)])[0], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens."""
+        """Return the text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -183,9 +184,9 @@ class ChatFormat:
         )["input_ids"]
 
     def _without_specials(self, text: str) -> str:
-        """`text` with the spelled-out special tokens taken out: they would become real ones."""
+        """Remove spelled-out special tokens from text: they would become real ones."""
         before = None
-        while before != text:  # taking one out may join the halves of another
+        while before != text:  # removing one may join the halves of another
             before, text = text, self._special.sub("", text)
         return text
 
@@ -200,18 +201,13 @@ def load_tokenizer(
         template: a key of `chat_template.TEMPLATES`, or "tokenizer" for the one it came with; None
             is the one that an earlier step saved with the model, and human_assistant if none did.
         trust_remote_code: allow the code of the repository to run.
-        fixed: whether the model must keep the template it was trained with.
+        fixed: the model must keep the template it was trained with.
 
     Raises:
         UserError: no tokenizer there, no usable eos, no template of its own when asked for, tokens
             of the template that the tokenizer lacks, or another template when `fixed`.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        remedy = "give a folder with tokenizer files" if Path(path).exists() else "check the name"
-        raise UserError(f"no tokenizer can be loaded from {path}: {reason}; {remedy}") from error
+    tokenizer = _load(path, trust_remote_code)
     if not tokenizer.eos_token or tokenizer.eos_token_id == tokenizer.unk_token_id:
         raise UserError(f"{path}: the tokenizer has no eos token; set eos_token in its config")
     _set_template(tokenizer, path, template, fixed)
@@ -231,6 +227,49 @@ def load_chat(
     tokenizer = load_tokenizer(path, template, loading.trust_remote_code, fixed)
     console.say(describe(tokenizer))
     return ChatFormat(tokenizer)
+
+
+def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # Without its files, some classes give a tokenizer of nothing but special tokens.
+        specials = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        if all(token in specials for token in tokenizer.get_vocab()):
+            raise ValueError("no vocabulary")
+    except Exception as error:  # the libraries raise a dozen kinds for files missing or broken
+        raise UserError(
+            f"no tokenizer can be loaded from {path}: {_problem(path, error)}"
+        ) from error
+    return tokenizer
+
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+                 "tekken.json")
+
+
+def _problem(path: str, error: Exception) -> str:
+    """Return why a tokenizer cannot be loaded, and the remedy."""
+    folder, message = Path(path), str(error).strip()
+    if "trust_remote_code" in message:
+        return "it comes with code of its own; give --trust_remote_code to run it"
+    if folder.is_file():
+        return "it is a file; give the folder with the tokenizer files"
+    if not folder.is_dir():
+        hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+        return f"{message.splitlines()[0] if hub_id else 'no such folder'}; check the name"
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).is_file() and not _holds_object(folder / name):
+            return f"its {name} is broken; save or download it again"
+    if any((folder / name).is_file() for name in _VOCABULARIES):
+        return f"its files cannot be read ({type(error).__name__}); save or download them again"
+    return "it has no tokenizer.json or other vocabulary; give a folder with tokenizer files"
+
+
+def _holds_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        return False
 
 
 def _set_template(
@@ -266,7 +305,7 @@ def _set_template(
 
 
 def _take_chatml_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Make <|im_end|> eos. Tokens are not added: an adapter would never train their weights."""
+    """Make <|im_end|> eos; tokens are not added, since an adapter would never train them."""
     missing = [t for t in chat_template.CHATML_TOKENS if t not in tokenizer.get_vocab()]
     if missing:
         raise UserError(
@@ -280,7 +319,7 @@ def _take_chatml_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 
 def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A pad that is not eos: unk when it is a token of its own, else a new token."""
+    """Set a pad that is not eos: unk where it is a token of its own, else a new token."""
     unk = tokenizer.unk_token
     if unk and tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         tokenizer.pad_token = unk
@@ -289,15 +328,28 @@ def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    """One line with the special tokens, for the console."""
+    """Return one line with the special tokens."""
     named = ((k, getattr(tokenizer, f"{k}_token"), getattr(tokenizer, f"{k}_token_id"))
              for k in ("bos", "eos", "pad"))
     tokens = ", ".join(f"{k} {token!r} = {i}" for k, token, i in named)
     return f"tokenizer: {len(tokenizer)} tokens, {tokens}"
 
 
+def eos_ids(
+    tokenizer: PreTrainedTokenizerBase, configured: int | Sequence[int] | None
+) -> list[int]:
+    """Return every id that ends a response: the tokenizer's eos first.
+
+    Args:
+        tokenizer: of the model.
+        configured: `eos_token_id` of the model's generation config.
+    """
+    more = [] if configured is None else [configured] if isinstance(configured, int) else configured
+    return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
+
+
 def require_same(actor: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> None:
-    """Refuse an actor and a critic that do not read the same ids.
+    """Refuse an actor and a critic whose tokenizers differ.
 
     Raises:
         UserError: their vocabularies, special tokens or chat templates differ.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils.data.tokenizer import eos_ids
 from alpaca_rlhf.utils.model.lora import gathered_state_dict, merged_state_dict, unwrapped
 from alpaca_rlhf.utils.run.run_folder import ARGUMENTS_FILE
 
@@ -68,17 +69,9 @@ def _generation_config(
 ) -> GenerationConfig:
     config = copy.deepcopy(model.generation_config) or GenerationConfig()
     config.pad_token_id = tokenizer.pad_token_id
-    config.eos_token_id = eos_ids(model, tokenizer)
+    config.eos_token_id = eos_ids(tokenizer, config.eos_token_id)
     config.bos_token_id = tokenizer.bos_token_id
     return config
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a reply: the tokenizer's eos first, then the generation config's."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    more = configured if isinstance(configured, list) else [configured]
-    ids = [tokenizer.eos_token_id, *(i for i in more if i is not None)]
-    return list(dict.fromkeys(ids))
 
 
 def model_card(title: str, facts: dict[str, Any]) -> str:

@@ -1,0 +1,143 @@
+"""Samples to encoded rows: prompt and responses as token ids, cut to the maximum lengths."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from alpaca_rlhf.utils.data.samples import Sample
+from alpaca_rlhf.utils.data.tokenizer import ChatFormat
+from alpaca_rlhf.utils.losses import IGNORE_INDEX
+
+# Columns of a row.
+FILTERED_OUT = "filtered_out"  # reason why the row is not used, or ""
+LENGTH = "length"  # in tokens; of a pair, of the longer sequence
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Maximum lengths in tokens, and the treatment of rows that are longer.
+
+    Attributes:
+        prompt: of a prompt; a longer one keeps its end.
+        response: of a response, eos included; a longer one keeps its start.
+        overlong: "truncate", "drop" or "error".
+        flag: where they come from, for messages.
+    """
+
+    prompt: int
+    response: int
+    overlong: str
+    flag: str
+
+    @classmethod
+    def of_sequence(cls, max_seq_len: int, overlong: str) -> "Lengths":
+        """Give prompt and response half of a sequence each; what one leaves, the other takes."""
+        half = max_seq_len // 2
+        return cls(half, max_seq_len - half, overlong, f"--max_seq_len {max_seq_len}")
+
+    @classmethod
+    def of_prompt(cls, max_prompt_seq_len: int, overlong: str) -> "Lengths":
+        """Give everything to the prompt."""
+        return cls(max_prompt_seq_len, 0, overlong, f"--max_prompt_seq_len {max_prompt_seq_len}")
+
+    def fit(self, prompt: list[int], *responses: list[int]) -> tuple[list[int], list[list[int]]]:
+        """Cut a prompt and its responses so that each sequence fits; a cut response has no eos."""
+        total = self.prompt + self.response
+        longest = max((len(response) for response in responses), default=self.response)
+        for_prompt = max(self.prompt, total - longest)
+        prompt = prompt[max(0, len(prompt) - for_prompt) :]
+        return prompt, [response[: total - len(prompt)] for response in responses]
+
+
+def encode_sft(
+    samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths, train_on: str = "all",
+    train_on_prompt: bool = False,
+) -> Rows:
+    """Encode samples of step 1: `input_ids`, and `labels` that are -100 where nothing is trained.
+
+    Args:
+        samples: of which `chosen` is trained.
+        chat: tokenizer and chat template.
+        lengths: maximum lengths.
+        train_on: "last" trains the response alone, "all" the assistant's earlier turns too, unless
+            they are the responses of rows of their own.
+        train_on_prompt: train every token.
+    """
+    dialogues = chat.segments([sample.messages for sample in samples])
+    responses = chat.responses(sample.chosen for sample in samples)
+    rows = []
+    for sample, segments, full in zip(samples, dialogues, responses, strict=True):
+        whole = list(chain.from_iterable(segments))
+        prompt, (response,) = lengths.fit(whole, full)
+        trained = train_on == "all" and sample.history_is_trained
+        labels = whole if train_on_prompt else _labels(segments, trained)
+        labels = labels[len(whole) - len(prompt) :]
+        row = {"input_ids": prompt + response, "labels": labels + response}
+        before, after = len(whole) + len(full), len(row["input_ids"])
+        rows.append(row | _outcome(segments, before, after, len(whole) - len(prompt), lengths))
+    return rows
+
+
+def _labels(segments: list[list[int]], trained: bool) -> list[int]:
+    """Return the ids of earlier responses (odd segments) where they are trained, -100 elsewhere.
+
+    A response that is nothing but its eos is not trained.
+    """
+    return [
+        token if trained and number % 2 and len(segment) > 1 else IGNORE_INDEX
+        for number, segment in enumerate(segments) for token in segment
+    ]
+
+
+def encode_pairs(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths) -> Rows:
+    """Encode samples of step 2: `chosen_ids` and `rejected_ids`, the prompt and one response each.
+
+    Arguments are those of `encode_sft`.
+    """
+    dialogues = chat.segments([sample.messages for sample in samples])
+    better = chat.responses(sample.chosen for sample in samples)
+    worse = chat.responses(sample.rejected or "" for sample in samples)
+    rows = []
+    for segments, *full in zip(dialogues, better, worse, strict=True):
+        whole = list(chain.from_iterable(segments))
+        prompt, (chosen, rejected) = lengths.fit(whole, *full)
+        row: dict[str, Any] = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
+        before = sum(map(len, full)) + len(whole)
+        after = len(chosen) + len(rejected) + len(prompt)
+        row |= _outcome(segments, before, after, len(whole) - len(prompt), lengths)
+        row[LENGTH] = len(prompt) + max(len(chosen), len(rejected))
+        if chosen == rejected:
+            row[FILTERED_OUT] = "responses are identical after truncation"
+        rows.append(row)
+    return rows
+
+
+def encode_prompts(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths) -> Rows:
+    """Encode samples of step 3: `prompt_ids`, and `messages` as JSON, to show and for gold rules.
+
+    Arguments are those of `encode_sft`.
+    """
+    rows = []
+    dialogues = chat.segments([sample.messages for sample in samples])
+    for sample, segments in zip(samples, dialogues, strict=True):
+        whole = list(chain.from_iterable(segments))
+        prompt = whole[-lengths.prompt :]
+        row = {"prompt_ids": prompt, "messages": json.dumps(sample.messages, ensure_ascii=False)}
+        cut = len(whole) - len(prompt)
+        rows.append(row | _outcome(segments, len(whole), len(prompt), cut, lengths))
+    return rows
+
+
+def _outcome(
+    segments: list[list[int]], before: int, after: int, prompt_cut: int, lengths: Lengths
+) -> dict[str, Any]:
+    """Return the columns all rows have: cut or not, why filtered out, and the length."""
+    cut = after < before
+    reason = f"over {lengths.flag}" if cut and lengths.overlong != "truncate" else ""
+    if not segments:
+        reason = "refused by the chat template"
+    return {"cut": cut, "prompt_cut": prompt_cut > 0, FILTERED_OUT: reason, LENGTH: after}
