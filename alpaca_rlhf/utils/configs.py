@@ -818,8 +818,9 @@ def groups(record: type) -> Iterator[tuple[str, type, dict[str, Any]]]:
             yield entry.name, hints[entry.name], dict(entry.metadata)
 
 
-def options(record: type) -> Iterator[Option]:
-    """Yield the options of a program's record, in the order of --help."""
+def _options(record: type) -> tuple[Option, ...]:
+    """Return the options of a program's record, in the order of --help."""
+    found = []
     for name, group, declared in groups(record):
         hints = get_type_hints(group, include_extras=True)
         for entry in fields(group):
@@ -828,13 +829,18 @@ def options(record: type) -> Iterator[Option]:
             default = entry.default
             if entry.default_factory is not MISSING:
                 default = entry.default_factory()
-            yield Option(
+            found.append(Option(
                 group=name, name=entry.name,
                 flag=declared["prefix"] + (entry.metadata["flag"] or entry.name),
                 hint=hints[entry.name],
                 default=declared["defaults"].get(entry.name, default),
                 metadata=entry.metadata,
-            )
+            ))
+    return tuple(found)
+
+
+# Cached: reading the types of all options takes longer than parsing a command line.
+options: Callable[[type], tuple[Option, ...]] = cache(_options)
 
 
 @cache
