@@ -22,8 +22,8 @@ def main() -> None:
     """Sample eight responses with the compiled step on one thread, and compare."""
     torch.set_num_threads(1)
     distributed.initialize(0)
-    engine, form = build(sys.argv[1], 0, 0)
-    prompts, tokens = some_prompts(form, 8), int(sys.argv[2])
+    engine, chat = build(sys.argv[1], 0, 0)
+    prompts, tokens = some_prompts(chat, 8), int(sys.argv[2])
     config = HybridEngineConfig(enable_hybrid_engine=True)
     rollout = HybridEngine(engine, config, slots=8).generate(
         prompts, SamplingConfig(tokens), NEVER, PAD, torch.Generator().manual_seed(0)

@@ -1,17 +1,16 @@
-"""How fast rollouts are generated, as ratios to transformers' `generate` in the same run.
+"""Speed of rollouts, as ratios to transformers' `generate` in the same run.
 
     python benchmarks/rollout.py                                   # the embedded tiny LLaMA
     python benchmarks/rollout.py --model output/smollm2-135m --cases full varied
 
-Both sides get the same weights, prompts and limits and sample from the whole distribution at
-temperature 1. They run in turn, one after the other, and the median of the ratios counts: this is
-what a machine that is shared allows to say. In the cases "full" every reply runs to the limit. In
-the case "varied" 64 replies end at lengths drawn beforehand, with a median of a quarter of the
-limit; both sides sample as ever and then ask the same list whether a reply has ended. In the case
-"ZeRO-3" two ranks generate, ours with the weights gathered once, `generate` with `synced_gpus` and
-a gather of every weight in each token (DeepSpeed leaves weights of less than 100,000 numbers whole,
-which is most of a tiny model: here they are not left so). What ours takes includes entering and
-leaving generation mode.
+Both sides have the same weights, prompts and maximum lengths and sample from the whole distribution
+at temperature 1. They run alternately, and the result is the median of the ratios, which other load
+on the machine disturbs least. In the cases "full" every response has the maximum length. In the
+case "varied" 64 responses end at lengths drawn in advance, with a median of a quarter of the
+maximum. In the case "ZeRO-3" two ranks generate: ours with the weights gathered once, `generate`
+with `synced_gpus` and a gather of every weight for each token (DeepSpeed keeps weights of fewer
+than 100,000 elements whole, which is most of a tiny model; here it does not). Our time includes
+entering and leaving generation mode.
 """
 
 import argparse
@@ -35,13 +34,21 @@ from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.demo.tiny_llama import ensure_tiny_llama
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.utils import distributed
-from alpaca_rlhf.utils.configs import HybridEngineConfig, SamplingConfig
+from alpaca_rlhf.utils.configs import (
+    AdapterConfig,
+    EngineConfig,
+    HybridEngineConfig,
+    LoadingConfig,
+    RoleConfig,
+    SamplingConfig,
+    ScheduleConfig,
+)
 from alpaca_rlhf.utils.data.batches import PromptBatch, collate_prompts
 from alpaca_rlhf.utils.data.prepare import cache_home
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_tokenizer
-from alpaca_rlhf.utils.engine import Engine, ModelSettings, Schedule, build_trained
+from alpaca_rlhf.utils.engine import Engine, build_trained
 from alpaca_rlhf.utils.generation.decoder import DecodingSession
-from alpaca_rlhf.utils.model.causal_lm import LoadOptions, load_causal_lm
+from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 
 CASES = ("full", "varied", "zero3")
 NEVER = torch.tensor([-1])
@@ -59,24 +66,24 @@ def main() -> None:
     distributed.initialize(0)
     model = args.model or str(ensure_tiny_llama(cache_home(None)))
     name = Path(model).name
-    engine, form = build(model, 0, args.lora_dim)
+    engine, chat = build(model, 0, args.lora_dim)
     weights = sum(p.numel() for p in engine.module.parameters())
     say(f"## {name}: {weights / 1e6:.1f} M parameters, fp32, {args.threads} threads, limit "
         f"{args.new_tokens} new tokens, median of {args.repeats}\n")
     say(HEADER)
     for batch in args.batch if "full" in args.cases else ():
-        prompts = some_prompts(form, batch)
+        prompts = some_prompts(chat, batch)
         report(f"full, batch {batch}", engine, prompts, batch, [args.new_tokens] * batch, args)
     if "varied" in args.cases:
         lengths = varied_lengths(64, args.new_tokens)
-        report("varied, 64 prompts, batch 16", engine, some_prompts(form, 64), 16, lengths, args)
+        report("varied, 64 prompts, batch 16", engine, some_prompts(chat, 64), 16, lengths, args)
     if "zero3" in args.cases:
         zero3(args, model)
     say(f"\nmemory read by one pass over 256 MB: {bandwidth():.1f} GB/s")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,10 +91,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--batch", type=int, nargs="+", default=[8, 16], help="slots, cases full and zero3"
     )
-    made.add_argument("--new_tokens", type=int, default=128, help="limit of a reply")
+    made.add_argument("--new_tokens", type=int, default=128, help="maximum length of a response")
     made.add_argument("--repeats", type=int, default=5)
     made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--lora_dim", type=int, default=0, help="an adapter, folded by ours")
+    made.add_argument("--lora_dim", type=int, default=0, help="rank of an adapter, merged by ours")
     made.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     made.add_argument("--zero3_rank", action="store_true", help=argparse.SUPPRESS)
     return made
@@ -97,35 +104,40 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(model: str, stage: int, lora_dim: int) -> tuple[Engine, ChatFormat]:
-    """The actor as step 3 has it."""
+    """Build the actor as step 3 does."""
     tokenizer = load_tokenizer(model)
-    schedule = Schedule(1, 1, "constant", 0, 1)
-    load = partial(load_causal_lm, model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         # As in a large model, no weight is too small to be gathered.
         overrides = Path(folder) / "overrides.json"
         overrides.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
-        settings = ModelSettings(
-            LoadOptions(), stage, False, str(overrides), 1e-5, 1e-4, 0.0, lora_dim, None, 0.0,
-            None, "--lora_module_name", lora_dim > 0,
+        engine, _ = build_trained(
+            partial(load_causal_lm, tokenizer=tokenizer),
+            RoleConfig(
+                model_name_or_path=model, learning_rate=1e-5, lora_learning_rate=1e-4,
+                zero_stage=stage, lora_dim=lora_dim,
+            ),
+            loading=LoadingConfig(), adapters=AdapterConfig(only_optimize_lora=lora_dim > 0),
+            engine=EngineConfig(deepspeed_config=str(overrides)),
+            schedule=ScheduleConfig(lr_scheduler_type="constant"), micro_batch_size=1,
+            total_steps=1,
         )
-        return build_trained(settings, schedule, load)[0], ChatFormat(tokenizer)
+    return engine, ChatFormat(tokenizer)
 
 
-def some_prompts(form: ChatFormat, count: int) -> PromptBatch:
-    """Of the embedded data, padded left."""
+def some_prompts(chat: ChatFormat, count: int) -> PromptBatch:
+    """Return prompts of the embedded data, padded left."""
     texts = islice(assistant_world.pretraining_texts(3), count)
-    return collate_prompts([{"prompt_ids": form.prompt_ids(m)} for m, _ in texts], PAD)
+    return collate_prompts([{"prompt_ids": chat.prompt_ids(m)} for m, _ in texts], PAD)
 
 
 def varied_lengths(count: int, limit: int) -> list[int]:
-    """Log-normal, median a quarter of the limit, the longest replies cut off at the limit."""
+    """Return log-normal lengths with a median of a quarter of the limit, none above it."""
     drawn = torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.8).exp()
     return (drawn * limit / 4).round().clamp(1, limit).long().tolist()
 
 
 class _Ends(StoppingCriteria):
-    """Whether rows of `generate` have come to their lengths."""
+    """Ends rows of `generate` at their lengths."""
 
     def __init__(self, prompt: int, lengths: list[int]) -> None:
         self._prompt, self._lengths = prompt, torch.tensor(lengths)
@@ -138,7 +150,7 @@ def theirs(
     engine: Engine, prompts: PromptBatch, slots: int, lengths: list[int], limit: int,
     synced: bool = False,
 ) -> None:
-    """`generate`, batch by batch."""
+    """Generate with transformers, batch by batch."""
     model = engine.module.eval()
     for i in range(0, len(lengths), slots):
         rows = slice(i, i + slots)
@@ -173,7 +185,7 @@ def ours(hybrid: HybridEngine, prompts: PromptBatch, slots: int, lengths: list[i
 
 
 def took(run: Callable[[], None]) -> float:
-    """Seconds, from where all ranks are ready."""
+    """Return the seconds a run takes, starting when all ranks are ready."""
     distributed.barrier()
     start = time.perf_counter()
     run()
@@ -190,7 +202,7 @@ def report(
     case: str, engine: Engine, prompts: PromptBatch, slots: int, lengths: list[int],
     args: argparse.Namespace, synced: bool = False,
 ) -> None:
-    """One line of the table; the first turn of both warms up and does not count."""
+    """Print one line of the table; the first run of both is a warm-up and does not count."""
     hybrid = HybridEngine(engine, HybridEngineConfig(enable_hybrid_engine=True), slots)
     limit, pairs = max(lengths), []
     for turn in range(args.repeats + 1):
@@ -213,7 +225,7 @@ def report(
 
 
 def zero3(args: argparse.Namespace, model: str) -> None:
-    """The case of two ranks, in processes of its own, one thread each."""
+    """Run the case of two ranks, in processes of their own with one thread each."""
     command = [
         sys.executable, __file__, "--zero3_rank", "--model", model,
         "--new_tokens", str(args.new_tokens), "--lora_dim", str(args.lora_dim),
@@ -230,29 +242,29 @@ def zero3(args: argparse.Namespace, model: str) -> None:
 
 
 def distributed_port() -> int:
-    """A free one."""
+    """Return a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def zero3_rank(args: argparse.Namespace) -> None:
-    """One of the two ranks: as many prompts as slots, every reply runs to the limit."""
+    """Run one of the two ranks: as many prompts as slots, every response of maximum length."""
     torch.set_num_threads(1)
-    engine, form = build(args.model, 3, args.lora_dim)
+    engine, chat = build(args.model, 3, args.lora_dim)
     for batch in args.batch:
-        report(f"ZeRO-3, 2 ranks, batch {batch} each", engine, some_prompts(form, batch), batch,
+        report(f"ZeRO-3, 2 ranks, batch {batch} each", engine, some_prompts(chat, batch), batch,
                [args.new_tokens] * batch, args, synced=True)
 
 
 def bandwidth() -> float:
-    """GB/s of a sum over a tensor that no cache holds."""
+    """Return the GB/s of a sum over a tensor larger than the caches."""
     numbers = torch.zeros(64 * 2**20)
     return numbers.numel() * 4 / 1e9 / min(took(lambda: numbers.sum()) for _ in range(10))
 
 
 def say(text: str) -> None:
-    """A line of the report."""
+    """Print a line on rank 0."""
     if distributed.is_main():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()

@@ -320,6 +320,8 @@ class DecodingSession:
             self._decoder.cache.admit(self._prefilled, picks, slots, lengths)
             for slot, (_, response) in zip(slots, joining, strict=True):
                 self._rows[slot] = response
+            if not self._waiting:
+                self._prefilled = Cache(layers=[])
 
 
 def _as_rollout(prompts: PromptBatch, responses: Sequence[Response], pad_id: int) -> Rollout:
