@@ -1,4 +1,4 @@
-"""What the compiled products of few rows gain over torch's and oneDNN's, as ratios in one run.
+"""Speed of the compiled products of few rows over torch's and oneDNN's, as ratios in one run.
 
     python benchmarks/products.py [--rows 1 4 8 16 64] [--hidden 576 --mlp 1536 --layers 30]
 

@@ -143,7 +143,7 @@ class Small:
         self, *names: str, stage: int, lora: int, accumulation: int = 1, lora_dropout: float = 0.0,
         only_lora: bool = True, overrides: str | None = None, adam_eps: float = 1e-8, **role: Any,
     ) -> tuple[list[RoleConfig], dict[str, Any]]:
-        """How these models are trained, and what they have in common: a constant learning rate."""
+        """Options of training, with a constant learning rate."""
         role = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3, "zero_stage": stage,
                 "lora_dim": lora, **role}
         roles = [RoleConfig(model_name_or_path=str(self.folder / name), **role) for name in names]

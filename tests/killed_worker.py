@@ -1,4 +1,4 @@
-"""What test_killed_runs.py starts: cases of soak.py, and ranks that hang, fail or die.
+"""Processes that test_killed_runs.py starts: cases of soak.py, and ranks that hang, fail or die.
 
     python tests/killed_worker.py FOLDER [move]
 

@@ -312,7 +312,7 @@ def fork_ranks(work: Callable[[], Any], ranks: int, log: Path) -> list[int]:
 
 
 def ended(process: int) -> bool:
-    """Whether a child has ended; it can still be waited for."""
+    """Return whether a child has ended; it can still be waited for."""
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

@@ -122,7 +122,7 @@ def test_a_killed_worker_is_named(monkeypatch, capsys):
 
 @pytest.mark.parametrize("to_all", [False, True])
 def test_ending_the_bootstrap_ends_every_worker(tmp_path: Path, to_all: bool):
-    """By an IDE's stop button, to it alone, or by Ctrl-C on a terminal, to workers and all."""
+    """Stopped by an IDE's stop button, to it alone, or by Ctrl-C, to workers and all."""
     (tmp_path / "sleep.py").write_text(SLEEPER)
     launch = start(tmp_path, "--num_gpus", "2", "sleep.py", "run")
     workers = process_numbers([tmp_path / "run0.pid", tmp_path / "run1.pid"])

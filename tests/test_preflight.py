@@ -1,4 +1,4 @@
-"""What is refused or warned of before data and models are loaded: memory, compiler, precision."""
+"""Refusals and warnings before data and models are loaded: memory, compiler, precision."""
 
 from __future__ import annotations
 

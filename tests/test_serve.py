@@ -25,7 +25,7 @@ GREEDY = {"model": "actor", "temperature": 0, "max_tokens": 8}
 
 @pytest.fixture(scope="module")
 def address(small, tmp_path_factory):
-    """Of a server with the small actor, started as a command."""
+    """Base URL of a server with the small actor, started as a command."""
     errors = tmp_path_factory.mktemp("server") / "stderr"
     command = [sys.executable, "-m", "alpaca_rlhf.inference.serve", "--path", small.actor,
                "--port", "0"]

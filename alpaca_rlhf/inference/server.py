@@ -1,4 +1,4 @@
-"""What the web chat and the endpoint need before they load a model: libraries and a free port."""
+"""Libraries and a free port: checks of the web chat and the endpoint before a model is loaded."""
 
 import importlib.util
 import socket

@@ -240,7 +240,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What DeepSpeed is told beyond ZeRO stage, precision and batch sizes."""
+    """Options of DeepSpeed beyond ZeRO stage, precision and batch sizes."""
 
     title: ClassVar[str] = "DeepSpeed"
 
@@ -382,7 +382,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class HybridEngineConfig:
-    """How the actor generates."""
+    """Generation by the actor."""
 
     title: ClassVar[str] = "hybrid engine"
 
@@ -753,7 +753,7 @@ class ServeProgram:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What `inspect_data` shows."""
+    """Output of `inspect_data`."""
 
     title: ClassVar[str] = "inspector"
 

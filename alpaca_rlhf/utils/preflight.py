@@ -1,4 +1,4 @@
-"""What would otherwise fail late, checked before data are read and models are loaded.
+"""Checks before data are read and models are loaded, of what would otherwise fail late.
 
 The memory plan counts weights, gradients and optimizer states of one rank from the models'
 configurations: a lower bound, since activations, logits and the KV cache come on top. Sources:

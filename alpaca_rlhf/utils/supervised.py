@@ -34,7 +34,7 @@ Numbers = list[list[float]]  # for each held-out row, what `Objective.measure` g
 
 @dataclass(frozen=True)
 class Objective:
-    """What is trained and how it is evaluated.
+    """Loss and evaluation of a supervised step.
 
     Attributes:
         collate: encoded rows -> batch.

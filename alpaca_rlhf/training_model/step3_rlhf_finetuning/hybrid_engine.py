@@ -51,7 +51,7 @@ class HybridEngine:
 
     @property
     def decodes_in_step(self) -> bool:
-        """Whether every forward pass is a collective: ZeRO-3 with shards that are not gathered."""
+        """True if each forward pass is a collective: ZeRO-3 with shards that are not gathered."""
         gathers = self._config.enable_hybrid_engine and not self._config.unpin_actor_parameters
         return self._engine.zero_optimization_stage() == 3 and not gathers
 

@@ -1,4 +1,4 @@
-"""How often is a policy's response better than that of the policy it was trained from?
+"""Win rate: the share of prompts on which a policy responds better than its baseline.
 
     python -m alpaca_rlhf.training_model.step3_rlhf_finetuning.win_rate \\
         --path output/final/actor --baseline output/actor --reward_model output/critic

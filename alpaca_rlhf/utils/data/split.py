@@ -23,7 +23,7 @@ PROMPTS_FILE = "trained_prompts.npy"
 
 @dataclass(frozen=True)
 class Split:
-    """How prompts are divided among the steps.
+    """Division of the prompts among the steps.
 
     Attributes:
         step: 1, 2 or 3: the one at hand.

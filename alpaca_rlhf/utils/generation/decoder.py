@@ -184,7 +184,7 @@ class DecodingSession:
 
     @property
     def busy(self) -> bool:
-        """Whether a response is still to be generated."""
+        """True while a response is still to be generated."""
         return bool(self._queue) or self._unfinished > 0
 
     @property

@@ -24,7 +24,7 @@ class Ema:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank has another part of the average."""
+        """True if each rank has another part of the average."""
         return any(hasattr(p, "ds_tensor") for p in self._parameters)
 
     def state_dict(self) -> dict[str, list[Tensor]]:

@@ -43,7 +43,7 @@ class NonFiniteGuard:
 
     @property
     def at_first_skip(self) -> bool:
-        """Whether the last step was skipped, as the first of the run: save a checkpoint of it."""
+        """True if the last step was the first of the run to be skipped: a checkpoint is due."""
         return self.skipped == self._consecutive == 1
 
     def step_taken(self) -> None:
