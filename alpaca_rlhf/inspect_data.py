@@ -14,7 +14,7 @@ import sys
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data import split as splitting
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
-from alpaca_rlhf.utils.data.split import Placed, Split
+from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
@@ -184,10 +184,7 @@ def audit(
         report: of its preparation.
         guess: returns the language of a text; None uses py3langid.
     """
-    seen = _Seen()
-    for one in splitting.placed(sources, split, [Tally() for _ in sources]):
-        seen.add(one, split, guess or _language)
-    return [*_check_report(report), *_check_samples(seen), _languages(seen.languages)]
+    return [*_check_report(report), *_check_samples(sources, split, guess or _language)]
 
 
 def verdict(findings: Iterable[Finding]) -> tuple[str, bool]:
@@ -229,85 +226,51 @@ def _check_report(report: dict[str, Any]) -> list[Finding]:
     ]
 
 
-@dataclass
-class _Seen:
-    """Counts of one pass over the samples.
-
-    Attributes:
-        samples: of the step at hand.
-        rows: digests of prompt and responses.
-        duplicates: rows that occurred before.
-        places: of each prompt, one bit for each step that it belongs to; bit 0: held out.
-        pairs: samples with two responses.
-        longer: pairs whose chosen response is the longer one.
-        characters: of the chosen and of the rejected responses.
-        languages: guessed.
-        guessed: number of guesses by data set.
-    """
-
-    samples: int = 0
-    rows: set[bytes] = field(default_factory=set)
-    duplicates: int = 0
-    places: dict[bytes, int] = field(default_factory=dict)
-    pairs: int = 0
-    longer: int = 0
-    characters: Counter[str] = field(default_factory=Counter)
-    languages: Counter[str] = field(default_factory=Counter)
-    guessed: Counter[int] = field(default_factory=Counter)
-
-    def add(self, one: Placed, split: Split, guess: Callable[[str], str]) -> None:
-        """Count a sample of any step; most of it only for the step at hand."""
+def _check_samples(
+    sources: Sequence[Source], split: Split, guess: Callable[[str], str]
+) -> list[Finding]:
+    rows: Counter[bytes] = Counter()  # of the step at hand, by digest
+    places: Counter[bytes] = Counter()  # a bit for each step of a prompt; bit 0: held out
+    sizes: list[tuple[int, int]] = []  # characters of the two responses of pairs
+    texts: dict[int, list[str]] = {number: [] for number in range(len(sources))}
+    for one in splitting.placed(sources, split, [Tally() for _ in sources]):
         sample, key = one.sample, one.sample.prompt_key()
-        loose = _digest(" ".join(re.findall(r"\w+", key.casefold())) or key)
-        self.places[loose] = self.places.get(loose, 0) | 1 << one.step
+        places[_digest(" ".join(re.findall(r"\w+", key.casefold())) or key)] |= 1 << one.step
         if one.step not in (0, split.step):
-            return
-        self.samples += 1
-        row = _digest(f"{key}\0{sample.chosen}\0{sample.rejected}")
-        self.duplicates += row in self.rows
-        self.rows.add(row)
+            continue
+        rows[_digest(f"{key}\0{sample.chosen}\0{sample.rejected}")] += 1
         if sample.rejected is not None:
-            self.pairs += 1
-            self.longer += len(sample.chosen) > len(sample.rejected)
-            self.characters["chosen"] += len(sample.chosen)
-            self.characters["rejected"] += len(sample.rejected)
-        if self.guessed[one.source] < _LANGUAGE_SAMPLES:
-            self.guessed[one.source] += 1
-            text = f"{sample.messages[-1]['content']}\n{sample.chosen}"
-            self.languages[guess(text) if len(text) >= _SHORTEST_TEXT else "too short"] += 1
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-
-def _check_samples(seen: _Seen) -> list[Finding]:
-    held_out = [bits for bits in seen.places.values() if bits & 1]
-    trained = [bits >> 1 for bits in seen.places.values() if bits > 1]
+            sizes.append((len(sample.chosen), len(sample.rejected)))
+        if len(texts[one.source]) < _LANGUAGE_SAMPLES:
+            texts[one.source].append(f"{sample.messages[-1]['content']}\n{sample.chosen}")
+    held_out = [bits for bits in places.values() if bits & 1]
+    trained = [bits >> 1 for bits in places.values() if bits > 1]
     loosely = "ignoring case, spaces and punctuation"
     findings = [
         _check("duplicate rows", "{part} ({share}) with prompt and responses of an earlier row",
-               seen.duplicates, seen.samples, "duplicates"),
+               rows.total() - len(rows), rows.total(), "duplicates"),
         _check("held-out prompts that leak",
                f"{{part}} of {{whole}} ({{share}}) are trained on by some step, {loosely}",
                sum(bits > 1 for bits in held_out), len(held_out), "leaks"),
         _check("prompts in more than one step", f"{{part}} of {{whole}} ({{share}}), {loosely}",
                sum(bits.bit_count() > 1 for bits in trained), len(trained), "leaks"),
     ]
-    if seen.pairs:
-        share, limit = seen.longer / seen.pairs, LIMITS["length bias"]
-        means = [seen.characters[side] / seen.pairs for side in ("chosen", "rejected")]
-        text = (f"the chosen response is the longer one in {share:.1%} of {seen.pairs:,} pairs; "
-                f"mean lengths {means[0]:,.0f} and {means[1]:,.0f} characters")
+    if sizes:
+        share, limit = sum(a > b for a, b in sizes) / len(sizes), LIMITS["length bias"]
+        chosen, rejected = (sum(side) / len(sizes) for side in zip(*sizes, strict=True))
+        text = (f"the chosen response is the longer one in {share:.1%} of {len(sizes):,} pairs; "
+                f"mean lengths {chosen:,.0f} and {rejected:,.0f} characters")
         findings.append(Finding("length bias", text, 1 - limit <= share <= limit))
-    return findings
-
-
-def _languages(languages: Counter[str]) -> Finding:
+    languages = Counter(guess(text) if len(text) >= _SHORTEST_TEXT else "too short"
+                        for some in texts.values() for text in some)
     total = languages.total()
-    common = [(name, n / total) for name, n in languages.most_common() if n >= 0.01 * total]
-    listed = ", ".join(f"{name} {share:.0%}" for name, share in common) or "none"
-    return Finding("languages", f"{listed} (guessed from {total:,} rows)")
+    common = [f"{name} {n / total:.0%}" for name, n in languages.most_common() if n * 100 >= total]
+    listed = ", ".join(common) or "none"
+    return [*findings, Finding("languages", f"{listed} (guessed from {total:,} rows)")]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _language(text: str) -> str:

@@ -277,19 +277,20 @@ def _write(
     datasets.disable_progress_bars()
     try:
         temporary.mkdir(parents=True)
-        parts = _collect(splitting.for_step(sources, split, tallies), temporary)
-        report = _encode_parts(parts, arguments, tallies, temporary, workers)
-        for tally, one, source in zip(tallies, report["data_sets"], sources, strict=True):
-            one |= {"data_set": source.label, "rows": tally.rows, "samples": tally.samples,
-                    "filtered_out": tally.unused}
+        samples = _collect(splitting.for_step(sources, split, tallies), temporary / "samples")
+        rows = _encode(samples, arguments, temporary / "samples", workers)
+        report: dict[str, Any] = {"cut": Counter(), "data_sets": [
+            {"data_set": source.label, "rows": tally.rows, "samples": tally.samples,
+             "filtered_out": tally.unused} for source, tally in zip(sources, tallies, strict=True)]}
+        for name in ("train", "held_out"):
+            _save_part(name, rows, arguments["lengths"], report, temporary)
         report["split"] = {
             "step": split.step, "seed": split.seed, "shares": list(split.shares),
             "held_out_share": splitting.HELD_OUT_SHARE, "languages": list(split.languages),
             "data": [{"data_set": source.label, "share": source.share,
                       "fingerprint": source.fingerprint()} for source in sources],
         }
-        for name in parts:
-            shutil.rmtree(temporary / f"{name}.samples", ignore_errors=True)
+        shutil.rmtree(temporary / "samples")
         report["files"] = {
             str(file.relative_to(temporary)): file.stat().st_size
             for file in sorted(temporary.rglob("*")) if file.is_file()
@@ -303,61 +304,26 @@ def _write(
 
 _SAMPLES = datasets.Features({
     "sample": datasets.Value("string"), "source": datasets.Value("int32"),
-    PROMPT: datasets.Value("int64"),
+    PROMPT: datasets.Value("int64"), "part": datasets.Value("string"),
 })
 
 
-def _collect(samples: Iterable[splitting.Placed], folder: Path) -> dict[str, datasets.Dataset]:
-    """Write samples to Arrow files: those to train on, and those held out."""
+def _collect(samples: Iterable[splitting.Placed], folder: Path) -> datasets.Dataset:
+    """Write samples to an Arrow file, so that they need not fit in memory."""
     from datasets.arrow_writer import ArrowWriter
 
-    writers = {}
-    for name in ("train", "held_out"):
-        (folder / f"{name}.samples").mkdir()
-        path = folder / f"{name}.samples" / "samples.arrow"
-        writers[name] = (path, ArrowWriter(features=_SAMPLES, path=str(path)))
-    for one in samples:
-        _, writer = writers["train" if one.step else "held_out"]
-        text = json.dumps(vars(one.sample), ensure_ascii=False)
-        writer.write({"sample": text, "source": one.source, PROMPT: one.digest})
-    found = {}
-    for name, (path, writer) in writers.items():
-        rows, _ = writer.finalize()
-        writer.close()
-        empty = datasets.Dataset.from_dict({})
-        found[name] = datasets.Dataset.from_file(str(path)) if rows else empty
-    return found
+    folder.mkdir()
+    path = str(folder / "samples.arrow")
+    with ArrowWriter(features=_SAMPLES, path=path) as writer:
+        for one in samples:
+            text = json.dumps(vars(one.sample), ensure_ascii=False)
+            writer.write({"sample": text, "source": one.source, PROMPT: one.digest,
+                          "part": "train" if one.step else "held_out"})
+        count, _ = writer.finalize()
+    return datasets.Dataset.from_file(path) if count else datasets.Dataset.from_dict({})
 
 
-def _encode_parts(
-    parts: dict[str, datasets.Dataset], arguments: dict[str, Any], tallies: Sequence[Tally],
-    folder: Path, workers: int | None,
-) -> dict[str, Any]:
-    """Encode both parts into `folder`, and return the report."""
-    lengths = arguments["lengths"]
-    report: dict[str, Any] = {"cut": Counter(), "data_sets": [{} for _ in tallies]}
-    for name, samples in parts.items():
-        rows = _encode_all(samples, arguments, folder / f"{name}.samples", workers)
-        if name == "train" and len(rows) and all(rows["prompt_cut"]):
-            raise UserError(f"{lengths.flag}: all {len(rows)} prompts are longer; raise it")
-        rows = _usable(rows, lengths, report["cut"], tallies)
-        used = Counter(rows["source"][:] if len(rows) else [])
-        for number, one in enumerate(report["data_sets"]):
-            one[name] = used[number]
-        report[name] = len(rows)
-        report["filtered_out"] = sum((tally.unused for tally in tallies), Counter[str]())
-        if name == "train" and not len(rows):
-            reasons = "; ".join(f"{n} {why}" for why, n in report["filtered_out"].items())
-            raise UserError(
-                f"--data_path: no row is left to train on ({reasons or 'no data'}); give more "
-                "data, or this step a larger share of --data_split"
-            )
-        if len(rows):
-            rows.remove_columns(["source"]).save_to_disk(str(folder / name))
-    return report
-
-
-def _encode_all(
+def _encode(
     samples: datasets.Dataset, arguments: dict[str, Any], folder: Path, workers: int | None
 ) -> datasets.Dataset:
     if not len(samples):
@@ -397,22 +363,38 @@ def _encode_batch(
     return columns | {name: [np.asarray(row, np.int32) for row in columns[name]] for name in ids}
 
 
-def _usable(
-    rows: datasets.Dataset, lengths: Lengths, cut: Counter[str], tallies: Sequence[Tally]
-) -> datasets.Dataset:
-    """Filter out the rows that have a reason for it, and count these and those that were cut."""
-    if not len(rows):
-        return rows
-    over = sum(rows["cut"])
-    if over and lengths.overlong == "error":
+def _save_part(
+    name: str, rows: datasets.Dataset, lengths: Lengths, report: dict[str, Any], folder: Path
+) -> None:
+    """Save the usable rows of a part, and count them and the others in the report."""
+    parts = rows["part"][:] if len(rows) else []
+    rows = rows.select([number for number, part in enumerate(parts) if part == name])
+    columns = {column: rows[column][:] if len(rows) else []
+               for column in ("cut", "prompt_cut", "source", FILTERED_OUT)}
+    if name == "train" and len(rows) and all(columns["prompt_cut"]):
+        raise UserError(f"{lengths.flag}: all {len(rows)} prompts are longer; raise it")
+    if any(columns["cut"]) and lengths.overlong == "error":
         raise UserError(
-            f"--overlong error: {over} rows are over {lengths.flag}; raise it, or take --overlong "
-            "truncate or drop"
+            f"--overlong error: {sum(columns['cut'])} rows are over {lengths.flag}; raise it, or "
+            "take --overlong truncate or drop"
         )
-    reasons = rows[FILTERED_OUT][:]
-    for reason, source in zip(reasons, rows["source"][:], strict=True):
+    kept = [number for number, reason in enumerate(columns[FILTERED_OUT]) if not reason]
+    used = Counter(columns["source"][number] for number in kept)
+    for number, one in enumerate(report["data_sets"]):
+        one[name] = used[number]
+    for source, reason in zip(columns["source"], columns[FILTERED_OUT], strict=True):
         if reason:
-            tallies[source].unused[reason] += 1
-    kept = rows.select([number for number, reason in enumerate(reasons) if not reason])
-    cut[f"cut to {lengths.flag}"] += sum(kept["cut"]) if len(kept) else 0
-    return kept.remove_columns(["cut", "prompt_cut", FILTERED_OUT])
+            report["data_sets"][source]["filtered_out"][reason] += 1
+    report[name] = len(kept)
+    report["cut"][f"cut to {lengths.flag}"] += sum(columns["cut"][number] for number in kept)
+    report["filtered_out"] = out = sum(
+        (one["filtered_out"] for one in report["data_sets"]), Counter[str]())
+    if name == "train" and not kept:
+        reasons = "; ".join(f"{n} {reason}" for reason, n in out.items())
+        raise UserError(
+            f"--data_path: no row is left to train on ({reasons or 'no data'}); give more data, or "
+            "this step a larger share of --data_split"
+        )
+    if kept:
+        unused = ["cut", "prompt_cut", FILTERED_OUT, "source", "part"]
+        rows.select(kept).remove_columns(unused).save_to_disk(str(folder / name))
