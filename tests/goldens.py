@@ -492,7 +492,7 @@ def bad_inputs(checkout: Checkout, wanted: Callable[[str], bool]) -> Iterator[tu
 
 
 def is_complaint(line: str) -> bool:
-    """Whether a line of stderr is an error's own: no traceback, no usage, no log line, no bar."""
+    """Return whether a line of stderr is an error's own: no traceback, usage, log line or bar."""
     return bool(line.strip()) and not re.match(r"\s|\[20|Traceback|usage:|.*(Warning|\d%\|)", line)
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from alpaca_rlhf.utils import arguments
-from alpaca_rlhf.utils.arguments import notices, split_shares, to_config
+from alpaca_rlhf.utils.arguments import notices, to_config
 from alpaca_rlhf.utils.configs import (
     FILE_TRACKERS,
     TRACKERS,
@@ -307,10 +307,10 @@ def test_a_deepspeed_config_that_is_not_json_is_refused(tmp_path):
         f"--deepspeed_config {path}: line 2: not valid JSON: Expecting value")
 
 
-@pytest.mark.parametrize("text", ["1,2", "1,2,x", "1,2,-3", "0,0,0", "1,2,inf", "1,2,3,4", ""])
+@pytest.mark.parametrize("text", ["1,2", "1,2,x", "1,2,-3", "0,0,0", "1,2,inf", "1,2,3,4"])
 def test_shares_that_are_not_three_numbers_are_refused(text):
     with pytest.raises(UserError, match="must be three numbers"):
-        split_shares(text)
+        parse(1, ["--data_split", text])
 
 
 # --- the config file -----------------------------------------------------------------------------

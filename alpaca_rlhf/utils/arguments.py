@@ -38,6 +38,7 @@ from alpaca_rlhf.utils.configs import (
     Bound,
     Option,
     RoleConfig,
+    SourcesConfig,
     Step3Config,
     StepConfig,
     groups,
@@ -142,20 +143,14 @@ def _hybrid_notices(args: Step3Config) -> Iterator[str]:
         yield "--enable_cuda_graph has no effect: with --unpin_actor_parameters weights come and go"
 
 
-def split_shares(data_split: str) -> tuple[float, float, float]:
-    """Return the three steps' shares of the data, not normalized: "2,4,4" is (2.0, 4.0, 4.0).
-
-    Raises:
-        UserError: they are not three finite numbers of 0 or more, or all are 0.
-    """
+def _check_split(data_split: str) -> None:
     try:
-        first, second, third = (_finite(part) for part in data_split.split(","))
+        shares = SourcesConfig(data_split=data_split).shares
     except ValueError:
-        first = second = third = -1.0
-    if min(first, second, third) < 0 or first + second + third == 0:
+        shares = (math.nan,) * 3
+    if not (all(math.isfinite(share) and share >= 0 for share in shares) and any(shares)):
         _refuse("data_split", data_split,
                 "must be three numbers of 0 or more, not all 0, such as 2,4,4")
-    return first, second, third
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -396,7 +391,7 @@ def _check_values(args: Any, given: frozenset[str]) -> None:
             if isinstance(text, str) and not text.strip() and option.flag in given:
                 _refuse(option.flag, text, "is empty; give a value or remove the flag")
         if option.flag == "data_split" and value is not None:
-            split_shares(value)
+            _check_split(value)
         for part in (option.hint, *get_args(option.hint)):
             for bound in getattr(part, "__metadata__", ()):
                 if isinstance(bound, Bound) and value is not None and not bound.holds(value):
@@ -409,7 +404,7 @@ def _check_values(args: Any, given: frozenset[str]) -> None:
 def _check_step(args: StepConfig) -> None:
     if isinstance(args, Step3Config):
         _check_paths(args)
-    if split_shares(args.data.data_split)[args.step - 1] == 0:
+    if args.data.shares[args.step - 1] == 0:
         _refuse("data_split", args.data.data_split,
                 f"leaves no data for step {args.step}; give its share, number {args.step} of the "
                 "three, a value above 0")
