@@ -141,14 +141,15 @@ class Small:
 
     def _settings(
         self, *names: str, stage: int, lora: int, accumulation: int = 1, lora_dropout: float = 0.0,
-        only_lora: bool = True, overrides: str | None = None, adam_eps: float = 1e-8, **role: Any,
+        only_lora: bool = True, overrides: str | None = None, adam_eps: float = 1e-8,
+        dtype: str = "fp32", **role: Any,
     ) -> tuple[list[RoleConfig], dict[str, Any]]:
         """Options of training, with a constant learning rate."""
         role = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3, "zero_stage": stage,
                 "lora_dim": lora, **role}
         roles = [RoleConfig(model_name_or_path=str(self.folder / name), **role) for name in names]
         return roles, {
-            "loading": LoadingConfig(),
+            "loading": LoadingConfig(dtype=dtype),
             "adapters": AdapterConfig(lora_dropout=lora_dropout, only_optimize_lora=only_lora),
             "engine": EngineConfig(deepspeed_config=overrides or self.overrides),
             "schedule": ScheduleConfig(
@@ -198,7 +199,7 @@ class Small:
             hybrid_engine(engine.actor, hybrid, slots=3),
             self.chat,
             sampling=SamplingConfig(max_new_tokens=tokens, temperature=temperature), seed=seed,
-            scoring_tokens=60, reward_function=reward_function,
+            micro_batch_size=2, reward_function=reward_function,
         )
 
     def prompts(self, count: int = 4) -> Any:
@@ -210,19 +211,19 @@ class Small:
 
     def experience(
         self, maker: Any, count: int = 4, *, prompts: Any = None, generations: int = 1,
-        **reward: Any,
+        order: Any = None, **reward: Any,
     ) -> tuple[Any, Any]:
         """The experience of one PPO iteration, and its metrics; scores are not normalized."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
-            ScoreNormalizer,
+            RewardNormalizer,
             make_experience,
         )
 
         prompts = prompts or self.prompts(count)
         config = RewardConfig(**{"reward_normalization": "none", **reward})
+        scored = maker.score(maker.generate(prompts, generations), order)
         return make_experience(
-            maker.score(maker.generate(prompts, generations)), ScoreNormalizer(config, ""), config,
-            PPOConfig(), config.kl_coef,
+            scored, RewardNormalizer(config, ""), config, PPOConfig(), config.kl_coef
         )
 
     def trainer(
@@ -234,10 +235,12 @@ class Small:
         `most` consecutive non-finite steps abort the run; their batches are saved in `folder`.
         """
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
+        from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RewardNormalizer
         from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 
         return PPOTrainer(
             engine, PPOConfig(per_device_training_batch_size=micro, **ppo),
+            normalizer=RewardNormalizer(RewardConfig(reward_normalization="none"), ""),
             accumulation_steps=accumulation, temperature=temperature, seed=3,
             guard=NonFiniteGuard(folder, most, "lower the learning rate"),
         )

@@ -220,7 +220,7 @@ def test_half_precision_on_a_cpu(command):
     if not distributed.on_cpu():
         pytest.skip("this machine has an accelerator")
     assert command.refusal(1, dtype="fp16") == (
-        "--dtype fp16: a CPU does not train in fp16; take fp32 or bf16")
+        "--dtype fp16: this CPU does not train in fp16; take fp32 or bf16")
 
 
 # --- as the user sees it -------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import Iteration
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     AdaptiveKLController,
-    ScoreNormalizer,
+    RewardNormalizer,
 )
 from alpaca_rlhf.utils.configs import CheckpointConfig, RewardConfig, RunConfig
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
@@ -144,7 +144,7 @@ DAMAGES = [
     (lambda folder: edit(folder / "manifest.json", files={"shared.pt": 5}), DAMAGED),
     (leave_a_file_out, DAMAGED),
     (lambda folder: edit(folder / "manifest.json", format=99),
-     "manifest.json has format 99, this version reads 1"),
+     "manifest.json has format 99, this version reads 2"),
 ]
 
 
@@ -311,7 +311,7 @@ def test_the_manifest_has_size_and_sha_256_of_every_file(tmp_path):
         for name, content in files.items()
     }
     assert manifest == {
-        "format": 1, "step_of_rlhf": 1, "step": 4, "in_round": False, "ranks": 1
+        "format": 2, "step_of_rlhf": 1, "step": 4, "in_round": False, "ranks": 1
     }
 
 
@@ -532,7 +532,7 @@ def ppo_run(small, output, resume=None):
     own = {"trainer": trainer, "sampler": small.maker(engine)}
     shared = {
         "controller": AdaptiveKLController(RewardConfig(kl_coef=0.1, kl_controller="adaptive")),
-        "normalizer": ScoreNormalizer(RewardConfig(reward_normalization="reference"), ""),
+        "normalizer": RewardNormalizer(RewardConfig(reward_normalization="reference"), ""),
         "ema": trainer.ema,
     }
     engines = {"actor": engine.actor, "critic": engine.critic}
@@ -545,7 +545,7 @@ def test_step_3_resumes_in_the_middle_of_an_iteration(small, tmp_path):
     with ppo_run(small, tmp_path / "run") as run:
         trainer, checkpoints = run["trainer"], run["checkpoints"]
         experience, metrics = small.experience(run["sampler"], count=8)
-        run["normalizer"](experience.score)
+        run["normalizer"].measure(experience)
         run["controller"].update(100.0, episodes=500)
         calls = []
 
@@ -561,7 +561,7 @@ def test_step_3_resumes_in_the_middle_of_an_iteration(small, tmp_path):
         assert (trainer.taken, again["checkpoints"].progress.step) == (2, 2)
         assert again["controller"].coef == run["controller"].coef
         assert again["normalizer"].state_dict() == run["normalizer"].state_dict()
-        assert not again["normalizer"].state_dict()["waiting"]
+        assert again["normalizer"].state_dict()["scores"]["statistics"]
         assert again["sampler"].generator.get_state().equal(run["sampler"].generator.get_state())
         result = trainer.update(trainer.iteration, 5)
     for metrics in (expected, result):

@@ -240,7 +240,7 @@ def test_experience_is_made_on_the_device_of_the_rollout(small, fake, monkeypatc
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
     reward = RewardConfig(reward_normalization="reference")
     made, _ = rollout.make_experience(
-        experience(R, P), rollout.ScoreNormalizer(reward, ""), reward, PPOConfig(), kl_coef=0.05)
+        experience(R, P), rollout.RewardNormalizer(reward, ""), reward, PPOConfig(), kl_coef=0.05)
     assert on_gpu(*tensors(made))
 
 

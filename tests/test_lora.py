@@ -154,16 +154,15 @@ def test_only_the_rank_that_writes_holds_the_gathered_weights(small):
     assert lora.gathered_state_dict(small.causal_lm(), on_this_rank=False) == {}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_folding_gives_the_same_logits_and_restores_every_weight_bit_for_bit(small, dtype):
-    model, batch = with_adapter(small.causal_lm(dtype=dtype)), small.prompts(3)
+def test_folding_gives_the_same_logits_and_restores_every_weight_bit_for_bit(small):
+    model, batch = with_adapter(small.causal_lm()), small.prompts(3)
     before, expected = snapshot(model), logits(model, batch)
     with lora.folded(model):
         inside, changed = logits(model, batch), moved(before, model)
         with lora.folded(model):  # once more adds nothing
             assert logits(model, batch).equal(inside)
         assert logits(model, batch).equal(inside)
-    assert (inside - expected).abs().mean() < (1e-5 if dtype == "fp32" else 0.05)
+    assert (inside - expected).abs().mean() < 1e-5
     assert len(changed) == 14
     assert moved(before, model) == set()
     assert logits(model, batch).equal(expected)

@@ -172,9 +172,7 @@ def test_the_policy_moves_toward_tokens_with_an_advantage(small, experience):
     learn(small.trainer(engine, micro=8), changed)
     engine.train(False)
     with torch.no_grad():
-        after = engine.logprobs(
-            engine.actor, changed.input_ids, changed.attention_mask, changed.responses, 1.0
-        )
+        after = engine.logprobs(engine.actor, changed, 1.0)
     assert ((after - changed.logprobs) * changed.advantages).sum() > 0.01
 
 

@@ -77,12 +77,13 @@ def test_adapters_are_counted_as_peft_makes_them(small):
 @pytest.mark.parametrize(("changes", "device", "host"), [
     ({}, 4 + 4 + 8, 0),
     ({"needs_frozen_copy": True}, 2 * 4 + 4 + 8, 0),
-    ({"dtype": "bf16"}, 2 + 2 + 8 + 4, 0),
+    ({"dtype": "bf16"}, 2 + 4 + 8 + 4, 0),
+    ({"ranks": 4, "dtype": "bf16"}, 2 + (4 + 8 + 4) / 4, 0),  # stage 2
     ({"ranks": 4, "stage": 1}, 4 + 4 + 8 / 4, 0),
     ({"ranks": 4, "stage": 2}, 4 + 4 / 4 + 8 / 4, 0),
     ({"ranks": 4, "stage": 3}, 4, 0),
     ({"ranks": 4, "stage": 2, "offload": True}, 4 + 4 / 4, 8 / 4),
-    ({"stage": 3, "offload": True, "dtype": "bf16"}, 2, 2 + 8 + 4),
+    ({"stage": 3, "offload": True, "dtype": "bf16"}, 4, 2 + 8 + 4),
 ])
 def test_bytes_per_parameter(machine, billion, changes, device, host):
     ranks = changes.get("ranks", 1)
@@ -128,7 +129,7 @@ def test_weights_that_do_not_fit_are_refused(machine, billion):
 
 
 @pytest.mark.parametrize(("device", "host", "ranks", "bf16", "flags"), [
-    (13.5, 1, 2, True, "--dtype bf16 --actor_zero_stage 3"),
+    (11, 1, 2, True, "--dtype bf16 --actor_zero_stage 3"),
     (11.5, 1, 1, True, "--dtype bf16 --actor_lora_dim 16"),
     (10.1, 1, 2, False, "--actor_zero_stage 3"),
     (5, 1, 2, False, "--actor_zero_stage 3 --actor_lora_dim 16"),

@@ -11,9 +11,7 @@ from torch.testing import assert_close
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     AdaptiveKLController,
-    RolloutMaker,
-    ScoreNormalizer,
-    length_groups,
+    RewardNormalizer,
     load_reward_function,
     make_experience,
 )
@@ -21,6 +19,7 @@ from alpaca_rlhf.utils import distributed, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig
 from alpaca_rlhf.utils.data.batches import Rollout, pad
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import response_logits
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
 
@@ -234,52 +233,40 @@ def test_padding_whose_id_is_an_eos_id_is_no_end(small, engine):
     assert not maker.score(Rollout(ids, mask, cut, cut * 0.0)).has_eos.any()
 
 
-# --- groups of similar length --------------------------------------------------------------------
+# --- micro-batches -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("prompts", "responses", "tokens", "groups"), [
-    ([3, 8, 1, 4, 3], [1, 1, 1, 1, 1], 10, [[1], [3, 0], [4, 2]]),
-    ([3, 8, 1], [1, 1, 1], 1, [[1], [0], [2]]),
-    ([5, 1], [1, 5], 20, [[0, 1]]),  # 5 + 5 columns of two rows: their padding counts
-    ([5, 1], [1, 5], 19, [[0], [1]]),
-])
-def test_a_group_has_rows_of_similar_length_and_at_most_so_many_tokens(
-    prompts, responses, tokens, groups
+def test_the_micro_batches_change_no_result_beyond_rounding_and_rows_keep_their_order(
+    small, engine
 ):
-    assert length_groups(prompts, responses, tokens) == groups
-
-
-def test_the_size_of_a_group_changes_no_result(small, engine, monkeypatch):
-    maker, sizes, right = small.maker(engine, tokens=8), [], RolloutMaker._score_group
+    maker = small.maker(engine, tokens=8)
     rollout = maker.generate(small.prompts(8))
-    monkeypatch.setattr(
-        RolloutMaker, "_score_group",
-        lambda self, part: sizes.append(part.input_ids.numel()) or right(self, part),
-    )
-    grouped = maker.score(rollout)
-    maker._scoring_tokens = 10_000
-    together = maker.score(rollout)
-    assert len(sizes) > 3
-    assert max(sizes[:-1]) <= 60
-    assert sizes[-1] == rollout.input_ids.numel()
-    for field in dataclasses.fields(ScoredRollout):
-        one, other = getattr(grouped, field.name), getattr(together, field.name)
-        if field.name == "input_ids":
-            one, other = (ids * rollout.attention_mask for ids in (one, other))
-        assert_close(one, other, rtol=1e-4, atol=1e-5)
+    by_length, shuffled = maker.score(rollout), maker.score(rollout, [5, 2, 7, 0, 1, 6, 3, 4])
+    maker._micro_batch_size = 8
+    together = maker.score(rollout, range(8))
+    for other in (by_length, shuffled):
+        for field in dataclasses.fields(ScoredRollout):
+            one, all_rows = getattr(other, field.name), getattr(together, field.name)
+            if field.name == "input_ids":
+                one, all_rows = (ids * rollout.attention_mask for ids in (one, all_rows))
+            assert_close(one, all_rows, rtol=1e-4, atol=1e-5)
 
 
-def test_a_rank_with_fewer_groups_repeats_its_last_and_counts_none_twice(
-    small, engine, monkeypatch
-):
-    maker, passes = small.maker(engine, tokens=8), []
-    rollout = maker.generate(small.prompts(8))
-    expected = maker.score(rollout)
-    monkeypatch.setattr(distributed, "max_over_ranks", lambda most: torch.tensor(11.0))
-    hook = engine.critic.register_forward_pre_hook(lambda *_: passes.append(1))
-    assert_equal(maker.score(rollout), expected)
-    hook.remove()
-    assert len(passes) == 2 * 11  # values, and scores with the adapter disabled
+def test_each_model_scores_all_micro_batches_before_the_next_one_does(small, engine):
+    seen, maker = [], small.maker(engine, tokens=8)
+    rollout = maker.generate(small.prompts(6))
+    adapter_on = {"actor": lora.lora_layers(engine.actor.module)[0],
+                  "critic": lora.lora_layers(engine.critic.module)[0]}
+    hooks = [
+        getattr(engine, role).register_forward_pre_hook(
+            lambda *_, role=role: seen.append((role, not adapter_on[role].disable_adapters)))
+        for role in adapter_on
+    ]
+    maker.score(rollout)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [(role, on) for role in ("actor", "critic") for on in (True, False)
+                    for _ in range(3)]
 
 
 # --- a reward function ---------------------------------------------------------------------------
@@ -325,19 +312,44 @@ def test_a_reward_function_is_found_by_module_and_name(tmp_path, monkeypatch):
     ("reference", [[-1.0, 1.0], [2.0, 2.0]]),  # mean and standard deviation of the first scores
     ("none", [[1.0, 3.0], [4.0, 4.0]]),
 ])
-def test_scores_are_normalized_by_fixed_statistics(small, mode, expected):
-    normalizer = ScoreNormalizer(RewardConfig(reward_normalization=mode), small.critic)
+def test_scores_and_values_are_normalized_by_the_same_fixed_statistics(small, mode, expected):
+    normalizer = RewardNormalizer(RewardConfig(reward_normalization=mode), small.critic)
     for given, normalized in zip([[1.0, 3.0], [4.0, 4.0]], expected, strict=True):
-        assert_close(normalizer(torch.tensor(given)), torch.tensor(normalized))
-    equal = ScoreNormalizer(RewardConfig(reward_normalization="reference"), "")
-    assert equal(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
+        normalizer.measure(by_hand(score=torch.tensor(given)))
+        for normalize in (normalizer.scores, normalizer.values):
+            assert_close(normalize(torch.tensor(given)), torch.tensor(normalized))
 
 
-def test_a_reward_function_is_not_normalized_by_the_reward_models_statistics(group, capsys):
-    normalizer = ScoreNormalizer(RewardConfig(reward_function="a:b"), "no such folder")
-    assert_close(normalizer(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]))
+def test_equal_scores_are_normalized_to_0(group):
+    normalizer = RewardNormalizer(RewardConfig(reward_normalization="reference"), "")
+    normalizer.measure(by_hand(score=torch.tensor([2.0, 2.0])))
+    assert normalizer.scores(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
+
+
+def test_a_reward_function_and_the_critic_are_each_normalized_by_their_own_statistics(
+    group, capsys
+):
+    normalizer = RewardNormalizer(RewardConfig(reward_function="a:b"), "no such folder")
+    normalizer.measure(by_hand(
+        score=torch.tensor([1.0, 3.0]), values=torch.tensor([[7.0, 10.0], [30.0, 0.0]])))
+    assert_close(normalizer.scores(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]))
+    assert_close(normalizer.values(torch.tensor([10.0, 30.0])), torch.tensor([-1.0, 1.0]))
     assert capsys.readouterr().out == (
         "--reward_function: its scores are normalized by those of the first rollouts\n")
+
+
+def test_the_critic_starts_in_the_unit_of_the_reward(small, engine):
+    # The values of the critic, which starts as the reward model, are its scores: at the last state
+    # a critic with the reward model's output predicts exactly the normalized score.
+    scored, reward = by_hand(score=torch.tensor([4.5, -1.5])), RewardConfig(kl_coef=0.0)
+    values = torch.tensor([[4.5, 4.5], [-1.5, 0.0]])
+    scored = dataclasses.replace(scored, values=values, has_eos=torch.tensor([True, True]))
+    experience, metrics = make_experience(
+        scored, RewardNormalizer(reward, small.critic), reward,
+        PPOConfig(whiten_advantages=False), kl_coef=0.0)
+    assert_close(experience.values, torch.tensor([[2.0, 2.0], [-1.0, 0.0]]))
+    assert_close(experience.advantages, torch.zeros(2, 2))
+    assert metrics["value/explained_variance"] == pytest.approx(1.0)
 
 
 def test_the_adaptive_kl_coefficient_moves_toward_the_target_by_at_most_a_fifth_per_horizon():
@@ -375,7 +387,7 @@ def by_hand(**changes):
 def made(scored, **ppo):
     reward = RewardConfig(reward_normalization="none")
     return make_experience(
-        scored, ScoreNormalizer(reward, ""), reward, PPOConfig(**ppo), kl_coef=0.1)
+        scored, RewardNormalizer(reward, ""), reward, PPOConfig(**ppo), kl_coef=0.1)
 
 
 def test_rewards_become_advantages_by_hand(group):

@@ -127,6 +127,8 @@ def notices(args: StepConfig) -> list[str]:
         lines.append("--allow_changed_args has no effect: nothing is resumed")
     if isinstance(args, Step3Config):
         lines += _hybrid_notices(args)
+        if args.ppo.align_overflow and args.loading.dtype != "fp16":
+            lines.append("--align_overflow has no effect: only --dtype fp16 overflows")
     return lines
 
 

@@ -470,8 +470,8 @@ class PPOConfig:
         None, "configuration of that data set")
     unsup_coef: NonNegative = option(1.0, "weight of the language-model (ptx) loss")
     enable_mixed_precision_lora: bool = _unavailable(False, "frozen weights are not quantized")
-    align_overflow: bool = _unavailable(
-        False, "an fp16 overflow skips the step of its own model only")
+    align_overflow: bool = option(
+        False, "in fp16, skip the step of both models when the gradient of one overflows")
     disable_actor_dropout: bool = _no_effect(
         False, "dropout is 0 unless --actor_dropout is given")
     disable_critic_dropout: bool = _no_effect(

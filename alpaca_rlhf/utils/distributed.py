@@ -157,15 +157,15 @@ def resolve_dtype(name: str) -> torch.dtype:
     """Return the dtype of a name: fp32, bf16, fp16 or auto (bf16 if the accelerator has it).
 
     Raises:
-        UserError: fp16 on a CPU, or bf16 on an accelerator without it.
+        UserError: fp16 on a CPU without it, or bf16 on an accelerator without it.
     """
     bf16 = has_bf16()
     if name == "auto":
         if not (bf16 or on_cpu()):
             _note_missing_bf16()
         return torch.bfloat16 if bf16 else torch.float32
-    if name == "fp16" and on_cpu():
-        raise UserError("--dtype fp16: a CPU does not train in fp16; take fp32 or bf16")
+    if name == "fp16" and on_cpu() and not get_accelerator().is_fp16_supported():
+        raise UserError("--dtype fp16: this CPU does not train in fp16; take fp32 or bf16")
     if name == "bf16" and not (bf16 or on_cpu()):
         raise UserError("--dtype bf16: this accelerator has no bf16; take fp16 or fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -12,6 +12,15 @@ from alpaca_rlhf.utils.errors import UserError
 MAX_GRAD_NORM = 1.0
 
 
+def effective_stage(zero_stage: int, dtype: torch.dtype) -> int:
+    """Return the ZeRO stage that trains: in bf16 and fp16 at least 2.
+
+    Below it DeepSpeed 0.19 keeps no fp32 sum of bf16 gradients in the optimizer that checkpoints
+    can be converted from, and without ZeRO it does not scale an fp16 loss at `backward`.
+    """
+    return zero_stage if dtype == torch.float32 else max(zero_stage, 2)
+
+
 def make(
     *, zero_stage: int, dtype: torch.dtype, micro_batch_size: int = 1,
     accumulation_steps: int = 1, offload: bool = False, overrides: str | None = None,
@@ -19,8 +28,9 @@ def make(
     """Return the dict for `deepspeed.initialize`.
 
     Args:
-        zero_stage: 0 to 3.
-        dtype: precision of the weights.
+        zero_stage: 0 to 3; see `effective_stage`.
+        dtype: precision of the weights; gradients are summed, over micro-batches and ranks, and
+            weights are updated in fp32.
         micro_batch_size: rows of a micro-batch on each rank.
         accumulation_steps: micro-batches of an optimizer step.
         offload: keep optimizer states, and under ZeRO-3 the weights, in host memory.
@@ -29,6 +39,7 @@ def make(
     Raises:
         UserError: the file contradicts a batch size or the ZeRO stage given by flags.
     """
+    zero_stage = effective_stage(zero_stage, dtype)
     zero: dict[str, Any] = {"stage": zero_stage}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -45,6 +56,8 @@ def make(
         "steps_per_print": 10**9,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16, "loss_scale_window": 100},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
     }
     if overrides:
         _merge(config, json.loads(Path(overrides).read_text()), overrides)

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from alpaca_rlhf.utils import console, distributed, optimizer
+from alpaca_rlhf.utils import console, distributed, ds_config, optimizer
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging import tracker
@@ -24,7 +24,8 @@ from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_config
 
 GB = 1e9
-MOMENTS, MASTER_COPY = 8, 4  # bytes per trained parameter: Adam's two in fp32; weights in fp32
+# Bytes per trained parameter, in fp32: Adam's moments; master weights; sums of gradients.
+MOMENTS, MASTER_COPY, GRADIENT = 8, 4, 4
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,12 @@ def need(models: Sequence[Planned], ranks: int) -> Need:
     """Return what the models need on one of `ranks` ranks."""
     device = host = weights = 0.0
     for model in models:
-        count, stage, width = size(model), model.role.zero_stage, model.dtype.itemsize
+        count, width = size(model), model.dtype.itemsize
+        stage = ds_config.effective_stage(model.role.zero_stage, model.dtype)
         frozen = lora.base_is_frozen(model.role, model.adapters)
         copies = 2 if model.needs_frozen_copy and not frozen else 1
         held = copies * count.total * width / (ranks if stage == 3 else 1)
-        gradients = count.trained * width / (ranks if stage >= 2 else 1)
+        gradients = count.trained * GRADIENT / (ranks if stage >= 2 else 1)
         state = MOMENTS + (MASTER_COPY if width < MASTER_COPY else 0)
         states = count.trained * state / (ranks if stage >= 1 else 1)
         moved = (states + (held if stage == 3 else 0)) if model.engine.offload else 0.0

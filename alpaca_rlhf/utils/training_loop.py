@@ -33,7 +33,26 @@ def optimizer_step(
     objective: Objective,
     total_weight: Tensor,
 ) -> dict[str, float] | None:
-    """Take one optimizer step from micro-batches of any sizes, on any number of ranks.
+    """Take one optimizer step: `accumulate`, then `engine.step()`.
+
+    Returns:
+        The metrics, or None if the loss or the gradient is non-finite on some rank: then nothing
+        has changed. (In fp16 a non-finite gradient is left to the loss scale.)
+    """
+    metrics = accumulate(engine, micro_batches, objective, total_weight)
+    if metrics is None:
+        return None
+    engine.step()
+    return metrics if engine.was_step_applied() or engine.fp16_enabled() else None
+
+
+def accumulate(
+    engine: deepspeed.DeepSpeedEngine,
+    micro_batches: Sequence[Any],
+    objective: Objective,
+    total_weight: Tensor,
+) -> dict[str, float] | None:
+    """Compute the gradient of micro-batches of any sizes, on any number of ranks.
 
     The gradient is that of sum(loss) / total_weight over all micro-batches and ranks, as of one big
     batch. (DeepSpeed averages gradients over ranks, hence the factor; its own division by the
@@ -46,9 +65,8 @@ def optimizer_step(
         total_weight: number of tokens or pairs in all micro-batches of all ranks.
 
     Returns:
-        `loss` and the metrics' means (maxima) over the whole step, or None if the loss or the
-        gradient is non-finite on some rank: then nothing has changed. (In fp16 a non-finite
-        gradient is left to the loss scale.)
+        `loss` and the metrics' means (maxima) over the whole step, or None if the loss, or without
+        ZeRO the gradient, is non-finite on some rank: then the gradient is 0.
     """
     sums: Stats = {}
     for i, batch in enumerate(micro_batches):
@@ -57,13 +75,14 @@ def optimizer_step(
         loss, stats = objective(batch)
         bad = (~torch.isfinite(loss.detach())).float()
         if distributed.max_over_ranks(bad).item():
-            _clear_gradients(engine)
+            clear_gradients(engine)
             return None
         engine.backward(loss / total_weight * distributed.world_size(), scale_wrt_gas=False)
-        if last and not _plain_norm_is_finite(engine):
-            _clear_gradients(engine)
+        if not last:
+            engine.step()
+        elif not _plain_norm_is_finite(engine):
+            clear_gradients(engine)
             return None
-        engine.step()
         for name, value in {"loss": loss.detach(), **stats}.items():
             value = value.detach().double()
             if name not in sums:
@@ -71,9 +90,20 @@ def optimizer_step(
             else:
                 largest = name.endswith("_max")
                 sums[name] = torch.maximum(sums[name], value) if largest else sums[name] + value
-    if not (engine.was_step_applied() or engine.fp16_enabled()):
-        return None
     return _over_ranks(sums, total_weight)
+
+
+def step_together(*engines: deepspeed.DeepSpeedEngine) -> None:
+    """Step fp16 engines with accumulated gradients, or none if the gradient of one overflows.
+
+    An engine whose gradient has overflowed lowers its loss scale.
+    """
+    overflows = [engine.optimizer.has_overflow() for engine in engines]
+    for engine, overflow in zip(engines, overflows, strict=True):
+        if overflow or not any(overflows):
+            engine.step()
+        else:
+            clear_gradients(engine)
 
 
 def _plain_norm_is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
@@ -85,7 +115,8 @@ def _plain_norm_is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
     return bool(torch.isfinite(engine._global_grad_norm))
 
 
-def _clear_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+def clear_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Drop the accumulated gradient."""
     engine.zero_grad()
     optimizer = engine.optimizer
     if hasattr(optimizer, "zero_grad"):

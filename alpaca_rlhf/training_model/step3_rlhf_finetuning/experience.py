@@ -5,7 +5,6 @@ Shapes: B rollouts, P prompt tokens (left-padded), R response tokens (right-padd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,18 +18,14 @@ class ScoredRollout(Rollout):
 
     logprobs: Tensor  # [B, R] of the sampled tokens, under the policy that sampled them
     ref_logprobs: Tensor  # [B, R] under the reference model
-    values: Tensor  # [B, R] of the state before each response token
+    values: Tensor  # [B, R] of the state before each response token, in the critic's unit
     score: Tensor  # [B] of the reward model, not normalized
     has_eos: Tensor  # [B] bool
 
 
 @dataclass(frozen=True)
 class Experience(ScoredRollout):
-    """Scored rollouts with advantages: what an update learns from."""
+    """Scored rollouts with advantages: what an update learns from. Its values are normalized."""
 
     advantages: Tensor  # [B, R], whitened, zero outside the mask
     returns: Tensor  # [B, R], zero outside the mask
-
-    def mini_batches(self, size: int, order: Sequence[int]) -> list[Experience]:
-        """Cut the rows, in this order, into mini-batches of `size` rows."""
-        return [self.rows(order[i : i + size]) for i in range(0, len(order), size)]

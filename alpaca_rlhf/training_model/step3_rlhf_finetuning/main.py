@@ -26,8 +26,8 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEng
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     AdaptiveKLController,
     RewardFunction,
+    RewardNormalizer,
     RolloutMaker,
-    ScoreNormalizer,
     load_reward_function,
     make_experience,
     mean_over_ranks,
@@ -40,7 +40,7 @@ from alpaca_rlhf.utils.data.batches import collate_prompts, text_batches
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat, load_tokenizer, require_same
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, Alarms, Limits
+from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
 from alpaca_rlhf.utils.logging.tracker import Tracker
 from alpaca_rlhf.utils.model.reward_model import is_reward_model
 from alpaca_rlhf.utils.preflight import Planned
@@ -66,7 +66,7 @@ def main() -> None:
     folder, found = open_run(args.run, args.checkpoint, step=3, arguments=config)
     preflight.check(planned(args), args.tracking.trackers)
     reward_function = load_reward_function(args.reward.reward_function)
-    normalizer = ScoreNormalizer(args.reward, args.critic.model_name_or_path)
+    normalizer = RewardNormalizer(args.reward, args.critic.model_name_or_path)
 
     chat = load_shared_chat(args)
     data = prepare.prepare_prompts(
@@ -124,8 +124,7 @@ def load_shared_chat(args: Step3Config) -> ChatFormat:
 def alarms(args: Step3Config) -> Alarms:
     """Return the alarms that check every iteration's metrics."""
     fp32 = distributed.resolve_dtype(args.loading.dtype) == torch.float32
-    exact = fp32 and distributed.world_size() == 1
-    limits = Limits(first_log_ratio=EXACT if exact else CLOSE)
+    limits = Limits.of_precision(fp32, distributed.world_size())
     if args.reward.kl_controller == "adaptive":
         limits = replace(limits, kl=max(limits.kl, 2 * args.reward.kl_target))
     return Alarms(limits)
@@ -136,7 +135,7 @@ class PPO:
 
     def __init__(
         self, args: Step3Config, chat: ChatFormat, data: Prepared, folder: RunFolder,
-        found: Found | None, normalizer: ScoreNormalizer, reward_function: RewardFunction | None,
+        found: Found | None, normalizer: RewardNormalizer, reward_function: RewardFunction | None,
     ) -> None:
         self._args, self._data, self._folder = args, data, folder
         self._longest = args.rollout.max_prompt_seq_len + args.sampling.max_new_tokens
@@ -149,21 +148,23 @@ class PPO:
         self.engine = engine = RLHFEngine(
             args.actor, args.critic, chat.tokenizer, loading=args.loading, adapters=args.lora,
             engine=args.engine, schedule=args.schedule, micro_batch_size=micro_batch_size,
-            total_steps=self.plan.total_steps, needs_reward_model=reward_function is None,
+            total_steps=self.plan.total_steps,
+            critic_warmup_steps=args.ppo.critic_warmup_steps,
+            needs_reward_model=reward_function is None,
         )
         console.say("\n".join(engine.summary))
         slots = args.rollout.per_device_generation_batch_size
         self.maker = RolloutMaker(
             engine, HybridEngine(engine.actor, args.hybrid, slots), chat, sampling=args.sampling,
-            seed=args.run.seed, scoring_tokens=micro_batch_size * self._longest,
-            reward_function=reward_function,
+            seed=args.run.seed, micro_batch_size=micro_batch_size, reward_function=reward_function,
         )
         self._guard = NonFiniteGuard(
             folder.path, args.schedule.max_skipped_steps,
             "lower --actor_learning_rate and --critic_learning_rate, or take --dtype bf16",
         )
         self.trainer = PPOTrainer(
-            engine, args.ppo, accumulation_steps=args.schedule.gradient_accumulation_steps,
+            engine, args.ppo, normalizer=normalizer,
+            accumulation_steps=args.schedule.gradient_accumulation_steps,
             temperature=args.sampling.temperature, seed=args.run.seed, guard=self._guard,
         )
         self._normalizer, self._controller = normalizer, AdaptiveKLController(args.reward)
@@ -171,7 +172,7 @@ class PPO:
         shared: dict[str, Any] = {"faults": self._guard, "controller": self._controller,
                                   "normalizer": self._normalizer}
         if self.trainer.ema is not None:
-            (own if self.trainer.ema.sharded else shared)["ema"] = self.trainer.ema
+            shared["ema"] = self.trainer.ema
         self.checkpoints = Checkpoints(
             folder, {"actor": engine.actor, "critic": engine.critic}, config=args.checkpoint,
             step=3, arguments=arguments.to_config(args), found=found, own=own, shared=shared,
@@ -194,7 +195,7 @@ class PPO:
         )
         for number, prompts in islice(enumerate(plan, 1), complete, None):
             start = time.perf_counter()
-            iteration = trainer.iteration or self._roll_out(prompts)
+            iteration = trainer.iteration or self._roll_out(prompts, number - 1)
             metrics = trainer.update(
                 iteration, number - 1, next(texts),
                 before_step=partial(self._boundary, tracker, number, mid_iteration=True),
@@ -205,14 +206,14 @@ class PPO:
             self._controller.update(metrics["kl/k1"], episodes)
             self._boundary(tracker, number, due=plan.ends_epoch(number))
 
-    def _roll_out(self, prompts: list[int]) -> Iteration:
-        """Generate and score responses, and compute the experience of an iteration."""
+    def _roll_out(self, prompts: list[int], number: int) -> Iteration:
+        """Generate and score responses, and compute the experience of iteration `number` from 0."""
         args, start = self._args, time.perf_counter()
         rows = [self._data.train[i] for i in prompts]
         batch = collate_prompts(rows, self.maker.chat.pad_id).to(distributed.device())
         rollout = self.maker.generate(batch, args.sampling.num_generations)
         generated = time.perf_counter()
-        scored = self.maker.score(rollout)
+        scored = self.maker.score(rollout, self.trainer.row_order(len(rollout), number))
         experience, metrics = make_experience(
             scored, self._normalizer, args.reward, args.ppo, self._controller.coef
         )

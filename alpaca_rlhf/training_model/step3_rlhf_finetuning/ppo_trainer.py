@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RewardNormalizer
 from alpaca_rlhf.utils import distributed, losses, rl_math
 from alpaca_rlhf.utils.configs import (
     PPOConfig,
@@ -24,10 +25,14 @@ from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 from alpaca_rlhf.utils.training_loop import (
+    Objective,
     Stats,
+    accumulate,
+    clear_gradients,
     global_weight,
     gradient_norm,
     optimizer_step,
+    step_together,
 )
 
 
@@ -101,6 +106,7 @@ class PPOTrainer:
     Args:
         engine: the four roles.
         ppo: hyperparameters.
+        normalizer: gives the critic's values the unit of the reward.
         accumulation_steps: micro-batches of an optimizer step, which never spans two iterations.
         temperature: of the sampler, for the log-probabilities.
         seed: of the order of rows.
@@ -108,10 +114,10 @@ class PPOTrainer:
     """
 
     def __init__(
-        self, engine: RLHFEngine, ppo: PPOConfig, *, accumulation_steps: int, temperature: float,
-        seed: int, guard: NonFiniteGuard,
+        self, engine: RLHFEngine, ppo: PPOConfig, *, normalizer: RewardNormalizer,
+        accumulation_steps: int, temperature: float, seed: int, guard: NonFiniteGuard,
     ) -> None:
-        self._engine, self._ppo = engine, ppo
+        self._engine, self._ppo, self._normalizer = engine, ppo, normalizer
         self._accumulation_steps, self._temperature, self._seed = (
             accumulation_steps, temperature, seed
         )
@@ -143,6 +149,10 @@ class PPOTrainer:
             experience = Experience(**unfinished["experience"]).to(distributed.device())
             self.iteration = Iteration(experience, unfinished["metrics"], unfinished["records"])
 
+    def row_order(self, rows: int, number: int, epoch: int = 0) -> list[int]:
+        """Return the order of an iteration's rows in an epoch, both counted from 0."""
+        return shuffled(rows, self._seed, number * self._ppo.ppo_epochs + epoch)
+
     def update(
         self, iteration: Iteration, number: int, text: list[TokenBatch] | None = None,
         before_step: Callable[[], None] = lambda: None,
@@ -166,9 +176,7 @@ class PPOTrainer:
         self._engine.train(True)
         step = 0
         for epoch in range(ppo.ppo_epochs):
-            order = shuffled(
-                len(iteration.experience), self._seed, number * ppo.ppo_epochs + epoch
-            )
+            order = self.row_order(len(iteration.experience), number, epoch)
             batches = iteration.experience.mini_batches(ppo.per_device_training_batch_size, order)
             for i in range(0, len(batches), self._accumulation_steps):
                 step += 1
@@ -192,47 +200,52 @@ class PPOTrainer:
         """Take an optimizer step of the critic and, after its warm-up, of the actor."""
         engine = self._engine
         weight, random_state = global_weight(micro_batches), torch.get_rng_state()
-        value = optimizer_step(engine.critic, micro_batches, self._value_objective, weight)
+        trains_actor = self.steps >= self._ppo.critic_warmup_steps
+        together = self._ppo.align_overflow and engine.actor.fp16_enabled() and trains_actor
+        gradient = accumulate if together else optimizer_step
+        value = gradient(engine.critic, micro_batches, self._value_objective, weight)
         policy: dict[str, float] | None = {}
-        if value is not None and self.steps >= self._ppo.critic_warmup_steps:
-            policy = self._actor_step(micro_batches, text, weight)
+        if value is not None and trains_actor:
+            policy = gradient(engine.actor, *self._actor_part(micro_batches, text, weight), weight)
+            if together and policy is None:
+                clear_gradients(engine.critic)
+            elif together:
+                step_together(engine.critic, engine.actor)
         if value is None or policy is None:
             self._guard.skip(self.taken + 1, [*micro_batches, *(text or [])], random_state)
             return {}
         self._guard.step_taken()
         self.steps += 1
+        if policy:
+            # Before the first update every ratio is 1: an alarm checks this one.
+            differences = {kind: policy.pop(f"difference_{kind}") for kind in ("mean", "max")}
+            if not self._checked:
+                policy |= {f"first_log_ratio_{kind}": x for kind, x in differences.items()}
+            self._checked = True
         record: dict[str, float] = {}
         for role, metrics in (("value", value), ("policy", policy)):
             record |= {f"{role}/{name}": number for name, number in metrics.items()}
         for role, trained in (("actor", engine.actor), ("critic", engine.critic)):
-            if role == "critic" or policy:
+            if role == "actor" and not trains_actor:
+                continue
+            record[f"lr/{role}"] = trained.get_lr()[0]
+            if trained.fp16_enabled():
+                record[f"overflow/{role}"] = float(not trained.was_step_applied())
+            if trained.was_step_applied():
                 record[f"grad_norm/{role}"] = gradient_norm(trained)
-                record[f"lr/{role}"] = trained.get_lr()[0]
+        if self.ema is not None and trains_actor and engine.actor.was_step_applied():
+            self.ema.update()
         return record
 
-    def _actor_step(
+    def _actor_part(
         self, micro_batches: list[Experience], text: list[TokenBatch] | None, weight: Tensor
-    ) -> dict[str, float] | None:
-        """Take an optimizer step of the actor, with the ptx loss if there is text."""
-        if text:
-            share = weight / global_weight(text) * self._ppo.unsup_coef
-            policy = optimizer_step(
-                self._engine.actor, list(zip(micro_batches, text, strict=True)),
-                lambda pair: self._joint_objective(pair[0], pair[1], share), weight,
-            )
-        else:
-            policy = optimizer_step(
-                self._engine.actor, micro_batches, self._policy_objective, weight
-            )
-        if policy is not None:
-            # Before the first update every ratio is 1: an alarm checks this one.
-            difference = policy.pop("difference_max")
-            if not self._checked:
-                policy["first_log_ratio_max"] = difference
-            self._checked = True
-            if self.ema is not None:
-                self.ema.update()
-        return policy
+    ) -> tuple[list[Any], Objective]:
+        """Return the actor's micro-batches and objective, with the ptx loss if there is text."""
+        if not text:
+            return list(micro_batches), self._policy_objective
+        share = weight / global_weight(text) * self._ppo.unsup_coef
+        pairs = list(zip(micro_batches, text, strict=True))
+        return pairs, lambda pair: self._joint_objective(pair[0], pair[1], share)
 
     def _policy_objective(self, batch: Experience) -> tuple[Tensor, Stats]:
         ppo = self._ppo
@@ -243,8 +256,8 @@ class PPOTrainer:
         loss, stats = losses.policy_loss(
             logprobs, batch.logprobs, batch.advantages, batch.response_mask, ppo.cliprange
         )
-        difference = (logprobs - batch.logprobs).detach() * batch.response_mask
-        stats["difference_max"] = difference.abs().max()
+        difference = ((logprobs - batch.logprobs).detach() * batch.response_mask).abs()
+        stats |= {"difference_mean": difference.sum(), "difference_max": difference.max()}
         with torch.set_grad_enabled(ppo.entropy_coef != 0):
             entropy = rl_math.entropy(logits, self._temperature) * batch.response_mask
         stats["entropy"] = entropy.sum()
@@ -262,9 +275,7 @@ class PPOTrainer:
         return loss + ptx, {**stats, "unsup_loss": ptx.detach()}
 
     def _value_objective(self, batch: Experience) -> tuple[Tensor, Stats]:
-        values = self._engine.values(
-            batch.input_ids, batch.attention_mask, batch.response_length
-        )
+        values = self._normalizer.values(self._engine.values(batch))
         return losses.value_loss(
             values, batch.values, batch.returns, batch.response_mask, self._ppo.cliprange_value
         )

@@ -21,11 +21,12 @@ from alpaca_rlhf.utils.configs import (
     RoleConfig,
     ScheduleConfig,
 )
+from alpaca_rlhf.utils.data.batches import Rollout
 from alpaca_rlhf.utils.data.tokenizer import eos_ids
 from alpaca_rlhf.utils.engine import build_frozen, build_trained
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm, response_logits
-from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model, scores
+from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model
 
 # Adam's default of 1e-8 lets the first, tiny gradients of a critic take full steps ("N
 # implementation details of RLHF with PPO", 2023).
@@ -41,6 +42,7 @@ class RLHFEngine:
         tokenizer: of all four roles.
         loading, adapters, engine, schedule, micro_batch_size, total_steps, adam_eps: as for
             `build_trained`, of actor and critic alike.
+        critic_warmup_steps: of `total_steps`, those that do not train the actor.
         needs_reward_model: False if a function replaces the reward model.
     """
 
@@ -48,14 +50,14 @@ class RLHFEngine:
         self, actor: RoleConfig, critic: RoleConfig, tokenizer: PreTrainedTokenizerBase, *,
         loading: LoadingConfig, adapters: AdapterConfig, engine: EngineConfig,
         schedule: ScheduleConfig, micro_batch_size: int, total_steps: int,
-        needs_reward_model: bool = True, adam_eps: float = ADAM_EPS,
+        critic_warmup_steps: int = 0, needs_reward_model: bool = True, adam_eps: float = ADAM_EPS,
     ) -> None:
         build = partial(
             build_trained, loading=loading, adapters=adapters, engine=engine, schedule=schedule,
-            micro_batch_size=micro_batch_size, total_steps=total_steps, adam_eps=adam_eps,
+            micro_batch_size=micro_batch_size, adam_eps=adam_eps,
         )
         load = partial(load_causal_lm, tokenizer=tokenizer)
-        self.actor, trained = build(load, actor)
+        self.actor, trained = build(load, actor, total_steps=total_steps - critic_warmup_steps)
         self._reference, source = None, "the actor with its adapter disabled"
         if not lora.base_is_frozen(actor, adapters):
             self._reference, source = build_frozen(load, actor, loading), "a frozen copy"
@@ -65,7 +67,7 @@ class RLHFEngine:
         self.eos_ids = torch.tensor(ends, device=distributed.device())
 
         load = partial(load_reward_model, tokenizer=tokenizer)
-        self.critic, trained = build(load, critic, wrap=TokenScorer)
+        self.critic, trained = build(load, critic, total_steps=total_steps, wrap=TokenScorer)
         self._reward, source = None, "the critic with its adapter disabled"
         if not needs_reward_model:
             source = "a function"
@@ -83,23 +85,25 @@ class RLHFEngine:
         with lora.adapter_disabled(self.actor.module):
             yield self.actor
 
-    def logprobs(
-        self, model: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor, temperature: float
-    ) -> Tensor:
-        """Return log-probabilities [B, R] of tokens [B, R], the end of ids [B, P + R]."""
-        logits = response_logits(model, ids, mask, tokens.shape[1])
-        return rl_math.token_logprobs(logits, tokens, temperature)
-
-    def values(self, ids: Tensor, mask: Tensor, response_length: int) -> Tensor:
-        """Return the critic's values [B, R] of the state before each response token."""
-        return self.critic(ids, mask)[:, -response_length - 1 : -1]
-
-    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the reward model's scores [B] of whole sequences [B, P + R]."""
+    @contextlib.contextmanager
+    def reward_model(self) -> Iterator[nn.Module]:
+        """Give the frozen reward model, which computes a score for every position."""
         if self._reward is not None:
-            return scores(self._reward, ids, mask)
+            yield self._reward
+            return
         with lora.adapter_disabled(self.critic.module.model):
-            return scores(self.critic, ids, mask)
+            yield self.critic
+
+    def logprobs(self, model: nn.Module, rollout: Rollout, temperature: float) -> Tensor:
+        """Return log-probabilities [B, R], in nats, of the response tokens under a model."""
+        logits = response_logits(
+            model, rollout.input_ids, rollout.attention_mask, rollout.response_length)
+        return rl_math.token_logprobs(logits, rollout.responses, temperature)
+
+    def values(self, rollout: Rollout) -> Tensor:
+        """Return the critic's values [B, R] of the state before each response token."""
+        values = self.critic(rollout.input_ids, rollout.attention_mask)
+        return values[:, -rollout.response_length - 1 : -1]
 
     def train(self, mode: bool) -> None:
         """Set training or evaluation mode of actor and critic."""

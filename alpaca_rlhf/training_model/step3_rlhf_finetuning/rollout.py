@@ -17,7 +17,7 @@ from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.reward_model import load_statistics
+from alpaca_rlhf.utils.model.reward_model import load_statistics, scores
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 
@@ -67,18 +67,18 @@ class RolloutMaker:
         hybrid: takes the actor into generation mode.
         chat: the tokenizer.
         seed: of the sampler; each rank samples its own responses.
-        scoring_tokens: most tokens that are scored at once, padding included.
+        micro_batch_size: rows that are scored at once, as many as are trained at once.
         reward_function: replaces the reward model.
     """
 
     def __init__(
         self, engine: RLHFEngine, hybrid: HybridEngine, chat: ChatFormat, *,
-        sampling: SamplingConfig, seed: int, scoring_tokens: int,
+        sampling: SamplingConfig, seed: int, micro_batch_size: int,
         reward_function: RewardFunction | None = None,
     ) -> None:
         self.engine, self.chat, self.sampling = engine, chat, sampling
         self._hybrid = hybrid
-        self._scoring_tokens = scoring_tokens
+        self._micro_batch_size = micro_batch_size
         self._reward_function = reward_function
         self.generator = torch.Generator(device=distributed.device())
         self.reseed(seed)
@@ -103,49 +103,49 @@ class RolloutMaker:
         )
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> ScoredRollout:
+    def score(self, rollout: Rollout, order: Sequence[int] | None = None) -> ScoredRollout:
         """Compute log-probabilities, values and scores of rollouts, in evaluation mode.
 
-        Rows are grouped by length. The log-probabilities come from the layout that is trained, not
-        from decoding: at the first update every ratio is then 1, to a precision that sums in
-        another order do not have (docs/hybrid_engine.md).
-        """
-        self.engine.train(False)
-        responses = rollout.response_mask.sum(-1)
-        prompts = rollout.attention_mask.sum(-1) - responses
-        groups = length_groups(prompts.tolist(), responses.tolist(), self._scoring_tokens)
-        # Under ZeRO-3 each forward pass is a collective: a rank with fewer groups repeats its last.
-        count = torch.tensor(float(len(groups)), device=rollout.input_ids.device)
-        most = int(distributed.max_over_ranks(count).item())
-        parts = [
-            self._score_group(rollout.rows(groups[min(i, len(groups) - 1)])) for i in range(most)
-        ]
-        order = [row for group in groups for row in group]
-        places = sorted(range(len(order)), key=order.__getitem__)
-        scored = ScoredRollout.joined(parts[: len(groups)]).rows(places)
-        if self._reward_function is not None:
-            scores = apply_reward_function(self._reward_function, *self.texts(rollout))
-            scored = replace(scored, score=scored.score.new_tensor(scores))
-        self.engine.train(True)
-        return scored
+        The log-probabilities do not come from decoding but from the very micro-batches of the first
+        epoch: at the first update every ratio is then 1, in every precision, since sums are taken
+        in the same order (docs/hybrid_engine.md). Each model scores all micro-batches before the
+        next one does: ZeRO-3 prefetches in the order of the last pass.
 
-    def _score_group(self, rollout: Rollout) -> ScoredRollout:
+        Args:
+            rollout: of this rank; every rank has the same number of rows.
+            order: of the rows in the first epoch; by default the longest first.
+        """
         engine, temperature = self.engine, self.sampling.temperature or 1.0
-        ids, mask, tokens = rollout.input_ids, rollout.attention_mask, rollout.responses
-        logprobs = engine.logprobs(engine.actor, ids, mask, tokens, temperature)
+        engine.train(False)
+        if order is None:
+            lengths = rollout.attention_mask.sum(-1).tolist()
+            order = sorted(range(len(rollout)), key=lambda row: -lengths[row])
+        parts = rollout.mini_batches(self._micro_batch_size, order)
+        logprobs = [engine.logprobs(engine.actor, part, temperature) for part in parts]
         with engine.reference() as reference:
-            ref_logprobs = engine.logprobs(reference, ids, mask, tokens, temperature)
-        response = rollout.response_mask
-        by_model = self._reward_function is None
-        return ScoredRollout(
-            input_ids=ids, attention_mask=mask, response_mask=response,
-            decoded_logprobs=rollout.decoded_logprobs,
-            logprobs=logprobs * response,
-            ref_logprobs=ref_logprobs * response,
-            values=engine.values(ids, mask, rollout.response_length) * response,
-            score=engine.score(ids, mask) if by_model else ids.new_zeros(len(ids)).float(),
-            has_eos=(torch.isin(tokens, engine.eos_ids) & response.bool()).any(-1),
-        )
+            ref_logprobs = [engine.logprobs(reference, part, temperature) for part in parts]
+        values = [engine.values(part) for part in parts]
+        if self._reward_function is None:
+            with engine.reward_model() as reward_model:
+                score = torch.cat(
+                    [scores(reward_model, part.input_ids, part.attention_mask) for part in parts])
+        else:
+            numbers = apply_reward_function(self._reward_function, *self.texts(rollout))
+            score = values[0].new_tensor([numbers[row] for row in order])
+        engine.train(True)
+        scored = ScoredRollout.joined([
+            ScoredRollout(
+                input_ids=part.input_ids, attention_mask=part.attention_mask,
+                response_mask=part.response_mask, decoded_logprobs=part.decoded_logprobs,
+                logprobs=logprobs[i] * part.response_mask,
+                ref_logprobs=ref_logprobs[i] * part.response_mask,
+                values=values[i] * part.response_mask,
+                score=score[i * self._micro_batch_size :][: len(part)],
+                has_eos=(torch.isin(part.responses, engine.eos_ids) & part.response_mask.bool()
+                         ).any(-1),
+            ) for i, part in enumerate(parts)
+        ])
+        return scored.rows(sorted(range(len(order)), key=order.__getitem__))
 
     def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
         """Return prompts and responses as text."""
@@ -160,66 +160,81 @@ class RolloutMaker:
         return prompts, responses
 
 
-def length_groups(
-    prompts: Sequence[int], responses: Sequence[int], tokens: int
-) -> list[list[int]]:
-    """Group rows of similar length, the longest first, up to `tokens` per group with padding.
-
-    Prompts are padded to the longest on the left and responses on the right. A row that is longer
-    than `tokens` is a group of its own.
+class Normalizer:
+    """Computes (x - mean) / std with fixed statistics, or with those of the first values it gets.
 
     Args:
-        prompts, responses: number of tokens of each row.
-        tokens: most tokens of a group.
+        statistics: mean and standard deviation; None measures them.
     """
-    groups: list[list[int]] = []
-    widths = 0, 0
-    for row in sorted(range(len(prompts)), key=lambda i: -(prompts[i] + responses[i])):
-        wider = max(widths[0], prompts[row]), max(widths[1], responses[row])
-        if groups and (len(groups[-1]) + 1) * sum(wider) <= tokens:
-            groups[-1].append(row)
-            widths = wider
-        else:
-            groups.append([row])
-            widths = prompts[row], responses[row]
-    return groups
+
+    def __init__(self, statistics: tuple[float, float] | None) -> None:
+        self._statistics = statistics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics."""
+        return {"statistics": self._statistics and list(self._statistics)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the statistics."""
+        self._statistics = state["statistics"] and tuple(state["statistics"])
+
+    def measure(self, values: Tensor) -> None:
+        """Take the statistics of values [B] of all ranks, unless there are some already."""
+        if self._statistics is None:
+            mean, std = _moments_over_ranks(values, torch.ones_like(values))
+            self._statistics = mean.item(), std.item()
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Normalize values of any shape."""
+        assert self._statistics is not None, "statistics are measured before they are used"
+        mean, std = self._statistics
+        return (values - mean) / max(std, 1e-6)
 
 
-class ScoreNormalizer:
-    """Computes (score - mean) / std with fixed statistics.
+class RewardNormalizer:
+    """Gives scores and values the unit of the reward.
+
+    The critic starts as the reward model, so one pair of statistics normalizes the scores of the
+    one and the output of the other; the critic's weights keep the reward model's unit. A reward
+    function has another unit than the critic, hence two pairs.
 
     Args:
         reward: where the statistics come from.
-        reward_model: folder of the reward model, which may have them.
+        critic: folder of the reward model that the critic starts from.
+
+    Attributes:
+        scores, values: the normalizers.
 
     Raises:
         UserError: the reward model was saved without statistics.
     """
 
-    def __init__(self, reward: RewardConfig, reward_model: str) -> None:
+    def __init__(self, reward: RewardConfig, critic: str) -> None:
         mode = reward.reward_normalization
-        if reward.reward_function and mode == "checkpoint":
-            mode = "reference"
-            console.say("--reward_function: its scores are normalized by those of the first "
-                        "rollouts")
-        self._unset = mode == "reference"
-        mean, std = load_statistics(reward_model) if mode == "checkpoint" else (0.0, 1.0)
-        self.mean, self.std = mean, max(std, 1e-6)
+        if mode == "none":
+            self.scores = self.values = Normalizer((0.0, 1.0))
+        elif reward.reward_function is None:
+            saved = load_statistics(critic) if mode == "checkpoint" else None
+            self.scores = self.values = Normalizer(saved)
+        else:
+            if mode == "checkpoint":
+                console.say("--reward_function: its scores are normalized by those of the first "
+                            "rollouts")
+            self.scores, self.values = Normalizer(None), Normalizer(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the statistics, and whether they are still to be measured."""
-        return {"waiting": self._unset, "mean": self.mean, "std": self.std}
+        """Return the statistics."""
+        return {"scores": self.scores.state_dict(), "values": self.values.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the statistics."""
-        self._unset, self.mean, self.std = state["waiting"], state["mean"], state["std"]
+        self.scores.load_state_dict(state["scores"])
+        self.values.load_state_dict(state["values"])
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Normalize scores [B]; every rank must call it with its own."""
-        if self._unset:
-            mean, std = _moments_over_ranks(scores, torch.ones_like(scores))
-            self.mean, self.std, self._unset = mean.item(), max(std.item(), 1e-6), False
-        return (scores - self.mean) / self.std
+    def measure(self, scored: ScoredRollout) -> None:
+        """Take the statistics that are not known yet from rollouts of all ranks."""
+        self.scores.measure(scored.score)
+        self.values.measure(rl_math.gather_last(scored.values, scored.response_mask))
 
 
 class AdaptiveKLController:
@@ -250,38 +265,41 @@ class AdaptiveKLController:
 
 
 def make_experience(
-    scored: ScoredRollout, normalizer: ScoreNormalizer, reward: RewardConfig, ppo: PPOConfig,
+    scored: ScoredRollout, normalizer: RewardNormalizer, reward: RewardConfig, ppo: PPOConfig,
     kl_coef: float,
 ) -> tuple[Experience, dict[str, float]]:
     """Compute KL rewards, GAE and whitening over all ranks, and the metrics of the rollout phase.
 
-    `scored` holds all rollouts of this rank in a PPO iteration.
+    `scored` holds all rollouts of this rank in a PPO iteration; the values of the experience are
+    normalized.
     """
     mask = scored.response_mask
+    normalizer.measure(scored)
     normalized, rewards = token_rewards(scored, normalizer, reward, kl_coef)
-    advantages, returns = rl_math.gae(rewards, scored.values, mask, ppo.gamma, ppo.lam)
+    values = normalizer.values(scored.values) * mask
+    advantages, returns = rl_math.gae(rewards, values, mask, ppo.gamma, ppo.lam)
     if ppo.whiten_advantages:
         moments = distributed.sum_over_ranks(rl_math.masked_moments(advantages, mask))
         advantages = rl_math.whiten(advantages, mask, moments)
     experience = Experience(
         input_ids=scored.input_ids, attention_mask=scored.attention_mask, response_mask=mask,
         decoded_logprobs=scored.decoded_logprobs, logprobs=scored.logprobs,
-        ref_logprobs=scored.ref_logprobs, values=scored.values, score=scored.score,
+        ref_logprobs=scored.ref_logprobs, values=values, score=scored.score,
         has_eos=scored.has_eos, advantages=advantages, returns=returns,
     )
     metrics = rollout_metrics(scored)
     metrics["reward/normalized_mean"] = mean_over_ranks(normalized)
     metrics["reward/kl_penalty"] = kl_coef * metrics["kl/k1"]
-    metrics["value/explained_variance"] = _explained_variance(scored.values, returns, mask)
+    metrics["value/explained_variance"] = _explained_variance(values, returns, mask)
     return experience, metrics
 
 
 def token_rewards(
-    scored: ScoredRollout, normalizer: ScoreNormalizer, reward: RewardConfig, kl_coef: float
+    scored: ScoredRollout, normalizer: RewardNormalizer, reward: RewardConfig, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
     """Return normalized, clipped scores [B] and the rewards of the tokens [B, R]."""
     limit = reward.clip_reward_value
-    normalized = normalizer(scored.score).clamp(-limit, limit)
+    normalized = normalizer.scores(scored.score).clamp(-limit, limit)
     at_end = normalized - reward.missing_eos_penalty * (~scored.has_eos).float()
     rewards = rl_math.token_rewards(
         scored.logprobs, scored.ref_logprobs, at_end, scored.response_mask, kl_coef
@@ -302,6 +320,7 @@ def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:
         "kl/k3": mean_over_ranks(k3),
         "response/length_mean": mean_over_ranks(mask.sum(-1).float()),
         "response/eos_rate": mean_over_ranks(scored.has_eos.float()),
+        "rollout/decoding_difference_mean": _moments_over_ranks(difference, mask)[0].item(),
         "rollout/decoding_difference_max": distributed.max_over_ranks(difference.max()).item(),
         "response/repetition": mean_over_ranks(rl_math.repetition(scored.responses, mask)),
     }

@@ -115,6 +115,10 @@ class Rollout(Batch):
 
         return self.map_tensors(picked)
 
+    def mini_batches(self, size: int, order: Sequence[int]) -> list[Self]:
+        """Cut the rows, in this order, into mini-batches of `size` rows."""
+        return [self.rows(order[i : i + size]) for i in range(0, len(order), size)]
+
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Concatenate records of different P and R; the padding has mask 0."""

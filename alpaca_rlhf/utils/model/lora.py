@@ -5,7 +5,7 @@ Modules that match nothing raise an error; heads are always trained.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -58,7 +58,8 @@ def add_lora(
         r=role.lora_dim, lora_alpha=adapters.lora_alpha or 2 * role.lora_dim,
         lora_dropout=adapters.lora_dropout, target_modules=list(targets), modules_to_save=head,
     )
-    wrapped = get_peft_model(model, config)
+    # Adapters in the model's precision (peft would make them fp32): DeepSpeed wants only one.
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
     if not adapters.only_optimize_lora:
         for name, parameter in wrapped.named_parameters():
             parameter.requires_grad_("original_module" not in name)
@@ -160,25 +161,31 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 @contextlib.contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
-    """Merge the adapters into the weights for decoding, inside the context.
+    """Merge the adapters into fp32 weights for decoding, inside the context.
 
-    The merged weight is a new tensor, and the old one is put back on leaving, so nothing is lost to
-    rounding. Under ZeRO-3 the weights must be gathered. peft skips the adapter's products in layers
-    that are marked as merged.
+    In other precisions nothing is merged: rounding would lose most of an adapter that has learned
+    little so far. On leaving, every weight is as it was, bit for bit: the old weights are kept
+    beside the merged ones, or, under ZeRO-3, where the weights must be gathered, in the shards.
+    peft skips the adapter's products in layers that are marked as merged.
     """
-    layers = [layer for layer in lora_layers(model) if not layer.merged]
-    kept: list[tuple[LoraLayer, Tensor]] = []
+    layers = [layer for layer in lora_layers(model)
+              if not layer.merged and layer.get_base_layer().weight.dtype == torch.float32]
+    kept: list[tuple[Any, Tensor]] = []
     try:
         with torch.no_grad():
             for layer in layers:
                 weight = layer.get_base_layer().weight
-                kept.append((layer, weight.data))
-                update = layer.get_delta_weight(ADAPTER).to(weight.dtype)
-                weight.data = weight.data + update
+                update = layer.get_delta_weight(ADAPTER)
                 layer.merged_adapters.append(ADAPTER)
+                if hasattr(weight, "ds_id"):
+                    weight.data.add_(update)
+                else:
+                    kept.append((weight, weight.data))
+                    weight.data = weight.data + update
         yield
     finally:
-        for layer, data in kept:
-            layer.get_base_layer().weight.data = data
+        for weight, data in kept:
+            weight.data = data
+        for layer in layers:
             if ADAPTER in layer.merged_adapters:
                 layer.merged_adapters.remove(ADAPTER)

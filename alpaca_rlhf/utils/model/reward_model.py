@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,6 +27,24 @@ from alpaca_rlhf.utils.model.causal_lm import load_config, load_model
 from alpaca_rlhf.utils.model.lora import unwrapped
 
 STATISTICS_FILE = "score_statistics.json"
+
+
+class ScoreHead(nn.Linear):
+    """A linear head that computes in fp32 whatever its weights are: in bf16 many scores are equal.
+
+    Args:
+        head: the linear layer whose parameters it takes over.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        with torch.device("meta"):
+            super().__init__(head.in_features, head.out_features, bias=head.bias is not None)
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return [..., 1] of hidden states [..., D]."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias)
 
 
 class TokenScorer(nn.Module):
@@ -49,7 +68,7 @@ class TokenScorer(nn.Module):
             position_ids=rl_math.position_ids(attention_mask),
             use_cache=False,
         )[0]
-        return classifier.score(hidden).squeeze(-1).float()
+        return classifier.score(hidden).squeeze(-1)
 
 
 def scores(scorer: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -84,6 +103,7 @@ def load_reward_model(
         with deepspeed.zero.GatheredParameters([weight], modifier_rank=0), torch.no_grad():
             if weight.numel():
                 nn.init.normal_(weight, std=std)
+    model.score = ScoreHead(model.score)
     return model
 
 

@@ -52,7 +52,7 @@ from alpaca_rlhf.utils.run.run_folder import (
     write_json,
 )
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 ARGUMENTS = "arguments.json"
@@ -400,8 +400,8 @@ class Checkpoints:
         own: dict[str, Any] = {name: part.state_dict() for name, part in self._own.items()}
         own["random"] = _random_state()
         files.save(own, str(_rank_file(temporary)))
+        shared = {name: part.state_dict() for name, part in self._shared.items()}
         if distributed.is_main():
-            shared = {name: part.state_dict() for name, part in self._shared.items()}
             files.save(shared, str(temporary / SHARED))
             with files.noting_errors(temporary):
                 write_json(temporary / PROGRESS, dataclasses.asdict(self.progress))

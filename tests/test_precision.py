@@ -1,0 +1,141 @@
+"""Steps 1 to 3 in bf16 and fp16: they learn what fp32 learns, at every ZeRO stage.
+
+torch computes in fp16 on every CPU, slowly; DeepSpeed's accelerator says so only of some.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import fill_adapters, learn
+from deepspeed.accelerator import get_accelerator
+from distributed_worker import PAIRS, TOKENS
+
+from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
+from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
+from alpaca_rlhf.utils import ds_config, training_loop
+from alpaca_rlhf.utils.data.batches import collate_pairs, collate_tokens
+from alpaca_rlhf.utils.model import lora
+from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
+
+HALF = ("bf16", "fp16")
+STAGES = (0, 1, 2, 3)
+OBJECTIVES = {"actor": (TOKENS, collate_tokens, step1.loss),
+              "critic": (PAIRS, collate_pairs, step2.loss)}
+
+
+@pytest.fixture(autouse=True)
+def fp16_on_any_cpu(group, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+
+
+def losses(small, role, steps=6, **options):
+    """Losses of optimizer steps on eight rows in two micro-batches."""
+    torch.manual_seed(0)  # of the adapter
+    engine = small.trained(role, learning_rate=3e-3, lora_learning_rate=1e-2, **options)
+    rows, collate, loss = OBJECTIVES[role]
+    micro = [collate(rows[:4], pad_id=3), collate(rows[4:], pad_id=3)]
+    seen = []
+    for _ in range(steps):
+        weight = training_loop.global_weight(micro)
+        metrics = training_loop.optimizer_step(engine, micro, partial(loss, engine), weight)
+        seen.append(metrics["loss"])
+    return seen, engine
+
+
+@pytest.fixture(scope="module")
+def fp32_losses(small):
+    return {(role, rank): losses(small, role, lora=rank)[0]
+            for role in OBJECTIVES for rank in (0, 4)}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("role", OBJECTIVES)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", HALF)
+def test_steps_1_and_2_learn_as_in_fp32(small, fp32_losses, dtype, stage, role, rank):
+    seen, engine = losses(small, role, stage=stage, lora=rank, dtype=dtype)
+    expected = fp32_losses[role, rank]
+    fall = expected[0] - expected[-1]
+    assert fall > 0.3
+    assert seen[0] - seen[-1] == pytest.approx(fall, rel=0.15)
+    assert engine.zero_optimization_stage() == max(stage, 2)
+    assert {p.dtype for p in engine.module.parameters()} == {
+        torch.bfloat16 if dtype == "bf16" else torch.float16}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("dtype", HALF)
+def test_step_3_starts_at_ratio_1_and_learns(small, dtype, stage, rank):
+    engine = small.roles(stage, rank, dtype=dtype, eos_every=9)
+    trainer = small.trainer(engine)
+    experience, metrics = small.experience(
+        small.maker(engine, hybrid=True, tokens=8), count=8, order=trainer.row_order(8, number=0))
+    assert metrics["kl/k1"] == 0.0
+    record = learn(trainer, experience, 0)
+    # Old log-probabilities come from the micro-batches of the update itself.
+    assert record["policy/first_log_ratio_max"] == 0.0
+    assert record["policy/loss"] == pytest.approx(0.0, abs=0.5)
+    assert torch.isfinite(torch.tensor([record["grad_norm/actor"], record["value/loss"]])).all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_an_adapter_that_has_learned_little_decodes_in_half_precision(small, dtype):
+    # Merged into bf16 weights, an update of a thousandth of the weights would be lost by half.
+    engine = small.roles(0, 4, dtype=dtype)
+    fill_adapters(engine.actor.module)
+    for layer in lora.lora_layers(engine.actor.module):
+        weight = layer.lora_B["default"].weight
+        ratio = layer.get_delta_weight("default").abs().mean() / layer.weight.abs().mean()
+        weight.data.mul_(1e-3 / ratio)
+    maker = small.maker(engine, hybrid=True)
+    inside = []
+    with maker._hybrid.generation_mode() as decoder:
+        held = {p.data_ptr() for p in engine.actor.module.parameters()}
+        inside = [layer.merged for layer in lora.lora_layers(decoder.model)]
+    assert not any(inside)
+    assert held == {p.data_ptr() for p in engine.actor.module.parameters()}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_scores_of_a_half_precision_reward_model_are_computed_in_fp32(small, dtype):
+    model = small.reward_model(dtype=dtype)
+    ids = torch.randint(4, 400, (200, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = scores(TokenScorer(model), ids, torch.ones_like(ids))
+    assert found.dtype == torch.float32
+    assert len(found.unique()) == 200
+
+
+def test_gradients_are_summed_and_reduced_in_fp32(small):
+    config = ds_config.make(zero_stage=0, dtype=torch.bfloat16)
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
+    assert small.trained("actor", 0, dtype="bf16").get_data_types()[1] == torch.float32
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_fp16_overflow_of_one_model_skips_both_with_align_overflow(small, stage):
+    engine = small.roles(stage, 4, dtype="fp16", eos_every=9)
+    experience, _ = small.experience(small.maker(engine, tokens=8), count=2)
+    trainer = small.trainer(engine, align_overflow=True, enable_ema=True)
+    average = trainer.ema.state_dict()["average"]
+    before = [lora.gathered_state_dict(role.module, on_this_rank=True)
+              for role in (engine.actor, engine.critic)]
+    scaler = engine.critic.optimizer.loss_scaler
+    scaler.cur_scale, scaler.cur_hysteresis = 2.0**40, 1
+    scale = engine.actor.optimizer.loss_scaler.cur_scale
+    record = learn(trainer, experience, 0)
+    assert record["overflow/critic"] == 1.0
+    assert scaler.cur_scale == 2.0**39
+    assert engine.actor.optimizer.loss_scaler.cur_scale == scale
+    for role, weights in zip((engine.actor, engine.critic), before, strict=True):
+        after = lora.gathered_state_dict(role.module, on_this_rank=True)
+        assert all(after[name].equal(weights[name]) for name in weights)
+    assert all(map(torch.equal, average, trainer.ema.state_dict()["average"]))
+    scaler.cur_scale = 2.0**10
+    engine.actor.optimizer.loss_scaler.cur_scale = 2.0**10
+    record = learn(trainer, experience, 1)
+    assert record["overflow/critic"] == record["overflow/actor"] == 0.0
+    assert not all(map(torch.equal, average, trainer.ema.state_dict()["average"]))
