@@ -109,7 +109,7 @@ def weights(engine: Any, on_this_rank: bool = True) -> dict[str, torch.Tensor]:
         lora.unwrapped(engine.module.model), "score"
     ) else engine.module
     state = lora.gathered_state_dict(model, on_this_rank)
-    return lora.merged_state_dict(model, state) if on_this_rank else {}
+    return lora.merged_state_dict(model, state)[0] if on_this_rank else {}
 
 
 def save(folder: Path, name: str, engine: Any, record: Any = None) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def exported(small: Small, folder: Path, stage: int, role: str) -> dict[str, Any
     engine, _ = two_steps(small, role, stage, lora_rank=4)
     model = engine.module if role == "actor" else engine.module.model
     before = snapshot(engine.module)
-    export.export(model, small.tokenizer, folder / f"export_{role}_{stage}", "card")
+    export.export(model, small.tokenizer, folder / f"export_{role}_{stage}", "card", {})
     return {"unmoved": not moved(before, engine.module)}
 
 

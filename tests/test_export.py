@@ -15,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from alpaca_rlhf.utils.run.export import export, model_card
+from alpaca_rlhf.utils.run.export import export
 
 
 def adapted(model):
@@ -36,7 +36,7 @@ def logits(model, small):
 
 def test_an_exported_actor_is_read_by_transformers(small, tmp_path):
     model = small.causal_lm()
-    export(model, small.tokenizer, tmp_path, "card")
+    export(model, small.tokenizer, tmp_path, "card", {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert logits(loaded, small).equal(logits(model, small))
 
@@ -44,7 +44,7 @@ def test_an_exported_actor_is_read_by_transformers(small, tmp_path):
 def test_an_export_with_an_adapter_is_the_merged_model_and_the_adapter_beside_it(small, tmp_path):
     model = adapted(small.causal_lm())
     before, expected = snapshot(model), logits(model, small)
-    export(model, small.tokenizer, tmp_path, "card")
+    export(model, small.tokenizer, tmp_path, "card", {})
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_close(logits(merged, small), expected, rtol=1e-4, atol=1e-4)
     onto_the_base = PeftModel.from_pretrained(
@@ -58,7 +58,7 @@ def test_an_export_with_an_adapter_is_the_merged_model_and_the_adapter_beside_it
 def test_an_exported_reward_model_is_read_by_transformers(small, tmp_path, with_adapter):
     model = small.reward_model()
     model = adapted(model) if with_adapter else model
-    export(model, small.tokenizer, tmp_path, "card")
+    export(model, small.tokenizer, tmp_path, "card", {})
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.config.num_labels == 1
     assert_close(logits(loaded, small), logits(model, small), rtol=1e-4, atol=1e-4)
@@ -74,7 +74,7 @@ def test_tied_embeddings_stay_tied_and_are_written_once(small, tmp_path, with_ad
     torch.manual_seed(2)
     model = LlamaForCausalLM(small_config(small.tokenizer, tie_word_embeddings=True)).eval()
     model = adapted(model) if with_adapter else model
-    export(model, small.tokenizer, tmp_path, "card")
+    export(model, small.tokenizer, tmp_path, "card", {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert_close(logits(loaded, small), logits(model, small), rtol=1e-4, atol=1e-4)
@@ -84,14 +84,14 @@ def test_tied_embeddings_stay_tied_and_are_written_once(small, tmp_path, with_ad
 
 
 def test_an_export_keeps_the_precision_of_the_weights(small, tmp_path):
-    export(small.causal_lm().bfloat16(), small.tokenizer, tmp_path, "card")
+    export(small.causal_lm().bfloat16(), small.tokenizer, tmp_path, "card", {})
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
 
 
 def test_an_export_has_tokenizer_template_generation_config_and_card(small, tmp_path):
     model = small.causal_lm()
     model.generation_config.eos_token_id = 9
-    export(model, small.tokenizer, tmp_path, model_card("Policy", {"KL": 1.5}))
+    export(model, small.tokenizer, tmp_path, "Policy", {"KL": 1.5})
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     question = [{"role": "user", "content": "Hi."}]
     assert tokenizer.apply_chat_template(
@@ -106,5 +106,5 @@ def test_an_export_has_tokenizer_template_generation_config_and_card(small, tmp_
 
 
 def test_nothing_is_exported_without_a_folder(small, tmp_path):
-    export(small.causal_lm(), small.tokenizer, None, "card")
+    export(small.causal_lm(), small.tokenizer, None, "card", {})
     assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,7 @@ def logits(model, batch):
 
 
 def merged(model):
-    return lora.merged_state_dict(model, lora.gathered_state_dict(model, on_this_rank=True))
+    return lora.merged_state_dict(model, lora.gathered_state_dict(model, on_this_rank=True))[0]
 
 
 # --- matched modules -----------------------------------------------------------------------------

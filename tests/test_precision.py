@@ -3,20 +3,29 @@
 torch computes in fp16 on every CPU, slowly; DeepSpeed's accelerator says so only of some.
 """
 
+import gc
+import re
 from functools import partial
 
 import pytest
 import torch
-from conftest import fill_adapters, learn
+from conftest import fill_adapters, learn, snapshot, with_adapter
 from deepspeed.accelerator import get_accelerator
 from distributed_worker import PAIRS, TOKENS
+from safetensors.torch import load_file
+from torch import nn
 
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
-from alpaca_rlhf.utils import ds_config, training_loop
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from alpaca_rlhf.utils import distributed, ds_config, training_loop
+from alpaca_rlhf.utils.configs import EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.data.batches import collate_pairs, collate_tokens
+from alpaca_rlhf.utils.engine import build_frozen
 from alpaca_rlhf.utils.model import lora
+from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
+from alpaca_rlhf.utils.run.export import export
 
 HALF = ("bf16", "fp16")
 STAGES = (0, 1, 2, 3)
@@ -139,3 +148,76 @@ def test_an_fp16_overflow_of_one_model_skips_both_with_align_overflow(small, sta
     record = learn(trainer, experience, 1)
     assert record["overflow/critic"] == record["overflow/actor"] == 0.0
     assert not all(map(torch.equal, average, trainer.ema.state_dict()["average"]))
+
+
+def storages():
+    """Bytes of all tensors that live, each storage once."""
+    gc.collect()
+    found = {}
+    for one in gc.get_objects():
+        if type(one) in (torch.Tensor, nn.Parameter):
+            storage = one.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(("dtype", "stage", "gathered"), [
+    ("bf16", 0, 0), ("fp16", 2, 0), ("bf16", 3, 1), ("fp32", 3, 1)])
+def test_a_rollout_with_an_adapter_holds_the_actor_once(
+    small, monkeypatch, dtype, stage, gathered
+):
+    # (fp32 weights without ZeRO-3 are kept beside the merged ones: there is no other copy.)
+    monkeypatch.setattr(HybridEngine, "_filled_step", lambda *_: None)  # its layout is a copy
+    engine = small.roles(stage, 4, dtype=dtype)
+    hybrid, model = small.maker(engine, hybrid=True)._hybrid, engine.actor.module
+    actor = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+    before = storages()
+    with hybrid.generation_mode():
+        merged = [layer.merged for layer in lora.lora_layers(model)]
+        grown = storages() - before
+    assert set(merged) == {dtype == "fp32"}
+    assert grown <= (gathered + 0.1) * actor
+
+
+def test_a_model_card_says_what_merging_rounds_away_and_the_adapter_is_exact(small, tmp_path):
+    model = with_adapter(small.causal_lm(dtype="bf16"))
+    for layer in lora.lora_layers(model):
+        layer.lora_B["default"].weight.data.mul_(1e-2)
+    own = snapshot(model)
+    exact = {}
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            a, b = (part["default"].weight.float() for part in (layer.lora_A, layer.lora_B))
+            exact[name] = layer.get_base_layer().weight.float() + layer.scaling["default"] * b @ a
+    export(model, small.tokenizer, tmp_path, "Policy", {"KL": 1.5})
+    card = (tmp_path / "README.md").read_text()
+    assert re.search(r"\| adapter \| merged in torch.bfloat16, which rounds away \d+\.\d% of its "
+                     r"update \(norm\); exact in adapter/ \|", card)
+    merged = load_file(tmp_path / "model.safetensors")
+    assert all(merged[f"{name}.weight"].equal(weight.bfloat16()) for name, weight in exact.items())
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(own[name.replace(".weight", ".default.weight")].equal(weight)
+               for name, weight in adapter.items())
+
+
+def test_frozen_models_are_offloaded_with_the_trained_ones(small):
+    role = RoleConfig(model_name_or_path=small.actor, zero_stage=3)
+    load = partial(load_causal_lm, tokenizer=small.tokenizer)
+    frozen = build_frozen(load, role, LoadingConfig(dtype="bf16"), EngineConfig(offload=True))
+    assert frozen.zero_offload_param().device == "cpu"
+    batch = small.prompts(2)
+    with torch.no_grad():
+        found = frozen(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = small.causal_lm(dtype="bf16")(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert found.equal(expected)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_kv_cache_is_kept_between_rollouts_unless_memory_is_short(small, monkeypatch, short):
+    engine = small.roles(0, 0)
+    maker = small.maker(engine, hybrid=True)
+    free = 1000 if short else 10**9
+    monkeypatch.setattr(distributed, "free_memory", lambda: (free, 10**9))
+    maker.generate(small.prompts(2))
+    assert (maker._hybrid._decoder.cache.size == 0) is short

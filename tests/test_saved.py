@@ -21,7 +21,7 @@ def exported(small, tmp_path_factory):
     """The folders of `actor` and `critic`, each exported with an adapter."""
     folder = tmp_path_factory.mktemp("run") / "out"
     for role, model in (("actor", small.causal_lm()), ("critic", small.reward_model())):
-        export.export(with_adapter(model), small.tokenizer, folder / role, "card")
+        export.export(with_adapter(model), small.tokenizer, folder / role, "card", {})
     return folder
 
 

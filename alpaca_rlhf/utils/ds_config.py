@@ -33,7 +33,8 @@ def make(
             weights are updated in fp32.
         micro_batch_size: rows of a micro-batch on each rank.
         accumulation_steps: micro-batches of an optimizer step.
-        offload: keep optimizer states, and under ZeRO-3 the weights, in host memory.
+        offload: keep optimizer states, and under ZeRO-3 the weights, in host memory. (Without ZeRO
+            nothing is offloaded.)
         overrides: path of a JSON file merged over the result.
 
     Raises:
@@ -41,7 +42,7 @@ def make(
     """
     zero_stage = effective_stage(zero_stage, dtype)
     zero: dict[str, Any] = {"stage": zero_stage}
-    if offload:
+    if offload and zero_stage:
         zero["offload_optimizer"] = {"device": "cpu"}
         if zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}

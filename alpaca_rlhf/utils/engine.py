@@ -66,11 +66,13 @@ def build_trained(
     return made, summary
 
 
-def build_frozen(load: Load, role: RoleConfig, loading: LoadingConfig) -> nn.Module:
-    """Load a model for inference; under ZeRO-3 it is sharded like the trained one."""
+def build_frozen(
+    load: Load, role: RoleConfig, loading: LoadingConfig, engine: EngineConfig
+) -> nn.Module:
+    """Load a model for inference; under ZeRO-3 sharded, and offloaded, like the trained one."""
     config = ds_config.make(
         zero_stage=3 if role.zero_stage == 3 else 0,
-        dtype=distributed.resolve_dtype(loading.dtype),
+        dtype=distributed.resolve_dtype(loading.dtype), offload=engine.offload,
     )
     model = load(replace(role, gradient_checkpointing=False), loading, config)
     model.requires_grad_(False)

@@ -53,8 +53,8 @@ def main() -> None:
         checkpoint=args.checkpoint, tracking=args.tracking, step=1, arguments=config,
     )
     facts = {"base model": role.model_name_or_path, "held-out perplexity": describe(after)}
-    card = export.model_card("Supervised fine-tuned model", facts)
-    export.export(engine.module, chat.tokenizer, folder.path, card)
+    title = "Supervised fine-tuned model"
+    export.export(engine.module, chat.tokenizer, folder.path, title, facts)
     data.save_record(folder.path)
     folder.finish(config, {"step": 1, "before": before, "after": after, "data": data.report})
     page.write_beside(folder.final)

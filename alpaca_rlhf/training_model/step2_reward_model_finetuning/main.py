@@ -64,8 +64,7 @@ def main() -> None:
         checkpoint=args.checkpoint, tracking=args.tracking, step=2, arguments=config,
     )
     facts = {"base model": role.model_name_or_path, "held-out pairs": describe(after)}
-    card = export.model_card("Reward model", facts)
-    export.export(engine.module.model, chat.tokenizer, folder.path, card)
+    export.export(engine.module.model, chat.tokenizer, folder.path, "Reward model", facts)
     save_scores(folder.path, after, pairs)
     data.save_record(folder.path)
     folder.finish(config, {"step": 2, "before": before, "after": after, "data": data.report})

@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
+from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import HybridEngineConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout
 from alpaca_rlhf.utils.generation.decoder import Decoder
@@ -99,11 +100,13 @@ class HybridEngine:
 
     def _release_buffers(self) -> None:
         """Free what is not kept for the next visit."""
-        release = self._config.release_inference_cache
+        cache = self._decoder.cache
+        release = self._config.release_inference_cache or (
+            cache.size > distributed.free_memory()[0])
         if self._fast_step and (release or not self._fast_step.reusable):
             self._fast_step.release()
         if release:
-            self._decoder.cache.release()
+            cache.release()
             get_accelerator().empty_cache()
 
 

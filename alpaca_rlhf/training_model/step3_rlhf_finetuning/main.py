@@ -264,14 +264,12 @@ class PPO:
         tokenizer, folder = self.maker.chat.tokenizer, self._folder.path
         actor, critic = self.engine.actor.module, self.engine.critic.module.model
         facts = {"held-out prompts": evaluate_policy.describe(evaluate_policy.summarize(after))}
-        card = export.model_card("Policy trained with PPO", facts)
-        export.export(actor, tokenizer, folder / "actor", card)
-        card = export.model_card("Critic (value model) of PPO", {})
-        export.export(critic, tokenizer, folder / "critic", card)
+        export.export(actor, tokenizer, folder / "actor", "Policy trained with PPO", facts)
+        export.export(critic, tokenizer, folder / "critic", "Critic (value model) of PPO", {})
         if self.trainer.ema is not None:
-            card = export.model_card("Policy trained with PPO, averaged weights", facts)
+            title = "Policy trained with PPO, averaged weights"
             with self.trainer.ema.swapped_in():
-                export.export(actor, tokenizer, folder / "actor_ema", card)
+                export.export(actor, tokenizer, folder / "actor_ema", title, facts)
         for role in ("actor", "critic"):
             self._data.save_record(folder / role)
 

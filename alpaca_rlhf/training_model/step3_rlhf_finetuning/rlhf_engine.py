@@ -60,7 +60,7 @@ class RLHFEngine:
         self.actor, trained = build(load, actor, total_steps=total_steps - critic_warmup_steps)
         self._reference, source = None, "the actor with its adapter disabled"
         if not lora.base_is_frozen(actor, adapters):
-            self._reference, source = build_frozen(load, actor, loading), "a frozen copy"
+            self._reference, source = build_frozen(load, actor, loading, engine), "a frozen copy"
         self.summary = [f"actor: {trained}; reference model: {source}"]
         config = lora.unwrapped(self.actor.module).generation_config
         ends = eos_ids(tokenizer, config.eos_token_id)
@@ -72,7 +72,8 @@ class RLHFEngine:
         if not needs_reward_model:
             source = "a function"
         elif not lora.base_is_frozen(critic, adapters):
-            self._reward = build_frozen(lambda *how: TokenScorer(load(*how)), critic, loading)
+            self._reward = build_frozen(
+                lambda *how: TokenScorer(load(*how)), critic, loading, engine)
             source = "a frozen copy"
         self.summary.append(f"critic: {trained}; reward model: {source}")
 

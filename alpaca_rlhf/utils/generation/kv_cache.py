@@ -95,6 +95,11 @@ class SlotCache(Cache):
         self.slots = self.columns = 0
 
     @property
+    def size(self) -> int:
+        """Bytes of the buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    @property
     def rows(self) -> int:
         """Number of slots that take part in a step: the first ones."""
         return len(self._starts)

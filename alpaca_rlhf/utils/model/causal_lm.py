@@ -69,12 +69,15 @@ def load_model(
     config, path = load_config(role, loading), role.model_name_or_path
     for name, value in config_changes.items():
         setattr(config, name, value)
+    # To the device at once: below ZeRO-3 every rank would hold the whole model in host memory.
+    sharded = ds_config["zero_optimization"]["stage"] == 3
+    device_map = None if sharded or distributed.on_cpu() else {"": distributed.device()}
     with _partitioned_loading(ds_config):
         try:
             model = auto_class.from_pretrained(
                 path, config=config, dtype=distributed.resolve_dtype(loading.dtype),
                 attn_implementation=loading.attn_implementation,
-                trust_remote_code=loading.trust_remote_code,
+                trust_remote_code=loading.trust_remote_code, device_map=device_map,
             )
         except (OSError, SafetensorError) as error:
             raise UserError(

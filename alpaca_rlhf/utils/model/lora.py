@@ -126,32 +126,43 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
 
 
-def merged_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged_state_dict(
+    model: nn.Module, state: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], float]:
     """Return the plain model's weights with the adapter merged (Hu et al. 2021, eq. 3).
 
-    Each is W + (alpha / r) B A, with W [out, in], A [r, in], B [out, r].
+    Each is W + (alpha / r) B A, with W [out, in], A [r, in], B [out, r], summed in fp32 and rounded
+    once.
 
     Args:
         model: has the scaling; it is not changed.
-        state: from `gathered_state_dict(model)`.
+        state: from `gathered_state_dict(model)`; it is emptied, so that no weight is held twice.
+
+    Returns:
+        The weights, and the error of rounding as a share of the update, both as norms.
     """
     if not isinstance(model, PeftModel):
-        return state
+        return state, 0.0
     prefix = "base_model.model."
-    plain = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    plain = {name.removeprefix(prefix): state.pop(name) for name in list(state)}
+    lost = updated = 0.0
     for name, layer in unwrapped(model).named_modules():
         if isinstance(layer, LoraLayer):
             a = plain.pop(f"{name}.lora_A.{ADAPTER}.weight").float()
             b = plain.pop(f"{name}.lora_B.{ADAPTER}.weight").float()
             weight = plain.pop(f"{name}.base_layer.weight")
             update = layer.scaling[ADAPTER] * (b @ a)
-            plain[f"{name}.weight"] = (weight.float() + update).to(weight.dtype)
+            exact = weight.float() + update
+            merged = plain[f"{name}.weight"] = exact.to(weight.dtype)
+            lost += (merged.float() - exact).square().sum().item()
+            updated += update.square().sum().item()
             if f"{name}.base_layer.bias" in plain:
                 plain[f"{name}.bias"] = plain.pop(f"{name}.base_layer.bias")
     trained_head = f".modules_to_save.{ADAPTER}."
     for name in [name for name in plain if trained_head in name]:
         plain[name.replace(trained_head, ".")] = plain.pop(name)
-    return {name: tensor for name, tensor in plain.items() if ".original_module." not in name}
+    kept = {name: tensor for name, tensor in plain.items() if ".original_module." not in name}
+    return kept, (lost / updated) ** 0.5 if updated else 0.0
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:

@@ -18,10 +18,12 @@ from alpaca_rlhf.utils.model.lora import gathered_state_dict, merged_state_dict,
 from alpaca_rlhf.utils.run.run_folder import ARGUMENTS_FILE
 
 ADAPTER_FOLDER = "adapter"
+MERGED_EXACTLY = 1e-3  # share of the adapter's update up to which rounding is not mentioned
 
 
 def export(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | None, card: str
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | None, title: str,
+    facts: dict[str, Any],
 ) -> None:
     """Save a model in Hugging Face format with its adapter merged, and the adapter beside it.
 
@@ -31,7 +33,7 @@ def export(
         model: a causal LM or sequence classifier, with or without an adapter.
         tokenizer: saved with it, chat template included.
         folder: made if it does not exist; None saves nothing.
-        card: text of the README.md.
+        title, facts: of the model card.
     """
     if folder is None:
         return
@@ -41,8 +43,13 @@ def export(
             model.save_pretrained(
                 str(folder / ADAPTER_FOLDER), state_dict=state, safe_serialization=True
             )
-        _save_model(unwrapped(model), merged_state_dict(model, state), tokenizer, folder)
-        (folder / "README.md").write_text(card)
+        weights, lost = merged_state_dict(model, state)
+        if lost > MERGED_EXACTLY:
+            facts = facts | {"adapter": (
+                f"merged in {unwrapped(model).dtype}, which rounds away {lost:.1%} of its update "
+                f"(norm); exact in {ADAPTER_FOLDER}/")}
+        _save_model(unwrapped(model), weights, tokenizer, folder)
+        (folder / "README.md").write_text(model_card(title, facts))
     distributed.barrier()
 
 
