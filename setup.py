@@ -42,7 +42,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9,<3",
-        "deepspeed>=0.18,<1",
+        "deepspeed>=0.19.8,<1",
         "transformers>=5,<6",
         "datasets>=4,<6",
         "peft>=0.18,<1",

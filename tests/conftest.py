@@ -142,7 +142,8 @@ class Small:
     def _settings(
         self, *names: str, stage: int, lora: int, accumulation: int = 1, lora_dropout: float = 0.0,
         only_lora: bool = True, overrides: str | None = None, adam_eps: float = 1e-8,
-        dtype: str = "fp32", **role: Any,
+        dtype: str = "fp32", lr_scheduler_type: Any = "constant", total_steps: int = 100,
+        **role: Any,
     ) -> tuple[list[RoleConfig], dict[str, Any]]:
         """Options of training, with a constant learning rate."""
         role = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3, "zero_stage": stage,
@@ -153,9 +154,9 @@ class Small:
             "adapters": AdapterConfig(lora_dropout=lora_dropout, only_optimize_lora=only_lora),
             "engine": EngineConfig(deepspeed_config=overrides or self.overrides),
             "schedule": ScheduleConfig(
-                lr_scheduler_type="constant", gradient_accumulation_steps=accumulation
+                lr_scheduler_type=lr_scheduler_type, gradient_accumulation_steps=accumulation
             ),
-            "micro_batch_size": 2, "total_steps": 100, "adam_eps": adam_eps,
+            "micro_batch_size": 2, "total_steps": total_steps, "adam_eps": adam_eps,
         }
 
     def trained(self, name: str, stage: int = 0, lora: int = 0, **changes: Any) -> Any:
@@ -171,7 +172,7 @@ class Small:
 
     def roles(
         self, stage: int = 0, lora: int = 0, eos_every: int = 0, needs_reward_model: bool = True,
-        **changes: Any,
+        critic_warmup_steps: int = 0, **changes: Any,
     ) -> Any:
         """The four roles of step 3; every `eos_every`th id ends a response: lengths differ."""
         import torch
@@ -181,7 +182,8 @@ class Small:
         (actor, critic), settings = self._settings(
             "actor", "critic", stage=stage, lora=lora, **changes)
         engine = RLHFEngine(
-            actor, critic, self.tokenizer, needs_reward_model=needs_reward_model, **settings
+            actor, critic, self.tokenizer, needs_reward_model=needs_reward_model,
+            critic_warmup_steps=critic_warmup_steps, **settings
         )
         if eos_every:
             engine.eos_ids = torch.arange(0, len(self.tokenizer), eos_every)

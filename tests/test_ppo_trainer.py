@@ -101,6 +101,29 @@ def test_the_plan_counts_iterations_and_optimizer_steps(options, iterations, ste
 # --- the first update ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("dtype", "stages"), [("fp32", (0, 1, 2, 3)), ("bf16", (2, 3))])
+def test_the_ptx_loss_gives_the_same_step_at_every_stage(small, experience, dtype, stages):
+    # Two graphs meet in one backward pass: DeepSpeed 0.18.3 to 0.19.3 lost a part of the gradient.
+    rows = [{"input_ids": row, "labels": row} for row in ([1, *range(50, 60)], [1, 70, 71])]
+    after = []
+    for stage in stages:
+        engine = build(small, stage=stage, dtype=dtype, **small.comparable)
+        learn(small.trainer(engine, micro=8), experience, 0, [collate_tokens(rows, pad_id=3)])
+        after.append(snapshot(engine.actor.module))
+    for other in after[1:]:
+        assert_close(other, after[0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_schedule_of_the_actor_counts_its_own_steps(small, experience):
+    # Of 10 steps the critic is trained alone in 6: linear decay to 0 takes the actor the other 4.
+    engine = build(small, lr_scheduler_type="linear", total_steps=10, critic_warmup_steps=6)
+    trainer, rates = small.trainer(engine, micro=8, critic_warmup_steps=6), []
+    for number in range(10):
+        rates.append(learn(trainer, experience, number).get("lr/actor"))
+    assert rates[:6] == [None] * 6
+    assert rates[6:] == pytest.approx([0.75e-3, 0.5e-3, 0.25e-3, 0.0])
+
+
 @pytest.mark.parametrize("kind", ROLES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_at_the_first_update_every_ratio_is_1_and_no_alarm_goes_off(small, kind, temperature):

@@ -214,3 +214,19 @@ def test_a_gpu_that_only_emulates_bf16_trains_in_fp32_by_default_and_refuses_bf1
         "takes less memory\n")  # once
     with pytest.raises(UserError, match="^--dtype bf16: this accelerator has no bf16; take fp16"):
         distributed.resolve_dtype("bf16")
+
+
+def test_the_lock_of_a_killed_compilation_is_refused_with_its_folder(tmp_path, monkeypatch):
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(cpp_extension, "_get_build_directory", lambda *_: str(tmp_path))
+    optimizer._check_build_lock()
+    lock = tmp_path / "lock"
+    lock.touch()
+    optimizer._check_build_lock()  # another process may be compiling
+    os.utime(lock, (0, 0))
+    with pytest.raises(UserError) as refused:
+        optimizer._check_build_lock()
+    assert str(refused.value) == (
+        f"--offload: {lock} was left by a compilation of DeepSpeed's CPU optimizer that was "
+        f"killed, and would be waited for; delete {tmp_path}")

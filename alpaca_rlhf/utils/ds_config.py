@@ -40,7 +40,6 @@ def make(
     Raises:
         UserError: the file contradicts a batch size or the ZeRO stage given by flags.
     """
-    zero_stage = effective_stage(zero_stage, dtype)
     zero: dict[str, Any] = {"stage": zero_stage}
     if offload and zero_stage:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -62,22 +61,110 @@ def make(
     }
     if overrides:
         _merge(config, json.loads(Path(overrides).read_text()), overrides)
+    zero["stage"] = effective_stage(zero_stage, dtype)
     return config
 
 
+# Keys of --deepspeed_config. A file may repeat what the flags say of these.
 _BY_FLAGS = {
-    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "stage",
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size",
+    "zero_optimization.stage", "bf16.enabled", "fp16.enabled",
+}
+# Decided by flags; dropped with a line that says so.
+_DROPPED = {
+    "optimizer": "--learning_rate, --weight_decay and --offload",
+    "scheduler": "--lr_scheduler_type and --num_warmup_steps",
+    "activation_checkpointing": "--gradient_checkpointing",
+    "hybrid_engine": "--enable_hybrid_engine",
+}
+# What this program cannot honour, unless it is off.
+_NO_QUANTIZATION = "sums of gradients and weights would no longer be those that are tested"
+_REFUSED = {
+    "zero_optimization.zero_quantized_weights": _NO_QUANTIZATION,
+    "zero_optimization.zero_quantized_nontrainable_weights": _NO_QUANTIZATION,
+    "zero_optimization.zero_quantized_gradients": _NO_QUANTIZATION,
+    "zero_optimization.zenflow": "an optimizer step would not be complete when it ends",
+    "zero_optimization.mics_shard_size": "checkpoints and generation expect whole ZeRO groups",
+    "zero_optimization.legacy_stage1": "DeepSpeed no longer has it",
+    "fp16.fp16_master_weights_and_grads": "weights are updated in fp32",
+    "bf16.bf16_master_weights_and_grads": "weights are updated in fp32",
+    "bf16.bf16_optimizer_states": "moments are kept in fp32",
+    "amp": "precision is that of --dtype",
+    "torch_autocast": "precision is that of --dtype",
+    "pipeline": "the models are not pipelines",
+    "tensor_parallel": "every rank computes with the whole model",
+    "sequence_parallel_size": "every rank computes whole sequences",
+    "elasticity": "the number of ranks is fixed; checkpoints move to another one",
+    "autotuning": "the launcher does not tune",
+    "curriculum_learning": "the order of rows is that of --seed",
+    "data_efficiency": "the order of rows is that of --seed",
+    "progressive_layer_drop": "every forward pass runs all layers",
+    "compression_training": "weights are not compressed",
+    "quantize_training": "weights are not quantized",
+    "sparse_attention": "attention is that of --attn_implementation",
+    "gradient_allreduce_op": "a loss is a sum that is divided by the tokens of all ranks",
+}
+# Pass to DeepSpeed as they are, and so does everything below `_SECTIONS`.
+_KNOWN = {
+    "gradient_clipping", "communication_data_type", "prescale_gradients", "steps_per_print",
+    "gradient_predivide_factor", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather",
+}
+_SECTIONS = {
+    "zero_optimization", "bf16", "fp16", "data_types", "aio", "comms_logger", "flops_profiler",
+    "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint", "nebula", "compile",
 }
 
 
-def _merge(config: dict[str, Any], extra: dict[str, Any], path: str) -> None:
+def check_overrides(path: str, offload: bool) -> list[str]:
+    """Check the keys of a --deepspeed_config, and return a line for each that has no effect.
+
+    Args:
+        path: of the JSON file.
+        offload: whether --offload is given.
+
+    Raises:
+        UserError: it asks for what this program cannot honour.
+    """
+    extra, lines = json.loads(Path(path).read_text()), []
+    zero = extra.get("zero_optimization") or {}
+    nested = {f"{section}.{key}": value for section in ("zero_optimization", "bf16", "fp16")
+              for key, value in (extra.get(section) or {}).items()}
+    for key, value in {**extra, **nested}.items():
+        if key in _REFUSED and _is_on(value):
+            raise UserError(f"--deepspeed_config {path}: {key} is not supported: {_REFUSED[key]}; "
+                            f"take {key} out of the file")
+        if key in _DROPPED:
+            lines.append(f"--deepspeed_config {path}: {key} has no effect: {_DROPPED[key]} decide")
+        elif "." not in key and key not in _KNOWN | _SECTIONS | _BY_FLAGS | _REFUSED.keys():
+            lines.append(f"warning: --deepspeed_config {path}: {key} is passed to DeepSpeed "
+                         "untested")
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if device not in ("none", "auto") and not offload:
+        raise UserError(f"--deepspeed_config {path}: zero_optimization.offload_optimizer needs "
+                        "another optimizer; give --offload too")
+    return lines
+
+
+def _is_on(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and value.get("enabled", True) not in (False, "auto")
+    return value is True or value not in (None, False, "auto", "mean", 1, -1)
+
+
+def _merge(
+    config: dict[str, Any], extra: dict[str, Any], path: str, section: str = ""
+) -> None:
     for key, value in extra.items():
+        name = f"{section}{key}"
+        if name in _DROPPED or value == "auto":
+            continue
         if isinstance(value, dict) and isinstance(config.get(key), dict):
-            _merge(config[key], value, path)
-        elif key in _BY_FLAGS and value not in ("auto", config[key]):
-            raise UserError(
-                f"--deepspeed_config {path}: {key} is {value}, but the flags give {config[key]}; "
-                f"take {key} out of the file"
-            )
-        elif value != "auto":
+            _merge(config[key], value, path, f"{name}.")
+        elif name not in _BY_FLAGS:
             config[key] = value
+        elif value != config[key]:
+            raise UserError(
+                f"--deepspeed_config {path}: {name} is {value}, but the flags give {config[key]}; "
+                f"take {name} out of the file"
+            )

@@ -3,6 +3,8 @@
 import os
 import shutil
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import get_scheduler
 from alpaca_rlhf.utils.errors import UserError
 
 BETAS = (0.9, 0.95)
+LONGEST_BUILD = 600  # seconds that a compilation of DeepSpeed's CPU optimizer may take
 
 
 def parameter_groups(
@@ -53,7 +56,8 @@ def require_offloading() -> None:
     """Check that the optimizer for offloaded states can be built.
 
     Raises:
-        UserError: it would have to be compiled, and tools are missing.
+        UserError: it would have to be compiled, and tools are missing, or an earlier compilation
+            was killed.
     """
     from deepspeed.git_version_info import installed_ops
 
@@ -66,6 +70,21 @@ def require_offloading() -> None:
     here = os.path.dirname(sys.executable)
     if shutil.which("ninja") is None:
         os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + here
+    _check_build_lock()
+
+
+def _check_build_lock() -> None:
+    """Refuse the lock of a compilation that was killed: torch would wait for it without end.
+
+    Raises:
+        UserError: the lock is older than any compilation takes.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory("cpu_adam", False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > LONGEST_BUILD:
+        raise UserError(f"--offload: {lock} was left by a compilation of DeepSpeed's CPU optimizer "
+                        f"that was killed, and would be waited for; delete {lock.parent}")
 
 
 def create_optimizer(

@@ -77,14 +77,18 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
 
     Raises:
         UserError: a hub model is not in the cache and there is no network; a compiler or a
-            tracker's package is missing; the weights do not fit. A folder that is no model is left
-            to its loader.
+            tracker's package is missing; --deepspeed_config asks for what is not supported; the
+            weights do not fit. A folder that is no model is left to its loader.
     """
     tracker.require_packages(trackers)
     for path in [*(m.path for m in models), models[0].loading.tokenizer_name_or_path]:
         if path is not None:
             require_cached(path)
-    if any(model.engine.offload for model in models):
+    engine = models[0].engine
+    if engine.deepspeed_config:
+        for line in ds_config.check_overrides(engine.deepspeed_config, engine.offload):
+            console.say(line)
+    if engine.offload:
         optimizer.require_offloading()
     if all(_is_hub_id(m.path) or (Path(m.path) / "config.json").exists() for m in models):
         warning = memory_warning(models)
