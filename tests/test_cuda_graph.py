@@ -37,16 +37,17 @@ class Recorder:
     """Reads and writes the same tensors at every launch, as a graph does."""
 
     def __init__(self):
-        self.recorded = 0
+        self.recorded, self.pools = 0, []
 
-    def __call__(self, run):
+    def __call__(self, run, pool=None):
         self.recorded += 1
+        self.pools.append(pool)
         result = torch.full_like(run(), torch.nan)  # recording computes nothing
 
         def launch():
             result.copy_(run())
 
-        return launch, result
+        return launch, result, pool or "the pool"
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,7 @@ def test_graphs_generate_what_the_forward_pass_generates_as_rows_come_and_go(
     torch.testing.assert_close(
         rollout.decoded_logprobs, expected.decoded_logprobs, rtol=0, atol=1e-5)
     assert 1 <= recorder.recorded <= 3, "one graph for each number of rows: 4, 2, 1"
+    assert recorder.pools == [None, "the pool", "the pool"][: recorder.recorded]
 
 
 def test_a_graph_is_recorded_again_for_another_cache_and_after_filling(small, recorder):
@@ -137,18 +139,23 @@ def test_the_hybrid_engine_records_graphs_at_each_visit_and_keeps_none(
     assert len(released) == 2
 
 
-def refuses(run):
+def refuses(run, pool):
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
-def scales(run):
-    launch, result = Recorder()(run)
-    return lambda: (launch(), result.mul_(1.1)), result
+def raises_something_else(run, pool):
+    raise NotImplementedError
+
+
+def scales(run, pool):
+    launch, result, pool = Recorder()(run)
+    return lambda: (launch(), result.mul_(1.1)), result, pool
 
 
 @pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(("record", "reason"), [
     (refuses, "it fails (operation not permitted when stream is capturing)"),
+    (raises_something_else, "it fails (NotImplementedError)"),
     (scales, "it does not give the logits of the model's forward pass"),
 ])
 def test_a_graph_that_fails_or_is_wrong_is_not_used_and_one_line_says_why(
@@ -185,22 +192,27 @@ def test_reasons_against_a_graph(device, window, reason):
 
 def test_recording_warms_up_on_another_stream_and_then_records_one_pass(monkeypatch):
     events, streams = [], SimpleNamespace(wait_stream=lambda other: events.append("wait"))
+    graph, pools = SimpleNamespace(pool=lambda: "new pool"), []
 
     @contextlib.contextmanager
-    def inside(name):
+    def inside(name, pool=None):
+        name = "graph" if name is graph else name
+        pools.append(pool)
         events.append(f"into {name}")
         yield
         events.append(f"out of {name}")
 
     fake = SimpleNamespace(
         Stream=lambda: streams, current_stream=lambda: streams,
-        stream=lambda stream: inside("stream"), create_graph=lambda: "graph",
-        capture_to_graph=inside, replay_graph=lambda graph: events.append(f"launch {graph}"),
+        stream=lambda stream: inside("stream"), create_graph=lambda: graph,
+        capture_to_graph=inside, replay_graph=lambda one: events.append(f"launch {one is graph}"),
     )
     monkeypatch.setattr(cuda_graph, "get_accelerator", lambda: fake)
-    launch, result = RECORD(lambda: events.append("pass") or len(events))
+    launch, result, pool = RECORD(lambda: events.append("pass") or len(events))
     warm_up = ["into stream", *["pass"] * cuda_graph.WARM_UP, "out of stream"]
     assert events == ["wait", *warm_up, "wait", "into graph", "pass", "out of graph"]
     assert result == events.index("into graph") + 2
     launch()
-    assert events[-1] == "launch graph"
+    assert events[-1] == "launch True"
+    assert pool == "new pool"
+    assert RECORD(lambda: torch.ones(1), pool)[2] == pools[-1] == "new pool"

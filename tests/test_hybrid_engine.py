@@ -162,3 +162,15 @@ def test_the_time_of_every_part_is_measured(small, engine):
     generated(hybrid, small)
     assert hybrid.seconds.keys() == {"enter", "prefill", "decode", "sampling", "refill", "leave"}
     assert all(seconds > 0 for seconds in hybrid.seconds.values())
+
+
+def test_flash_attention_is_replaced_by_sdpa_while_generating(small):
+    engine = small.trained("actor")
+    config, seen = engine.module.config, []
+    config._attn_implementation = "flash_attention_2"  # not installed: only the name is changed
+    engine.module.set_attn_implementation = lambda name: (
+        seen.append(name), setattr(config, "_attn_implementation", name))
+    with hybrid_engine(engine, enabled=False).generation_mode():
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "flash_attention_2"
+    assert seen == ["sdpa", "flash_attention_2"]

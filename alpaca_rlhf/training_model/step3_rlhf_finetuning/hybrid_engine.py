@@ -79,6 +79,11 @@ class HybridEngine:
         leaving.callback(self._release_buffers)
         leaving.callback(model.train, model.training)
         model.eval()
+        base = unwrapped(model)
+        if base.config._attn_implementation.startswith("flash"):
+            # Flash attention finds the lengths of padded rows on the host, in every layer.
+            leaving.callback(base.set_attn_implementation, base.config._attn_implementation)
+            base.set_attn_implementation("sdpa")
         try:
             with decoder.timed("enter"):
                 if self._config.enable_hybrid_engine and not self.decodes_in_step:

@@ -21,11 +21,16 @@ from alpaca_rlhf.utils.generation.kv_cache import SlotCache
 WARM_UP = 3  # passes before recording: libraries choose their kernels in the first ones
 
 
-def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record(run: Callable[[], Tensor], pool: Any = None) -> tuple[Callable[[], None], Tensor, Any]:
     """Record a forward pass, in the way that PyTorch's notes on CUDA graphs prescribe.
 
+    Args:
+        run: the forward pass.
+        pool: memory of graphs of which no two run at the same time; None makes one.
+
     Returns:
-        A function that launches it, and the tensor that holds its result afterwards.
+        A function that launches it, the tensor that holds its result until another graph of the
+        pool runs, and the pool.
     """
     device = get_accelerator()
     stream = device.Stream()
@@ -35,9 +40,9 @@ def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
             run()
     device.current_stream().wait_stream(stream)
     graph = device.create_graph()
-    with device.capture_to_graph(graph):
+    with device.capture_to_graph(graph, pool=pool):
         result = run()
-    return partial(device.replay_graph, graph), result
+    return partial(device.replay_graph, graph), result, pool or graph.pool()
 
 
 class _AllColumns(DynamicLayer):
@@ -78,6 +83,7 @@ class GraphStep:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._graphs: dict[int, _Graph] = {}
+        self._pool: Any = None  # of memory, shared by the graphs for all numbers of rows
 
     @staticmethod
     def objection(model: PreTrainedModel) -> str | None:
@@ -90,7 +96,7 @@ class GraphStep:
 
     def fill(self) -> None:
         """Drop all graphs: they are recorded again where the weights are now."""
-        self._graphs = {}
+        self._graphs, self._pool = {}, None
 
     release = fill
 
@@ -98,14 +104,15 @@ class GraphStep:
         """Return logits [N, V] after tokens [N], valid until the next call."""
         graph = self._graphs.get(cache.rows)
         if graph is None or not graph.reads(cache):
-            graph = self._graphs[cache.rows] = _Graph(self._model, tokens, cache)
+            graph = self._graphs[cache.rows] = _Graph(self._model, tokens, cache, self._pool)
+            self._pool = graph.pool
         return graph(tokens, cache)
 
 
 class _Graph:
     """The graph for one number of rows and the buffers of one cache."""
 
-    def __init__(self, model: Any, tokens: Tensor, cache: SlotCache) -> None:
+    def __init__(self, model: Any, tokens: Tensor, cache: SlotCache, pool: Any) -> None:
         self._keys = cache.layers[0].keys
         self._columns = torch.arange(cache.columns, device=tokens.device)
         self._tokens = tokens.unsqueeze(-1).clone()
@@ -121,10 +128,10 @@ class _Graph:
             _AllColumns(layer.keys[:rows], layer.values[:rows], self._front)
             for layer in cache.layers
         ])
-        self._launch, self._logits = record(lambda: model(
+        self._launch, self._logits, self.pool = record(lambda: model(
             input_ids=self._tokens, attention_mask=self._mask, position_ids=self._positions,
             past_key_values=whole, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1])
+        ).logits[:, -1], pool)
 
     def reads(self, cache: SlotCache) -> bool:
         """Return whether the graph was recorded on the buffers of this cache."""

@@ -48,8 +48,10 @@ def draw(
         of_drawn = rl_math.token_logprobs(
             some.unsqueeze(1), drawn.unsqueeze(1), sampling.temperature or 1.0
         ).squeeze(1)
-        for row, token, logprob in zip(rows, drawn.tolist(), of_drawn.tolist(), strict=True):
-            tokens[row], logprobs[row] = token, logprob
+        # fp64 holds both exactly; each transfer from a GPU waits for all work before it.
+        pairs = torch.stack([drawn.double(), of_drawn.double()]).T.tolist()
+        for row, (token, logprob) in zip(rows, pairs, strict=True):
+            tokens[row], logprobs[row] = int(token), logprob
     return tokens, logprobs
 
 

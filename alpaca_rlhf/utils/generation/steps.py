@@ -104,8 +104,8 @@ def fastest(model: Any, use_cuda_graph: bool) -> DecodingStep:
                 step.fill()
                 if agrees(model, step):
                     return step
-            except RuntimeError as error:  # an operation that a CUDA graph cannot hold
-                reason = f"it fails ({str(error).splitlines()[0]})"
+            except Exception as error:  # whatever a library raises for what a graph cannot hold
+                reason = f"it fails ({(str(error) or type(error).__name__).splitlines()[0]})"
         console.say(f"{level}{kind.name} is not used: {reason}")
     return ForwardStep(model)
 
