@@ -50,6 +50,8 @@ STAGES = (0, 1, 2, 3)
 # Stage, LoRA rank and hybrid engine of step 3: every pair of values occurs.
 STEP3 = ((0, 0, False), (0, 4, False), (0, 0, True), (0, 4, True), (1, 0, True), (1, 4, False),
          (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, False), (3, 4, True))
+# Role, stage and precision of steps 1 and 2.
+HALF = (("actor", 0, "bf16"), ("actor", 3, "bf16"), ("critic", 2, "bf16"), ("critic", 3, "bf16"))
 # Prompts that are answered greedily: several waves of 16 on each rank.
 GREEDY = 72
 # Eight rows of unlike length, so that the ranks hold unlike numbers of tokens.
@@ -73,7 +75,7 @@ def of_this_rank(batch: PromptBatch) -> PromptBatch:
 
 
 def two_steps(
-    small: Small, role: str, stage: int, lora_rank: int = 0
+    small: Small, role: str, stage: int, lora_rank: int = 0, dtype: str = "fp32"
 ) -> tuple[Any, dict[str, float]]:
     """Take two optimizer steps over the eight rows: micro-batches of 4 rows over all ranks.
 
@@ -81,7 +83,7 @@ def two_steps(
         The engine, and loss and gradient norm of the second step.
     """
     torch.manual_seed(0)  # of the adapter
-    engine = small.trained(role, stage, lora_rank, **small.comparable)
+    engine = small.trained(role, stage, lora_rank, dtype=dtype, **small.comparable)
     world = distributed.world_size()
     if role == "actor":
         rows, collate, loss = TOKENS, collate_tokens, step1.loss
@@ -124,22 +126,24 @@ def save(folder: Path, name: str, engine: Any, record: Any = None) -> dict[str, 
 
 
 def iterations(
-    small: Small, folder: Path, stage: int, lora_rank: int, hybrid: bool
+    small: Small, folder: Path, stage: int, lora_rank: int, hybrid: bool, dtype: str = "fp32"
 ) -> dict[str, Any]:
     """Run two PPO iterations."""
-    engine = small.roles(stage, lora_rank, eos_every=6, **small.comparable)
+    engine = small.roles(stage, lora_rank, eos_every=6, dtype=dtype, **small.comparable)
     maker = small.maker(engine, hybrid=hybrid, tokens=8)
     trainer = small.trainer(engine, accumulation=2)
     before, tokens, records = snapshot(engine.actor.module), [], []
     for number in range(2):
-        experience, metrics = small.experience(maker, prompts=of_this_rank(small.prompts(8)))
+        experience, metrics = small.experience(
+            maker, prompts=of_this_rank(small.prompts(8)), order=trainer.row_order(4, number))
         metrics |= learn(trainer, experience, number)
         tokens.append(distributed.gather_rows(
             [row[kept.bool()].tolist()
              for row, kept in zip(experience.responses, experience.response_mask, strict=True)]
         ))
         records.append(metrics)
-    save(folder, f"step3_{stage}_{lora_rank}_{hybrid}", engine.actor)
+    if dtype == "fp32":
+        save(folder, f"step3_{stage}_{lora_rank}_{hybrid}", engine.actor)
     return {
         "metrics": records, "tokens": tokens, "moved": len(moved(before, engine.actor.module)),
         "finite": all(math.isfinite(value) for m in records for value in m.values()),
@@ -342,6 +346,11 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
         made[f"step3_{stage}_{rank}_{hybrid}"] = partial(
             iterations, small, folder, stage, rank, hybrid
         )
+    for role, stage, dtype in HALF:
+        made[f"half_{role}_{stage}_{dtype}"] = lambda how=(role, stage, 0, dtype): save(
+            folder, "half_{}_{}_{}_{}".format(*how), *two_steps(small, *how)
+        )
+    made["half_step3"] = partial(iterations, small, folder, 3, 4, True, "bf16")
     for stage in (0, 3):
         for role in ("actor", "critic"):
             made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)

@@ -123,6 +123,27 @@ def test_one_rank_and_two_ranks_take_the_same_step_of_ppo(
     same_weights(folder, f"ppo_critic_{stage}", ppo_reference.critic, alone.reward_model())
 
 
+@pytest.mark.parametrize(("role", "stage", "dtype"), worker.HALF)
+def test_one_rank_and_two_ranks_take_the_same_step_in_half_precision(
+    results, folder, alone, role, stage, dtype
+):
+    engine, expected = worker.two_steps(alone, role, stage, 0, dtype)
+    given = torch.load(folder / f"weights_half_{role}_{stage}_0_{dtype}.pt")
+    for key, weight in worker.weights(engine).items():
+        assert_close(given[key], weight, rtol=0.02, atol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+    record = results[f"half_{role}_{stage}_{dtype}"]
+    assert record["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+    assert record["norm"] == pytest.approx(expected["norm"], rel=1e-2)
+
+
+def test_step_3_runs_with_adapters_under_zero_3_in_bf16_on_two_ranks(results):
+    result = results["half_step3"]
+    first = result["metrics"][0]
+    assert result["finite"]
+    assert result["moved"] >= 14
+    assert first["policy/first_log_ratio_max"] == first["kl/k1"] == 0.0
+
+
 # ------------------------------------------------------------------- step 3, run through
 
 
