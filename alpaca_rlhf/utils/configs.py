@@ -46,12 +46,10 @@ def option(
     """Declare an option; `Any`, so that a field may have the type that it has once resolved.
 
     Args:
-        default: its value when it is not given.
+        default, aliases, required: as in argparse.
         text: for --help. One that ends in "(default: …)" says itself what None stands for.
-        *aliases: other names of the flag.
         on_resume: what a change means for a resumed run.
         flag: name of the flag where it is not the field's.
-        required: whether it must be given.
         unavailable: reason why anything but the default is refused.
         no_effect: reason why the flag is accepted for old scripts and ignored.
     """
@@ -73,13 +71,19 @@ def _no_effect(default: Any, reason: str) -> Any:
     return option(default, text, on_resume="free", no_effect=reason)
 
 
-def group(prefix: str = "", without: tuple[str, ...] = (), **defaults: Any) -> Any:
-    """Declare a group of a program's record.
+class Group:
+    """Options of one part of the code; `title` heads them in --help."""
 
-    Args:
-        prefix: of its flags.
-        without: options that the program does not have; they keep the group's defaults.
-        **defaults: the program's own defaults.
+    title: ClassVar[str]
+
+    def __init_subclass__(cls, title: str | None = None) -> None:
+        cls.title = title or cls.title
+
+
+def group(prefix: str = "", without: tuple[str, ...] = (), **defaults: Any) -> Any:
+    """Declare a group of a program's record: its flags' prefix, and the program's own defaults.
+
+    Options named in `without` are no flags of the program and keep the group's defaults.
     """
     return field(metadata={"prefix": prefix, "without": without, "defaults": defaults})
 
@@ -88,10 +92,8 @@ def group(prefix: str = "", without: tuple[str, ...] = (), **defaults: Any) -> A
 
 
 @dataclass(frozen=True)
-class SourcesConfig:
+class SourcesConfig(Group, title="data"):
     """Data sets, and the share of each step."""
-
-    title: ClassVar[str] = "data"
 
     data_path: list[str] = option(
         [], "data sets, each a hub name, a folder or a .json/.jsonl/.parquet file, also .gz; "
@@ -130,10 +132,8 @@ class DataConfig(SourcesConfig):
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(Group, title="supervised fine-tuning"):
     """Data and loss that only supervised fine-tuning has."""
-
-    title: ClassVar[str] = "supervised fine-tuning"
 
     sft_only_data_path: list[str] = option([], "more data sets, added whole to this step")
     train_on: Literal["all", "last"] = option(
@@ -153,15 +153,8 @@ class LearningRates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RoleConfig:
-    """A trained model: the single one of steps 1 and 2, the actor or the critic.
-
-    Attributes:
-        prefix: of its flags: "", "actor_" or "critic_".
-        rates: learning rates where none is given.
-    """
-
-    title: ClassVar[str] = "model"
+class RoleConfig(Group, title="model"):
+    """A trained model: the single one of steps 1 and 2, the actor or the critic."""
 
     model_name_or_path: str = option(
         None, "hub id or folder; in step 3 the folders that steps 1 and 2 wrote (default in steps "
@@ -181,7 +174,7 @@ class RoleConfig:
     lora_learning_rate: NonNegative | None = option(
         None, "learning rate of the adapters (default: --{prefix}learning_rate if given, else "
         "{adapter_rate:g})")
-    prefix: str = ""
+    prefix: str = ""  # of its flags: "", "actor_" or "critic_"
     rates: LearningRates = LearningRates(2e-5, 3e-4, 3e-4)
 
     def flag(self, name: str) -> str:
@@ -190,10 +183,8 @@ class RoleConfig:
 
 
 @dataclass(frozen=True)
-class LoadingConfig:
+class LoadingConfig(Group, title="loading"):
     """Tokenizer, precision and attention of every model of a program."""
-
-    title: ClassVar[str] = "loading"
 
     tokenizer_name_or_path: str | None = option(
         None, "hub id or folder (default: the model's own; in step 3 the actor's)")
@@ -205,10 +196,8 @@ class LoadingConfig:
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(Group, title="LoRA"):
     """Options that all adapters of a run share; rank and modules belong to the role."""
-
-    title: ClassVar[str] = "LoRA"
 
     lora_alpha: Positive | None = option(None, "scale of the adapters (default: 2 x rank)")
     lora_dropout: Dropout = option(0.0, "dropout before the adapters")
@@ -220,10 +209,8 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Group, title="schedule"):
     """Length of the training and learning-rate schedule, in optimizer steps."""
-
-    title: ClassVar[str] = "schedule"
 
     num_train_epochs: Count = option(1, "epochs over the data")
     max_steps: Count | None = option(None, "optimizer steps after which training stops")
@@ -239,10 +226,8 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Group, title="DeepSpeed"):
     """Options of DeepSpeed beyond ZeRO stage, precision and batch sizes."""
-
-    title: ClassVar[str] = "DeepSpeed"
 
     offload: bool = option(
         False, "keep optimizer states (ZeRO-3: and parameters) in host memory; needs ZeRO >= 1")
@@ -251,10 +236,8 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(Group, title="batches"):
     """Batches of steps 1 and 2, and evaluation during training."""
-
-    title: ClassVar[str] = "batches"
 
     per_device_train_batch_size: Count = option(
         16, "rows of a micro-batch on each rank", on_resume="per_rank")
@@ -272,10 +255,8 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
-class SeedConfig:
+class SeedConfig(Group, title="run"):
     """The seed."""
-
-    title: ClassVar[str] = "run"
 
     seed: int = option(1234, "seed of data order, initial weights and sampling")
 
@@ -297,10 +278,8 @@ class RunConfig(SeedConfig):
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Group, title="checkpoints"):
     """Checkpoints to resume from."""
-
-    title: ClassVar[str] = "checkpoints"
 
     save_steps: Whole = option(
         0, "optimizer steps between checkpoints in --output_dir; 0: only at the end of an epoch "
@@ -321,10 +300,8 @@ FILE_TRACKERS = ("tensorboard", "aim")
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(Group, title="tracking"):
     """Where metrics go besides the files of the run."""
-
-    title: ClassVar[str] = "tracking"
 
     tracker: list[str] = option(
         [], f"trackers that receive the metrics: {', '.join(TRACKERS)}", on_resume="free")
@@ -344,10 +321,8 @@ _EOT = "every response ends with the tokenizer's eos id"
 
 
 @dataclass(frozen=True)
-class LegacyConfig:
+class LegacyConfig(Group, title="flags of old scripts"):
     """Flags of old scripts, in all steps."""
-
-    title: ClassVar[str] = "flags of old scripts"
 
     deepspeed: bool = _no_effect(False, "the trainers are always DeepSpeed's")
     num_padding_at_beginning: int = _no_effect(0, "the score is read at the last real token")
@@ -361,10 +336,8 @@ class LegacyConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Group, title="sampling"):
     """Sampling parameters of generation."""
-
-    title: ClassVar[str] = "sampling"
 
     max_new_tokens: Count = option(
         256, "maximum length of a response in tokens, eos included (default: 256; in evaluations "
@@ -381,10 +354,8 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class HybridEngineConfig:
+class HybridEngineConfig(Group, title="hybrid engine"):
     """Generation by the actor."""
-
-    title: ClassVar[str] = "hybrid engine"
 
     enable_hybrid_engine: bool = option(
         False, "generate faster: with gathered weights, merged adapters and, on a CPU, a compiled "
@@ -405,10 +376,8 @@ class HybridEngineConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Group, title="rollout"):
     """Batches and lengths of the rollout phase."""
-
-    title: ClassVar[str] = "rollout"
 
     per_device_generation_batch_size: Count = option(
         16, "rollouts generated at once on each rank", "per_device_train_batch_size",
@@ -419,10 +388,8 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Group, title="reward"):
     """Reward of a response."""
-
-    title: ClassVar[str] = "reward"
 
     reward_function: str | None = option(
         None, "module:name of a Python function, texts in, floats out, that scores the responses "
@@ -444,10 +411,8 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Group, title="PPO"):
     """Hyperparameters of the PPO update."""
-
-    title: ClassVar[str] = "PPO"
 
     per_device_training_batch_size: Count = option(
         16, "rows of a micro-batch on each rank; divides the rollouts of a PPO iteration",
@@ -479,10 +444,8 @@ class PPOConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Group, title="report"):
     """Evaluation of the policy, sample tables, alarms, and the short test run."""
-
-    title: ClassVar[str] = "report"
 
     eval_prompts: Whole = option(
         128, "held-out prompts on which the policy is evaluated before and after; 0: none",
@@ -578,10 +541,8 @@ _RECORDED = "(default: as recorded with the model, else {})"
 
 
 @dataclass(frozen=True)
-class HeldOutConfig(SourcesConfig, SeedConfig):
+class HeldOutConfig(SourcesConfig, SeedConfig, title="data"):
     """Prompts or pairs that an evaluation measures on; None: as recorded with the model."""
-
-    title: ClassVar[str] = "data"
 
     data_path: list[str] = option(
         [], "data sets, as in training " + _RECORDED.format("the embedded data set"))
@@ -594,10 +555,8 @@ class HeldOutConfig(SourcesConfig, SeedConfig):
 
 
 @dataclass(frozen=True)
-class PromptEvalConfig(SeedConfig):
+class PromptEvalConfig(SeedConfig, title="prompts"):
     """Models whose responses are shown side by side, and the prompts."""
-
-    title: ClassVar[str] = "prompts"
 
     path: list[str] = option([], _MODELS, required=True)
     prompts: str | None = option(
@@ -611,10 +570,8 @@ class PromptEvalConfig(SeedConfig):
 
 
 @dataclass(frozen=True)
-class RewardEvalConfig:
+class RewardEvalConfig(Group, title="reward model"):
     """The reward model that is evaluated, and its best-of-n curve."""
-
-    title: ClassVar[str] = "reward model"
 
     path: str = option("", "folder of a reward model or an adapter, or hub id", required=True)
     max_seq_len: Annotated[int, Bound(lambda n: n >= 2, "must be 2 or more")] = option(
@@ -627,10 +584,8 @@ class RewardEvalConfig:
 
 
 @dataclass(frozen=True)
-class WinRateConfig:
+class WinRateConfig(Group, title="models"):
     """Two policies that are compared, and the judges."""
-
-    title: ClassVar[str] = "models"
 
     run: str | None = option(
         None, "folder of a whole run: its final/actor against its actor, judged by its critic")
@@ -646,10 +601,8 @@ class WinRateConfig:
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(Group, title="chat"):
     """The model of the terminal chat."""
-
-    title: ClassVar[str] = "chat"
 
     path: str = option("", _MODEL, required=True)
     system: str = option("", "system message before the dialogue")
@@ -658,10 +611,8 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
-class WebChatConfig:
+class WebChatConfig(Group, title="chat"):
     """The page of the web chat, and the arena."""
-
-    title: ClassVar[str] = "chat"
 
     arena: bool = option(False, "hide which of two models is which, and vote")
     votes: str = option("votes.jsonl", "file to which the arena's votes are appended")
@@ -670,10 +621,8 @@ class WebChatConfig:
 
 
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(Group, title="server"):
     """Models that a server serves, where it listens, and its batch."""
-
-    title: ClassVar[str] = "server"
 
     path: list[str] = option([], _MODELS, required=True)
     host: str = option("127.0.0.1", "address to listen on")
@@ -752,10 +701,8 @@ class ServeProgram:
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Group, title="inspector"):
     """Output of `inspect_data`."""
-
-    title: ClassVar[str] = "inspector"
 
     step: Literal[1, 2, 3] = option(
         1, "step whose data is inspected, 1, 2 or 3; all other flags are those of the step",
@@ -791,23 +738,14 @@ class InspectStep3(Step3Config):
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a program.
+    """An option of a program."""
 
-    Attributes:
-        group: name of its group in the program's record.
-        name: of the field.
-        flag: without dashes, prefix included.
-        hint: the field's type, bounds included.
-        default: its value when it is not given.
-        metadata: what `option` declares.
-    """
-
-    group: str
-    name: str
-    flag: str
-    hint: Any
+    group: str  # field of the program's record
+    name: str  # field of the group
+    flag: str  # without dashes, prefix included
+    hint: Any  # the field's type, bounds included
     default: Any
-    metadata: Any
+    metadata: Any  # what `option` declares
 
 
 def groups(record: type) -> Iterator[tuple[str, type, dict[str, Any]]]:
