@@ -136,21 +136,9 @@ class Rollout(Batch):
             lambda name, _: torch.cat([getattr(part, name) for part in wide]))
 
 
-def pad(
-    rows: list[list[int]], value: int, left: bool = False, length: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Pad rows to one length.
-
-    Args:
-        rows: token ids.
-        value: fills the padding.
-        left: pad before each row instead of after it.
-        length: T; by default the length of the longest row.
-
-    Returns:
-        Ids [B, T] and mask [B, T], which is 0 at padding.
-    """
-    longest = max((len(row) for row in rows), default=0) if length is None else length
+def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Pad rows to the longest: ids [B, T] and mask [B, T], which is 0 at padding."""
+    longest = max(map(len, rows), default=0)
     ids = torch.full((len(rows), longest), value, dtype=torch.long)
     mask = torch.zeros((len(rows), longest), dtype=torch.long)
     for i, row in enumerate(rows):
@@ -193,14 +181,9 @@ def length_grouped(
     """Return the indices of all rows in an order whose successive batches have similar lengths.
 
     The rows are shuffled, sorted by length within pools of `pool` batches, cut into batches, and
-    the batches are shuffled. The order depends on the arguments alone, so a resumed run, or one
-    with another number of ranks for the same global batch, continues in it.
-
-    Args:
-        lengths: of the rows, in tokens.
-        size: rows of a global batch.
-        seed, epoch: of the shuffling.
-        pool: batches that are sorted together; a larger pool pads less and mixes less.
+    the batches are shuffled: a larger pool pads less and mixes less. The order depends on the
+    arguments alone, so a resumed run, or one with another number of ranks for the same global
+    batch of `size` rows, continues in it.
     """
     order = shuffled(len(lengths), seed, epoch)
     batches: list[list[int]] = []
@@ -248,12 +231,8 @@ def text_batches(
 ) -> Iterator[list[TokenBatch] | None]:
     """Yield, for each PPO iteration, this rank's batches of text for the ptx loss.
 
-    Args:
-        ppo: names the text and sets the batch size; without text each iteration gets None.
-        chat: tokenizer.
-        length: tokens of a row.
-        count: batches of an iteration.
-        skip: iterations that are done already.
+    Each has `count` batches of rows of `length` tokens, or is None where no text is given. The
+    first `skip` iterations are left out.
 
     Raises:
         UserError: the text cannot be read, or does not fill a single row.
@@ -285,11 +264,8 @@ def text_rows(
 ) -> list[dict[str, list[int]]]:
     """Cut plain text into rows of `length` tokens, all of which are trained.
 
-    Args:
-        name: a local text file (an empty line ends a text), or a hub data set with a column `text`.
-        configuration: of the hub data set.
-        chat: tokenizer; eos ends each text.
-        length: tokens of a row; what does not fill the last row is left out.
+    The name is that of a local text file, in which an empty line ends a text, or of a hub data set
+    with a column `text`. eos ends each text; what does not fill the last row is left out.
 
     Raises:
         UserError: the text cannot be read, or does not fill a single row.

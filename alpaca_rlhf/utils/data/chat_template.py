@@ -118,12 +118,7 @@ TEMPLATES = {
 
 
 def jinja(name: str, adds_bos: bool) -> str:
-    """Return the Jinja source of a template.
-
-    Args:
-        name: a key of `TEMPLATES`.
-        adds_bos: the tokenizer's own encoding begins with bos, and so does the template's text.
-    """
+    """Return the Jinja source of a template; with bos where the tokenizer's encoding has one."""
     bos = _BOS if adds_bos else ""
     return bos + TEMPLATES[name].replace("BOS", bos)
 

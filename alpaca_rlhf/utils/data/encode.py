@@ -19,19 +19,12 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Lengths:
-    """Maximum lengths in tokens, and the treatment of rows that are longer.
+    """Maximum lengths in tokens, and the treatment of rows that are longer."""
 
-    Attributes:
-        prompt: of a prompt; a longer one keeps its end.
-        response: of a response, eos included; a longer one keeps its start.
-        overlong: "truncate", "drop" or "error".
-        flag: where they come from, for messages.
-    """
-
-    prompt: int
-    response: int
-    overlong: str
-    flag: str
+    prompt: int  # a longer one keeps its end
+    response: int  # eos included; a longer one keeps its start
+    overlong: str  # "truncate", "drop" or "error"
+    flag: str  # where the lengths come from, for messages
 
     @classmethod
     def of_sequence(cls, max_seq_len: int, overlong: str) -> "Lengths":
@@ -59,13 +52,8 @@ def encode_sft(
 ) -> Rows:
     """Encode samples of step 1: `input_ids`, and `labels` that are -100 where nothing is trained.
 
-    Args:
-        samples: of which `chosen` is trained.
-        chat: tokenizer and chat template.
-        lengths: maximum lengths.
-        train_on: "last" trains the response alone, "all" the assistant's earlier turns too, unless
-            they are the responses of rows of their own.
-        train_on_prompt: train every token.
+    `train_on` "last" trains the response alone, "all" the assistant's earlier turns too, unless
+    they are the responses of rows of their own.
     """
     dialogues = chat.segments([sample.messages for sample in samples])
     responses = chat.responses(sample.chosen for sample in samples)
@@ -94,10 +82,7 @@ def _labels(segments: list[list[int]], trained: bool) -> list[int]:
 
 
 def encode_pairs(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths) -> Rows:
-    """Encode samples of step 2: `chosen_ids` and `rejected_ids`, the prompt and one response each.
-
-    Arguments are those of `encode_sft`.
-    """
+    """Encode samples of step 2: `chosen_ids` and `rejected_ids`, each with the prompt."""
     dialogues = chat.segments([sample.messages for sample in samples])
     better = chat.responses(sample.chosen for sample in samples)
     worse = chat.responses(sample.rejected or "" for sample in samples)
@@ -117,10 +102,7 @@ def encode_pairs(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths) 
 
 
 def encode_prompts(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths) -> Rows:
-    """Encode samples of step 3: `prompt_ids`, and `messages` as JSON, to show and for gold rules.
-
-    Arguments are those of `encode_sft`.
-    """
+    """Encode samples of step 3: `prompt_ids`, and `messages` as JSON to show and for gold rules."""
     rows = []
     dialogues = chat.segments([sample.messages for sample in samples])
     for sample, segments in zip(samples, dialogues, strict=True):

@@ -42,23 +42,13 @@ LOCAL_JSON = "local/jsonfile"
 
 @dataclass(frozen=True)
 class DataFormat:
-    """A format of rows.
+    """A format of rows."""
 
-    Attributes:
-        names: data sets in this format.
-        columns: those a row must have.
-        convert: makes a sample, or several, from a row; raises (or yields) `Unusable`.
-        gather: joins rows first, where a sample is spread over several.
-    """
-
-    names: tuple[str, ...]
-    columns: tuple[str, ...]
-    convert: Callable[[Row], Sample | Iterable[Sample | Unusable]]
+    names: tuple[str, ...]  # data sets in this format
+    columns: tuple[str, ...]  # those a row must have
+    convert: Callable[[Row], Sample | Iterable[Sample | Unusable]]  # also raises Unusable
+    # Joins rows first, where a sample is spread over several.
     gather: Callable[[Iterable[Row]], Iterator[Row | Unusable]] | None = None
-
-    def fits(self, row: Row) -> bool:
-        """Return whether the row has the columns."""
-        return all(column in row for column in self.columns)
 
     def read(self, rows: Iterable[Row], unused: Counter[str]) -> Iterator[Sample]:
         """Yield the samples of rows; what cannot be used is added to `unused` by its reason."""
@@ -404,17 +394,14 @@ def names() -> list[str]:
 def choose(name: str, row: Row, flag: str) -> DataFormat:
     """Return the format of a data set: the one with its name and the columns of its first row.
 
-    Args:
-        name: of the data set; "" goes by the columns alone.
-        row: the first one.
-        flag: flag and entry, for the message.
+    The name "" goes by the columns alone.
 
     Raises:
         UserError: no format fits.
     """
     candidates = [one for one in FORMATS if name in one.names] if name else list(FORMATS)
     for one in candidates:
-        if one.fits(row):
+        if row.keys() >= set(one.columns):
             return one
     columns = ", ".join(row) or "(none)"
     if name:

@@ -52,16 +52,11 @@ _BATCH = 256  # samples that are tokenized at once
 
 @dataclass(frozen=True)
 class Prepared:
-    """Encoded rows of one step.
-
-    Attributes:
-        train: rows of this step's part.
-        held_out: rows on which no step trains.
-        report: number of rows used, cut and filtered out, by reason and data set; and the split.
-    """
+    """Encoded rows of one step."""
 
     train: datasets.Dataset
-    held_out: datasets.Dataset
+    held_out: datasets.Dataset  # rows on which no step trains
+    # Number of rows used, cut and filtered out, by reason and data set; and the split.
     report: dict[str, Any]
 
     def describe(self) -> str:
@@ -112,17 +107,7 @@ def _counts(report: dict[str, Any], cut: str = "") -> str:
 def prepare_sft(
     data: DataConfig, sft: SFTConfig, *, seed: int, max_seq_len: int, chat: ChatFormat
 ) -> Prepared:
-    """Prepare step 1: its share of the data, and the data sets that only step 1 uses.
-
-    Args:
-        data: data sets and their split.
-        sft: which tokens are trained, and the data sets of step 1 alone.
-        seed: of the split.
-        max_seq_len: maximum length of a sequence in tokens.
-        chat: tokenizer and chat template.
-
-    Returns:
-        Rows with `input_ids` and `labels`.
+    """Prepare step 1, its share of the data and data sets of its own, as `input_ids` and `labels`.
 
     Raises:
         UserError: rows that cannot be read, nothing left to train on, or a row over length with
@@ -149,9 +134,9 @@ def sft_sources(data: DataConfig, sft: SFTConfig) -> list[Source]:
 def prepare_pairs(
     data: DataConfig, *, seed: int, max_seq_len: int, chat: ChatFormat
 ) -> Prepared:
-    """Prepare step 2: its share of the pairs, as rows with `chosen_ids` and `rejected_ids`.
+    """Prepare step 2: its share of the pairs, as `chosen_ids` and `rejected_ids`.
 
-    Arguments and errors are those of `prepare_sft`.
+    Errors are those of `prepare_sft`.
     """
     return prepare(
         sources=open_sources(data.data_path), split=Split(2, data.shares, seed, tuple(data.lang)),
@@ -163,9 +148,9 @@ def prepare_pairs(
 def prepare_prompts(
     data: DataConfig, *, seed: int, max_prompt_seq_len: int, chat: ChatFormat
 ) -> Prepared:
-    """Prepare step 3: its share of the prompts, as rows with `prompt_ids` and `messages`.
+    """Prepare step 3: its share of the prompts, as `prompt_ids` and `messages`.
 
-    Arguments and errors are those of `prepare_sft`, but the maximum length is that of a prompt.
+    Errors are those of `prepare_sft`.
     """
     return prepare(
         sources=open_sources(data.data_path), split=Split(3, data.shares, seed, tuple(data.lang)),

@@ -16,21 +16,16 @@ from alpaca_rlhf.utils.data.tokenizer import Message
 class Sample:
     """A dialogue that ends with a user turn, and its responses.
 
-    Attributes:
-        messages: role and content, a user turn last. A turn of Stanford Alpaca's format has
-            `instruction` and `input` too, for the template of that name; its content is both.
-        chosen: the (better) response.
-        rejected: the worse response, None where the data has only one.
-        history_is_trained: step 1 may train the assistant's earlier turns; False where each of
-            them is the response of a row of its own.
-        language: as the data states it, or None.
+    A turn of Stanford Alpaca's format has `instruction` and `input` beside its content, which is
+    both, for the template of that name.
     """
 
     messages: tuple[Message, ...]
     chosen: str
-    rejected: str | None = None
+    rejected: str | None = None  # None where the data has only one response
+    # Step 1 may train the assistant's earlier turns, unless each of them is a row of its own.
     history_is_trained: bool = field(default=True, compare=False)
-    language: str | None = field(default=None, compare=False)
+    language: str | None = field(default=None, compare=False)  # as the data states it
 
     def prompt_key(self) -> str:
         """Return the text that equal prompts have in common."""

@@ -37,40 +37,27 @@ Content = tuple[Parts, Callable[[], str]]  # readers of each part, and the finge
 
 @dataclass
 class Tally:
-    """Counts of one data set.
+    """Counts of one data set: rows read, samples made of them, and what was filtered out.
 
-    Attributes:
-        rows: read (an Open Assistant tree is one row, and so is a message of a flat one).
-        samples: made of them.
-        unused: rows or samples that were filtered out, by reason.
+    An Open Assistant tree is one row, and so is a message of a flat one.
     """
 
     rows: int = 0
     samples: int = 0
-    unused: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)  # rows or samples, by reason
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of `--data_path`.
+    """One entry of `--data_path`."""
 
-    Attributes:
-        flag: flag and entry, for messages.
-        label: the entry.
-        name: of its data format; "" goes by the columns.
-        parts: readers of the rows of "train" and, where the data set has one, of "held_out".
-        fingerprint: returns a text that changes whenever the content does.
-        share: part that is used, drawn by prompt.
-        whole: all of it goes to the step at hand, as with --sft_only_data_path.
-    """
-
-    flag: str
-    label: str
-    name: str
-    parts: Parts
-    fingerprint: Callable[[], str]
-    share: float = 1.0
-    whole: bool = False
+    flag: str  # flag and entry, for messages
+    label: str  # the entry
+    name: str  # of its data format; "" goes by the columns
+    parts: Parts  # "train" and, where the data set has one, "held_out"
+    fingerprint: Callable[[], str]  # returns a text that changes whenever the content does
+    share: float = 1.0  # part that is used, drawn by prompt
+    whole: bool = False  # all of it goes to the step at hand, as with --sft_only_data_path
 
     def samples(self, part: str, tally: Tally) -> Iterator[Sample]:
         """Yield the samples of a part in order, and count into `tally`.
@@ -102,12 +89,7 @@ class Source:
 def open_sources(
     data_paths: list[str], flag: str = "--data_path", whole: bool = False
 ) -> list[Source]:
-    """Find every data set that is given, without reading it.
-
-    Args:
-        data_paths: entries of the flag; none of `--data_path` is the embedded data set.
-        flag: where they come from, for messages.
-        whole: all of them goes to the step at hand.
+    """Find every data set that is given, without reading it; none is the embedded one.
 
     Raises:
         UserError: nothing is found at a place, or no data format has the name.

@@ -23,18 +23,12 @@ PROMPTS_FILE = "trained_prompts.npy"
 
 @dataclass(frozen=True)
 class Split:
-    """Division of the prompts among the steps.
+    """Division of the prompts among the steps."""
 
-    Attributes:
-        step: 1, 2 or 3: the one at hand.
-        shares: of steps 1, 2, 3.
-        seed: of the draw.
-        languages: use only samples stated to be in one of these, or in none; empty uses all.
-    """
-
-    step: int
+    step: int  # the one at hand
     shares: tuple[float, float, float]
     seed: int
+    # Use only samples stated to be in one of these languages, or in none; () uses all.
     languages: tuple[str, ...] = ()
 
     def step_of(self, key: str) -> int:
@@ -56,19 +50,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Placed:
-    """A sample and where it belongs.
-
-    Attributes:
-        sample: itself.
-        digest: of its prompt.
-        source: number of its data set.
-        step: the step that trains on it; 0 when it is held out of all three.
-    """
+    """A sample and where it belongs."""
 
     sample: Sample
-    digest: int
-    source: int
-    step: int
+    digest: int  # of its prompt
+    source: int  # number of its data set
+    step: int  # the step that trains on it; 0 when it is held out of all three
 
 
 def placed(
@@ -77,12 +64,8 @@ def placed(
     """Yield every usable sample of all data sets; those that the data sets hold out come first.
 
     A prompt in a data set's own held-out part is trained on nowhere. Where some data set has no
-    such part, prompts of all of them are drawn to be held out.
-
-    Args:
-        sources: data sets.
-        split: of the step at hand.
-        tallies: one for each source, which count what is filtered out.
+    such part, prompts of all of them are drawn to be held out. The tallies, one for each source,
+    count what is filtered out.
     """
     drawing = any(HELD_OUT not in source.parts for source in sources if not source.whole)
     given: set[int] = set()  # held out by the data sets themselves
@@ -161,13 +144,7 @@ def _uniform(key: str, seed: int, purpose: str) -> float:
 
 
 def save_record(folder: Path, split: dict[str, Any], prompts: Sequence[int]) -> None:
-    """Save the split of a run, and the digests of the prompts it trained on, with its model.
-
-    Args:
-        folder: of the model.
-        split: from the report of the preparation.
-        prompts: digests, in any order.
-    """
+    """Save the split of a run, and the digests of the prompts it trained on, with its model."""
     trained = np.unique(np.asarray(prompts, dtype=np.int64))
     record = {**split, "trained_prompts": len(trained), "digests": PROMPTS_FILE}
     np.save(folder / PROMPTS_FILE, trained, allow_pickle=False)
@@ -181,7 +158,7 @@ def check_record(
 
     Args:
         folder: of the earlier model.
-        what: it is, such as "the reward model".
+        what: name of that model in messages, such as "the reward model".
         split: of this run: `seed` and `shares`.
         train, held_out: digests of this run's prompts.
 

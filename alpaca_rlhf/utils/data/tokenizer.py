@@ -198,8 +198,7 @@ def load_tokenizer(
 
     Args:
         path: hub id or folder.
-        template: a key of `chat_template.TEMPLATES`, or "tokenizer" for the one it came with; None
-            is the one that an earlier step saved with the model, and human_assistant if none did.
+        template: value of `--chat_template`.
         trust_remote_code: allow the code of the repository to run.
         fixed: the model must keep the template it was trained with.
 
@@ -338,22 +337,13 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> str:
 def eos_ids(
     tokenizer: PreTrainedTokenizerBase, configured: int | Sequence[int] | None
 ) -> list[int]:
-    """Return every id that ends a response: the tokenizer's eos first.
-
-    Args:
-        tokenizer: of the model.
-        configured: `eos_token_id` of the model's generation config.
-    """
+    """Return every id that ends a response: the tokenizer's eos, those of a generation config."""
     more = [] if configured is None else [configured] if isinstance(configured, int) else configured
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def require_same(actor: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> None:
-    """Refuse an actor and a critic whose tokenizers differ.
-
-    Raises:
-        UserError: their vocabularies, special tokens or chat templates differ.
-    """
+    """Raise UserError if vocabularies, special tokens or chat templates of two models differ."""
     checks = {
         "vocabularies": lambda t: t.get_vocab(),
         "special tokens": lambda t: (t.bos_token_id, t.eos_token_id, t.pad_token_id),
