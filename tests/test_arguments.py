@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 import yaml
@@ -14,11 +14,11 @@ from alpaca_rlhf.utils import arguments
 from alpaca_rlhf.utils.arguments import notices, to_config
 from alpaca_rlhf.utils.configs import (
     FILE_TRACKERS,
-    TRACKERS,
     SamplingConfig,
     Step1Config,
     Step2Config,
     Step3Config,
+    TrackerName,
     group,
     option,
 )
@@ -215,11 +215,13 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
 
 
 @pytest.mark.parametrize(("step", "words", "message"), [
-    (1, "--learnin_rate 1e-4", "unknown flag --learnin_rate; did you mean --learning_rate?"),
-    (1, "--learnin_rate=1e-4", "unknown flag --learnin_rate; did you mean --learning_rate?"),
+    (1, "--learnin_rate 1e-4", "unknown flag --learnin_rate (did you mean "
+        "--learning_rate?); see --help"),
+    (1, "--learnin_rate=1e-4", "unknown flag --learnin_rate (did you mean "
+        "--learning_rate?); see --help"),
     (1, "--xyzzy 3 --max_seq_le 4", "unknown flags --xyzzy, --max_seq_le (did you mean "
         "--max_seq_len?); see --help"),
-    (1, "--max_seq 4", "unknown flag --max_seq; did you mean --max_seq_len?"),
+    (1, "--max_seq 4", "unknown flag --max_seq (did you mean --max_seq_len?); see --help"),
     (1, "--seed 1 2", "stray value 2: it follows no flag that takes it; remove it or name its "
         "flag"),
     (1, "--seed", "--seed: needs a value"),
@@ -282,7 +284,7 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
     (2, "--train_on_prompt", "unknown flag --train_on_prompt; see --help"),
     (1, ["--output_dir", ""], "--output_dir '': is empty; give a value or remove the flag"),
     (1, ["--dtype", "a\nb"], "--dtype 'a b': must be one of auto, fp32, bf16, fp16"),
-    (1, "--tracker wandb tensorbord", "--tracker tensorbord: must be of tensorboard, wandb, "
+    (1, "--tracker wandb tensorbord", "--tracker tensorbord: must be one of tensorboard, wandb, "
         "mlflow, trackio, comet_ml, aim, clearml, dvclive, swanlab"),
 ])
 def test_a_mistake_is_one_line(step, words, message):
@@ -349,7 +351,7 @@ def test_an_empty_config_file_sets_nothing(tmp_path, text):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("learnin_rate: 1", "unknown key learnin_rate; did you mean learning_rate?"),
+    ("learnin_rate: 1", "unknown key learnin_rate (did you mean learning_rate?); see --help"),
     ("xyzzy: 1", "unknown key xyzzy; see --help"),
     ("zero_stage: 4", "--zero_stage 4: must be one of 0, 1, 2, 3"),
     ("seed: 1\nmax_seq_len: [1", "line 2: not valid YAML: expected ',' or ']', but got "
@@ -477,7 +479,7 @@ def test_trackers_are_named_by_either_flag_each_once(words, expected):
 def test_the_trackers_are_all_of_accelerates():
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    assert set(TRACKERS) == set(LOGGER_TYPE_TO_CLASS)
+    assert set(get_args(TrackerName)) == set(LOGGER_TYPE_TO_CLASS)
     assert set(FILE_TRACKERS) == {
         name for name, made in LOGGER_TYPE_TO_CLASS.items() if made.requires_logging_directory}
 

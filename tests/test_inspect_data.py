@@ -85,7 +85,7 @@ def test_data_that_needs_a_look_ends_with_exit_code_1(flags, tmp_path, capsys):
     (["--step", "4"], "--step 4: must be one of 1, 2, 3"),
     (["--step", "1", "--rows", "-1"], "--rows -1: must be 0 or more"),
     (["--step", "2", "--train_on", "all"],
-     "unknown flag --train_on; did you mean --num_train_epochs?"),
+     "unknown flag --train_on (did you mean --num_train_epochs?); see --help"),
 ])
 def test_a_wrong_flag_is_refused_in_one_line(argv, line):
     with pytest.raises(UserError) as refused:

@@ -34,7 +34,6 @@ import yaml
 
 from alpaca_rlhf.utils.configs import (
     FILE_TRACKERS,
-    TRACKERS,
     Bound,
     Option,
     RoleConfig,
@@ -60,10 +59,7 @@ def parse(
 ) -> Record:
     """Read a program's options, check them, and fill in the defaults that depend on others.
 
-    Args:
-        record: class of the program's groups, such as `Step1Config`.
-        argv: words of the command line; by default this process's.
-        doc: the program's docstring, for --help; a step has its own.
+    The program's docstring is its --help; a step has its own.
 
     Raises:
         UserError: a mistake in a flag or in the file of `--config`, in one line.
@@ -292,13 +288,12 @@ class _Parser(ArgumentParser):
 
     def _unknown(self, kind: str, names: Sequence[str], prefix: str) -> str:
         spellings = [prefix + name for name in self.valued_flags() if "-" not in name]
-        near = {name: difflib.get_close_matches(name, spellings, n=1) for name in names}
-        if len(names) == 1:
-            hint = f"did you mean {near[names[0]][0]}?" if near[names[0]] else "see --help"
-            return _one_line(f"unknown {kind} {names[0]}; {hint}")
-        listed = (f"{name} (did you mean {near[name][0]}?)" if near[name] else name
-                  for name in names)
-        return _one_line(f"unknown {kind}s {', '.join(listed)}; see --help")
+        listed = []
+        for name in names:
+            near = difflib.get_close_matches(name, spellings, n=1)
+            listed.append(f"{name} (did you mean {near[0]}?)" if near else name)
+        plural = "s" if len(names) > 1 else ""
+        return _one_line(f"unknown {kind}{plural} {', '.join(listed)}; see --help")
 
     def config_argv(self, path: str) -> list[str]:
         """Return the file's flags as words of a command line; an error names the file."""
@@ -338,7 +333,6 @@ class _Parser(ArgumentParser):
         return words
 
 
-
 def _kind(hint: Any) -> tuple[type, list[Any] | None, bool]:
     """Return the type of one value of an option, its choices, and whether it takes several."""
     if hasattr(hint, "__metadata__"):
@@ -350,7 +344,7 @@ def _kind(hint: Any) -> tuple[type, list[Any] | None, bool]:
         choices = list(get_args(hint))
         return type(choices[0]), choices, False
     if get_origin(hint) is list:
-        return get_args(hint)[0], None, True
+        return (*_kind(get_args(hint)[0])[:2], True)
     return hint, None, False
 
 
@@ -405,16 +399,13 @@ def _check_values(args: Any, given: frozenset[str]) -> None:
 
 def _check_step(args: StepConfig) -> None:
     if isinstance(args, Step3Config):
-        _check_paths(args)
+        _check_step3(args)
     if args.data.shares[args.step - 1] == 0:
         _refuse("data_split", args.data.data_split,
                 f"leaves no data for step {args.step}; give its share, number {args.step} of the "
                 "three, a value above 0")
     _check_lora(args)
     _check_engine(args)
-    for name in args.tracking.tracker:
-        if name not in TRACKERS:
-            _refuse("tracker", name, f"must be of {', '.join(TRACKERS)}")
     if args.run.output_dir is None:
         checkpoint = args.checkpoint
         if checkpoint.save_steps:
@@ -423,17 +414,6 @@ def _check_step(args: StepConfig) -> None:
         if checkpoint.resume_from_checkpoint == "latest":
             _refuse("resume_from_checkpoint", "latest", "needs --output_dir, whose checkpoints it "
                     "looks at; give it, or the folder of a checkpoint")
-    if isinstance(args, Step3Config):
-        _check_rollout(args)
-        _check_reward(args)
-        _check_ppo(args)
-
-
-def _check_paths(args: Step3Config) -> None:
-    for role, step in ((args.actor, 1), (args.critic, 2)):
-        if not role.model_name_or_path:
-            raise UserError(f"{role.flag('model_name_or_path')} is required: the folder step "
-                            f"{step} wrote, or a hub id")
 
 
 def _check_lora(args: StepConfig) -> None:
@@ -465,7 +445,11 @@ def _check_engine(args: StepConfig) -> None:
                     f"needs ZeRO; give {role.flag('zero_stage')} 1, 2 or 3, or remove the flag")
 
 
-def _check_rollout(args: Step3Config) -> None:
+def _check_step3(args: Step3Config) -> None:
+    for role, step in ((args.actor, 1), (args.critic, 2)):
+        if not role.model_name_or_path:
+            raise UserError(f"{role.flag('model_name_or_path')} is required: the folder step "
+                            f"{step} wrote, or a hub id")
     if args.sampling.temperature == 0:
         _refuse("temperature", 0.0, "must be above 0")
     if args.hybrid.hybrid_engine_backend == "deepspeed":
@@ -482,9 +466,6 @@ def _check_rollout(args: Step3Config) -> None:
                 f"must divide the {batch * batches} rollouts of a PPO iteration "
                 f"(--per_device_generation_batch_size {batch} x --generation_batches {batches}); "
                 f"try {_near_divisors(batch * batches, micro)}")
-
-
-def _check_reward(args: Step3Config) -> None:
     function = args.reward.reward_function
     name = r"[^\W\d]\w*"
     if function is not None and not re.fullmatch(rf"{name}(\.{name})*:{name}", function):
@@ -492,9 +473,6 @@ def _check_reward(args: Step3Config) -> None:
     if args.reward.kl_controller == "adaptive" and args.reward.kl_coef == 0:
         _refuse("kl_coef", 0, "--kl_controller adaptive multiplies it, and 0 would stay 0; give "
                 "a start above 0, such as 0.05")
-
-
-def _check_ppo(args: Step3Config) -> None:
     ppo = args.ppo
     for role, disabled in ((args.actor, ppo.disable_actor_dropout),
                            (args.critic, ppo.disable_critic_dropout)):

@@ -294,8 +294,8 @@ class CheckpointConfig(Group, title="checkpoints"):
 
 
 # Accelerate's trackers, each the name of its package too, and those that write files.
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive",
-            "swanlab")
+TrackerName = Literal[
+    "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 FILE_TRACKERS = ("tensorboard", "aim")
 
 
@@ -303,8 +303,7 @@ FILE_TRACKERS = ("tensorboard", "aim")
 class TrackingConfig(Group, title="tracking"):
     """Where metrics go besides the files of the run."""
 
-    tracker: list[str] = option(
-        [], f"trackers that receive the metrics: {', '.join(TRACKERS)}", on_resume="free")
+    tracker: list[TrackerName] = option([], "trackers that receive the metrics", on_resume="free")
     enable_tensorboard: bool = option(False, "the same as --tracker tensorboard", on_resume="free")
     logging_dir: str | None = option(
         None, f"folder for the files of {' and '.join(FILE_TRACKERS)} (default: logs, in "
