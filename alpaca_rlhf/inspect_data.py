@@ -7,7 +7,6 @@ Trained text is green, the rejected response of a pair red; without colours (NO_
 terminal) both are in «quotes». Ends with a verdict: exit code 0, or 1 if something needs a look.
 """
 
-import hashlib
 import os
 import re
 import sys
@@ -18,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.utils import arguments, console
 from alpaca_rlhf.utils.configs import InspectStep1, InspectStep2, InspectStep3
 from alpaca_rlhf.utils.data import prepare
-from alpaca_rlhf.utils.data import split as splitting
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
-from alpaca_rlhf.utils.data.split import Split
+from alpaca_rlhf.utils.data.split import Split, digest, placed
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw_lengths(data, f"Rows of step {args.step}", path)
     console.say(f"\nlengths: {quantiles(data.lengths())}; drawn in {path}")
     split = Split(args.step, args.data.shares, args.run.seed, tuple(args.data.lang))
-    findings = audit(open_step(args), split, data.report)
+    sources = (prepare.sft_sources(args.data, args.sft) if isinstance(args, InspectStep1)
+               else open_sources(args.data.data_path))
+    findings = audit(sources, split, data.report)
     for finding in findings:
         console.say(f"{'ok  ' if finding.passed else 'LOOK'} {finding.name}: {finding.text}")
     line, passed = verdict(findings)
@@ -78,13 +80,6 @@ def prepared(args: Step) -> tuple[Prepared, ChatFormat]:
     if isinstance(args, InspectStep2):
         return prepare.prepare_pairs(data, seed=seed, max_seq_len=limit, chat=chat), chat
     return prepare.prepare_sft(data, args.sft, seed=seed, max_seq_len=limit, chat=chat), chat
-
-
-def open_step(args: Step) -> list[Source]:
-    """Open the data sets of the step."""
-    if isinstance(args, InspectStep1):
-        return prepare.sft_sources(args.data, args.sft)
-    return open_sources(args.data.data_path)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -121,10 +116,8 @@ def shown(row: dict[str, Any], chat: ChatFormat, colours: bool) -> str:
 
 def quantiles(lengths: Sequence[int]) -> str:
     """Return median, upper quantiles and maximum of lengths in tokens."""
-    ordered = sorted(lengths)
-    at = {name: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-          for name, share in (("median", 0.5), ("90 %", 0.9), ("99 %", 0.99))}
-    return ", ".join(f"{name} {n}" for name, n in at.items()) + f", longest {ordered[-1]} tokens"
+    median, most, nearly_all = np.quantile(lengths, (0.5, 0.9, 0.99), method="higher")
+    return f"median {median}, 90 % {most}, 99 % {nearly_all}, longest {max(lengths)} tokens"
 
 
 def draw_lengths(data: Prepared, title: str, path: Path) -> None:
@@ -176,13 +169,9 @@ def audit(
     sources: Sequence[Source], split: Split, report: dict[str, Any],
     guess: Callable[[str], str] | None = None,
 ) -> list[Finding]:
-    """Check the data of a step.
+    """Check the data of a step: its data sets, and the report of its preparation.
 
-    Args:
-        sources: data sets.
-        split: of the step.
-        report: of its preparation.
-        guess: returns the language of a text; None uses py3langid.
+    `guess` returns the language of a text; None uses py3langid.
     """
     return [*_check_report(report), *_check_samples(sources, split, guess or _language)]
 
@@ -229,16 +218,16 @@ def _check_report(report: dict[str, Any]) -> list[Finding]:
 def _check_samples(
     sources: Sequence[Source], split: Split, guess: Callable[[str], str]
 ) -> list[Finding]:
-    rows: Counter[bytes] = Counter()  # of the step at hand, by digest
-    places: Counter[bytes] = Counter()  # a bit for each step of a prompt; bit 0: held out
+    rows: Counter[int] = Counter()  # of the step at hand, by digest
+    places: Counter[int] = Counter()  # a bit for each step of a prompt; bit 0: held out
     sizes: list[tuple[int, int]] = []  # characters of the two responses of pairs
     texts: dict[int, list[str]] = {number: [] for number in range(len(sources))}
-    for one in splitting.placed(sources, split, [Tally() for _ in sources]):
+    for one in placed(sources, split, [Tally() for _ in sources]):
         sample, key = one.sample, one.sample.prompt_key()
-        places[_digest(" ".join(re.findall(r"\w+", key.casefold())) or key)] |= 1 << one.step
+        places[digest(" ".join(re.findall(r"\w+", key.casefold())) or key)] |= 1 << one.step
         if one.step not in (0, split.step):
             continue
-        rows[_digest(f"{key}\0{sample.chosen}\0{sample.rejected}")] += 1
+        rows[digest(f"{key}\0{sample.chosen}\0{sample.rejected}")] += 1
         if sample.rejected is not None:
             sizes.append((len(sample.chosen), len(sample.rejected)))
         if len(texts[one.source]) < _LANGUAGE_SAMPLES:
@@ -267,10 +256,6 @@ def _check_samples(
     common = [f"{name} {n / total:.0%}" for name, n in languages.most_common() if n * 100 >= total]
     listed = ", ".join(common) or "none"
     return [*findings, Finding("languages", f"{listed} (guessed from {total:,} rows)")]
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _language(text: str) -> str:

@@ -30,38 +30,20 @@ MOMENTS, MASTER_COPY, GRADIENT = 8, 4, 4
 
 @dataclass(frozen=True)
 class Planned:
-    """A model that a run trains.
-
-    Attributes:
-        role, loading, adapters, engine: how it is loaded and trained.
-        scores: loaded as a sequence classifier with one label instead of a causal LM.
-        needs_frozen_copy: whether the model as it was loaded is needed too (the reference model,
-            the reward model).
-    """
+    """A model that a run trains."""
 
     role: RoleConfig
     loading: LoadingConfig
     adapters: AdapterConfig
     engine: EngineConfig
-    scores: bool = False
+    scores: bool = False  # a sequence classifier with one label instead of a causal LM
+    # The model as it was loaded is needed too (the reference model, the reward model).
     needs_frozen_copy: bool = False
-
-    @property
-    def path(self) -> str:
-        """Folder or hub id."""
-        return self.role.model_name_or_path
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
         return distributed.resolve_dtype(self.loading.dtype)
-
-
-class Size(NamedTuple):
-    """Number of parameters of a model: all, and the trained ones."""
-
-    total: int
-    trained: int
 
 
 class Need(NamedTuple):
@@ -81,7 +63,8 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
             weights do not fit. A folder that is no model is left to its loader.
     """
     tracker.require_packages(trackers)
-    for path in [*(m.path for m in models), models[0].loading.tokenizer_name_or_path]:
+    paths = [model.role.model_name_or_path for model in models]
+    for path in [*paths, models[0].loading.tokenizer_name_or_path]:
         if path is not None:
             require_cached(path)
     engine = models[0].engine
@@ -90,7 +73,7 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
             console.say(line)
     if engine.offload:
         optimizer.require_offloading()
-    if all(_is_hub_id(m.path) or (Path(m.path) / "config.json").exists() for m in models):
+    if all(_is_hub_id(path) or (Path(path) / "config.json").exists() for path in paths):
         warning = memory_warning(models)
         if warning:
             console.say(warning)
@@ -121,8 +104,8 @@ def _is_hub_id(path: str) -> bool:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def size(model: Planned) -> Size:
-    """Count a model's parameters without allocating them.
+def size(model: Planned) -> tuple[int, int]:
+    """Count all parameters of a model, and the trained ones, without allocating them.
 
     Raises:
         UserError: there is no such model, or `--lora_module_name` matches nothing in it.
@@ -135,25 +118,25 @@ def size(model: Planned) -> Size:
         made = auto_class.from_config(config, trust_remote_code=model.loading.trust_remote_code)
     total = sum(weight.numel() for weight in made.parameters())
     if not model.role.lora_dim:
-        return Size(total, total)
+        return total, total
     targets = lora.match_modules(made, model.role)
     sides = (made.get_submodule(name).weight.shape for name in targets)
     adapter = sum(model.role.lora_dim * sum(side) for side in sides)
-    return Size(total + adapter, adapter if model.adapters.only_optimize_lora else total + adapter)
+    return total + adapter, adapter if model.adapters.only_optimize_lora else total + adapter
 
 
 def need(models: Sequence[Planned], ranks: int) -> Need:
     """Return what the models need on one of `ranks` ranks."""
     device = host = weights = 0.0
     for model in models:
-        count, width = size(model), model.dtype.itemsize
+        (total, trained), width = size(model), model.dtype.itemsize
         stage = ds_config.effective_stage(model.role.zero_stage, model.dtype)
         frozen = lora.base_is_frozen(model.role, model.adapters)
         copies = 2 if model.needs_frozen_copy and not frozen else 1
-        held = copies * count.total * width / (ranks if stage == 3 else 1)
-        gradients = count.trained * GRADIENT / (ranks if stage >= 2 else 1)
+        held = copies * total * width / (ranks if stage == 3 else 1)
+        gradients = trained * GRADIENT / (ranks if stage >= 2 else 1)
         state = MOMENTS + (MASTER_COPY if width < MASTER_COPY else 0)
-        states = count.trained * state / (ranks if stage >= 1 else 1)
+        states = trained * state / (ranks if stage >= 1 else 1)
         moved = (states + (held if stage == 3 else 0)) if model.engine.offload else 0.0
         device += held + gradients + states - moved
         host += moved
@@ -169,57 +152,37 @@ def fits(wanted: Need) -> bool:
     return wanted.device <= device and wanted.host <= host
 
 
-# Savings of memory, the cheapest first: model, ranks -> flags, and the model with them.
-
-
-def _in_bf16(model: Planned, ranks: int) -> tuple[str, Planned] | None:
-    if model.dtype != torch.float32 or not distributed.has_bf16():
-        return None
-    return "--dtype bf16", replace(model, loading=replace(model.loading, dtype="bf16"))
-
-
-def _sharded(model: Planned, ranks: int) -> tuple[str, Planned] | None:
-    if ranks == 1 or model.role.zero_stage == 3:
-        return None
-    flags = f"{model.role.flag('zero_stage')} 3"
-    return flags, replace(model, role=replace(model.role, zero_stage=3))
-
-
-def _with_adapter(model: Planned, ranks: int) -> tuple[str, Planned] | None:
-    if model.role.lora_dim:
-        return None
-    return f"{model.role.flag('lora_dim')} 16", replace(
-        model, role=replace(model.role, lora_dim=16),
-        adapters=replace(model.adapters, only_optimize_lora=True),
-    )
-
-
-def _offloaded(model: Planned, ranks: int) -> tuple[str, Planned] | None:
-    if model.engine.offload or distributed.on_cpu():
-        return None
-    # Below stage 3 the weights stay on the device, and stage 0 cannot offload.
-    stage = "" if model.role.zero_stage == 3 else f" {model.role.flag('zero_stage')} 3"
-    return f"--offload{stage}", replace(
-        model, role=replace(model.role, zero_stage=3), engine=replace(model.engine, offload=True)
-    )
-
-
-SAVINGS = (_in_bf16, _sharded, _with_adapter, _offloaded)
-
-
 def remedy(models: Sequence[Planned], ranks: int) -> str:
     """Return the flags with which the models would fit."""
     now = list(models)
     flags: list[str] = []
-    for saving in SAVINGS:
+    for saving in range(4):
         for i, model in enumerate(now):
-            changed = saving(model, ranks)
-            if changed is not None:
-                flags.append(changed[0])
-                now[i] = changed[1]
+            helps, flag, changes = _savings(model, ranks)[saving]
+            if helps:
+                flags.append(flag)
+                now[i] = replace(model, **changes)
         if flags and fits(need(now, ranks)):
             return f"try {' '.join(dict.fromkeys(flags))}"
     return "take a smaller model, or more ranks and --zero_stage 3"
+
+
+def _savings(model: Planned, ranks: int) -> list[tuple[bool, str, dict[str, Any]]]:
+    """Return four savings of memory, the cheapest first: does it help, flags, what they change."""
+    role, stage_3 = model.role, f"{model.role.flag('zero_stage')} 3"
+    sharded = replace(role, zero_stage=3)
+    return [
+        (model.dtype == torch.float32 and distributed.has_bf16(), "--dtype bf16",
+         {"loading": replace(model.loading, dtype="bf16")}),
+        (ranks > 1 and role.zero_stage < 3, stage_3, {"role": sharded}),
+        (role.lora_dim == 0, f"{role.flag('lora_dim')} 16",
+         {"role": replace(role, lora_dim=16),
+          "adapters": replace(model.adapters, only_optimize_lora=True)}),
+        # Below stage 3 the weights stay on the device, and stage 0 cannot offload.
+        (not model.engine.offload and not distributed.on_cpu(),
+         "--offload" if role.zero_stage == 3 else f"--offload {stage_3}",
+         {"role": sharded, "engine": replace(model.engine, offload=True)}),
+    ]
 
 
 def memory_warning(models: Sequence[Planned]) -> str | None:
