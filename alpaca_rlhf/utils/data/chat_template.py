@@ -15,17 +15,28 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _BOS = "{{- bos_token -}}"
 _UNKNOWN_ROLE = "{{- raise_exception('unknown role ' + message['role']) -}}"
 
-_HUMAN_ASSISTANT = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{- 'Human: ' + (message['content'] | trim) + '\\n\\n' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- 'Assistant: ' + (message['content'] | trim) + eos_token -}}"
-    "{%- elif message['role'] == 'system' -%}"
-    "{{- (message['content'] | trim) + '\\n\\n' -}}"
-    "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
+
+def _turns(user: str, assistant: str, system: str, generation_prompt: str = "") -> str:
+    """Return a template of turns, each with the Jinja of its role."""
+    ending = ""
+    if generation_prompt:
+        written = "{{- '" + generation_prompt + "' -}}"
+        ending = "{%- if add_generation_prompt -%}" + written + "{%- endif -%}"
+    return (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'user' -%}" + user
+        + "{%- elif message['role'] == 'assistant' -%}" + assistant
+        + "{%- elif message['role'] == 'system' -%}" + system
+        + "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
+        "{%- endfor -%}" + ending
+    )
+
+
+_HUMAN_ASSISTANT = _turns(
+    user="{{- 'Human: ' + (message['content'] | trim) + '\\n\\n' -}}",
+    assistant="{{- 'Assistant: ' + (message['content'] | trim) + eos_token -}}",
+    system="{{- (message['content'] | trim) + '\\n\\n' -}}",
+    generation_prompt="Assistant:",
 )
 
 # The wording of Stanford Alpaca's two prompts, on which its models were trained.
@@ -38,10 +49,8 @@ _ALPACA_PREAMBLE = (
     "{{- '. Write a response that appropriately completes the request.\\n\\n' -}}"
     "{%- endif -%}"
 )
-_ALPACA_TURNS = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{%- if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' -%}"
+_ALPACA_TURNS = _turns(
+    user="{%- if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' -%}"
     "{{- '\\n\\n' -}}"
     "{%- endif -%}"
     "{%- if message['input'] -%}"
@@ -49,14 +58,10 @@ _ALPACA_TURNS = (
     "{{- '### Input:\\n' + (message['input'] | trim) + '\\n\\n' -}}"
     "{%- else -%}"
     "{{- '### Instruction:\\n' + (message['content'] | trim) + '\\n\\n' -}}"
-    "{%- endif -%}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- '### Response:\\n' + (message['content'] | trim) + eos_token -}}"
-    "{%- elif message['role'] == 'system' -%}"
-    "{{- (message['content'] | trim) + '\\n\\n' -}}"
-    "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}"
+    "{%- endif -%}",
+    assistant="{{- '### Response:\\n' + (message['content'] | trim) + eos_token -}}",
+    system="{{- (message['content'] | trim) + '\\n\\n' -}}",
+    generation_prompt="### Response:\\n",
 )
 
 # Vicuna 1.1's template, its opening sentences included.
@@ -65,34 +70,23 @@ _VICUNA = (
     "{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant "
     "gives helpful, detailed, and polite answers to the user\\'s questions. ' -}}"
     "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{- 'USER: ' + (message['content'] | trim) + ' ' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- 'ASSISTANT: ' + (message['content'] | trim) + eos_token -}}"
-    "{%- elif message['role'] == 'system' -%}"
-    "{{- (message['content'] | trim) + ' ' -}}"
-    "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
+) + _turns(
+    user="{{- 'USER: ' + (message['content'] | trim) + ' ' -}}",
+    assistant="{{- 'ASSISTANT: ' + (message['content'] | trim) + eos_token -}}",
+    system="{{- (message['content'] | trim) + ' ' -}}",
+    generation_prompt="ASSISTANT:",
 )
 
 # Llama 2's template, except that eos follows the response directly: Meta's puts a space before it.
-_LLAMA2 = (
-    "{%- set state = namespace(system='') -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{%- if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' -%}"
+_LLAMA2 = "{%- set state = namespace(system='') -%}" + _turns(
+    user="{%- if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' -%}"
     "BOS"
     "{%- endif -%}"
     "{{- '[INST] ' + state.system + (message['content'] | trim) + ' [/INST]' -}}"
-    "{%- set state.system = '' -%}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- ' ' + (message['content'] | trim) + eos_token -}}"
-    "{%- elif message['role'] == 'system' -%}"
-    "{%- set state.system = '<<SYS>>\\n' + (message['content'] | trim) + '\\n<</SYS>>\\n\\n' -%}"
-    "{%- else -%}" + _UNKNOWN_ROLE + "{%- endif -%}"
-    "{%- endfor -%}"
+    "{%- set state.system = '' -%}",
+    assistant="{{- ' ' + (message['content'] | trim) + eos_token -}}",
+    system="{%- set state.system = '<<SYS>>\\n' + (message['content'] | trim) + "
+    "'\\n<</SYS>>\\n\\n' -%}",
 )
 
 # The line break precedes each further turn instead of ending each: it is no part of a response.
