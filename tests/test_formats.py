@@ -323,7 +323,7 @@ def test_messages_in_cycles_or_without_a_root_are_counted():
     lost = [{**FLAT[3], "message_id": "d", "parent_id": "gone"},
             {**FLAT[4], "message_id": "e", "parent_id": "d"}]
     assert read([*FLAT, *cycle, *lost, FLAT[0], {**FLAT[0], "message_id": 3}])[1] == {
-        "tree cycle": 3, "parent message is missing": 2, "message_id occurs twice": 1,
+        "parent message is missing, or in a circle": 5, "message_id occurs twice": 1,
         "message_id or parent_id is not text": 1}
 
 

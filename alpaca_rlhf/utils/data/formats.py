@@ -7,10 +7,11 @@ and raises `Unusable` with the reason when it cannot. The checks are in `samples
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 from alpaca_rlhf.utils.data.samples import (
@@ -305,37 +306,24 @@ def _best_and_worst_text(responses: list[Row]) -> tuple[str, str | None]:
 
 def _trees_of_messages(rows: Iterable[Row]) -> Iterator[Row | Unusable]:
     """Join flat messages to trees; a message that belongs to no tree is counted."""
-    nodes: dict[str, Row] = {}
-    below: dict[str, list[str]] = {}
+    names: set[str] = set()
+    replies: defaultdict[str, list[Row]] = defaultdict(list)  # by parent; roots under ""
     for row in rows:
         name, parent = row.get("message_id"), row.get("parent_id")
         if not isinstance(name, str) or not name or not isinstance(parent, str | None):
             yield Unusable("message_id or parent_id is not text")
-        elif name in nodes:
+        elif name in names:
             yield Unusable("message_id occurs twice")
         else:
-            nodes[name] = {**row, "replies": []}
-            below.setdefault(parent or "", []).append(name)
-    for parent, children in below.items():
-        if parent in nodes:
-            nodes[parent]["replies"] += [nodes[child] for child in children]
-    roots = below.get("", [])
-    for name in roots:
-        yield {"prompt": nodes[name]}
-    orphans = [c for p, children in below.items() if p and p not in nodes for c in children]
-    lost = _reached(orphans, below)
-    yield from (Unusable("parent message is missing") for _ in lost)
-    in_cycles = len(nodes) - len(lost) - len(_reached(roots, below))
-    yield from (Unusable("tree cycle") for _ in range(in_cycles))
-
-
-def _reached(start: list[str], below: dict[str, list[str]]) -> set[str]:
-    reached, waiting = set(start), list(start)
+            names.add(name)
+            replies[parent or ""].append({**row, "replies": replies[name]})
+    yield from ({"prompt": root} for root in replies[""])
+    lost, waiting = len(names), list(replies[""])
     while waiting:
-        new = [child for child in below.get(waiting.pop(), []) if child not in reached]
-        reached.update(new)
-        waiting += new
-    return reached
+        node = waiting.pop()
+        waiting += node["replies"]
+        lost -= 1
+    yield from repeat(Unusable("parent message is missing, or in a circle"), lost)
 
 
 # --- the table -----------------------------------------------------------------------------------
