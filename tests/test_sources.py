@@ -263,7 +263,7 @@ def test_a_data_set_saved_with_datasets_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["Anthropic/hh-rlhf", "someone/pairs"])
 def test_a_hub_set_out_of_reach_names_the_remedy(monkeypatch, name):
-    def unreachable(name):
+    def unreachable(*names):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
@@ -273,7 +273,7 @@ def test_a_hub_set_out_of_reach_names_the_remedy(monkeypatch, name):
 
 
 def test_a_hub_set_made_by_a_script_is_read_from_its_parquet_form(monkeypatch):
-    def scripted(name, revision=None):
+    def scripted(name, configuration, revision=None):
         if revision != "refs/convert/parquet":
             raise RuntimeError("Dataset scripts are no longer supported, but found mkqa.py")
         return {"train": [{"queries": {"ja": "問", "zh_cn": None},
@@ -290,14 +290,14 @@ def test_a_hub_set_made_by_a_script_is_read_from_its_parquet_form(monkeypatch):
 ])
 def test_a_hub_set_keeps_its_own_split(monkeypatch, splits, train, held_out):
     found = {name: [{"prompt": name, "chosen": "Yes.", "rejected": "No."}] for name in splits}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: found)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: found)
     data = load(["HuggingFaceH4/ultrafeedback_binarized"])
     assert [one.messages[0]["content"] for one in data.train] == train
     assert [one.messages[0]["content"] for one in data.held_out] == held_out
 
 
 def test_a_hub_set_without_a_split_to_train_on_is_refused(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"test": [], "extra": []})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: {"test": [], "extra": []})
     assert refusal("someone/pairs") == (
         "--data_path someone/pairs: has no split train, but test, extra; download it and give the "
         "file to train on")

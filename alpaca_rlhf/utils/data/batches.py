@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import PPOConfig
+from alpaca_rlhf.utils.data.sources import load_from_hub
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
@@ -292,15 +293,10 @@ def _file(path: Path, flag: str) -> list[str]:
 
 
 def _hub(name: str, configuration: str | None, flag: str) -> list[str]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, configuration, split="train")
-    except Exception as error:  # the library raises a dozen kinds when the hub is out of reach
-        raise UserError(
-            f"{flag}: no such file, and the hub did not give it ({type(error).__name__}); "
-            "give a local text file"
-        ) from error
+    rows = load_from_hub(
+        name, configuration, problem=f"{flag}: no such file, and the hub did not give it",
+        remedy="give a local text file", split="train",
+    )
     if "text" not in rows.column_names:
         raise UserError(
             f"{flag}: no column text; there are {', '.join(rows.column_names)}; give a data set "

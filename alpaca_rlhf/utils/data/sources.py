@@ -266,7 +266,8 @@ def _hash_of(files: list[Path]) -> str:
 
 def _hub(name: str, flag: str) -> Content:
     """Open a data set of the hub, or of the library's cache."""
-    found = _from_hub(name, flag)
+    found = load_from_hub(name, problem=f"{flag}: the hub did not give it",
+                          remedy=f"download it and give {name}=PATH")
     parts = _by_part(found)
     if TRAIN not in parts:
         raise UserError(
@@ -278,22 +279,26 @@ def _hub(name: str, flag: str) -> Content:
              for part, splits in parts.items()}, lambda: json.dumps(marks))
 
 
-def _from_hub(name: str, flag: str) -> Any:
+def load_from_hub(
+    name: str, configuration: str | None = None, *, problem: str, remedy: str, **options: Any
+) -> Any:
+    """Load a data set of the hub, or of the library's cache.
+
+    Raises:
+        UserError: the hub did not give it; says problem and remedy.
+    """
     import datasets
 
     failed: Exception | None = None
     # Sets made by a script are on the second branch, as parquet.
-    for options in ({}, {"revision": "refs/convert/parquet"}):
+    for branch in ({}, {"revision": "refs/convert/parquet"}):
         try:
-            return datasets.load_dataset(name, **options)
+            return datasets.load_dataset(name, configuration, **options, **branch)
         except Exception as error:  # the library raises a dozen kinds when the hub is out of reach
             failed = failed or error
             if "script" not in str(error):
                 break
-    raise UserError(
-        f"{flag}: the hub did not give it ({type(failed).__name__}); download it and give "
-        f"{name}=PATH"
-    ) from failed
+    raise UserError(f"{problem} ({type(failed).__name__}); {remedy}") from failed
 
 
 # --- files ---------------------------------------------------------------------------------------
