@@ -136,7 +136,7 @@ class Preparation:
 
         return prepare.prepare(
             sources=data or (DATA,), split=split, encode=encode, chat=chat or chat_format(),
-            lengths=Lengths.of_sequence(size, overlong), options=options,
+            lengths=Lengths.of_sequence(size, overlong), **options,
             data=DataConfig(
                 data_output_path=str(self.home), preprocessing_num_workers=workers),
         )

@@ -19,6 +19,7 @@ import shlex
 import sys
 import types
 from argparse import (
+    SUPPRESS,
     Action,
     ArgumentError,
     ArgumentParser,
@@ -190,11 +191,6 @@ _KINDS: dict[Any, str] = {
 class _HelpFormatter(RawDescriptionHelpFormatter):
     """One line for each flag: its names with underscores, its kind, and the default."""
 
-    def add_argument(self, action: Action) -> None:
-        """Leave out `--no_x`, the opposite of each `--x` that is on by default."""
-        if not action.option_strings[0].startswith("--no_"):
-            super().add_argument(action)
-
     def _format_action_invocation(self, action: Action) -> str:
         names = ", ".join(name for name in action.option_strings if "-" not in name.lstrip("-"))
         if action.nargs == 0:
@@ -248,7 +244,7 @@ class _Parser(ArgumentParser):
         if kind is bool and option.default is True:
             forms = [f"no_{option.flag}", f"no-{option.flag}".replace("_", "-")]
             section.add_argument(*(f"--{form}" for form in forms), dest=option.flag,
-                                 action="store_false", default=True)
+                                 action="store_false", default=True, help=SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as `--flag value: what is expected`."""

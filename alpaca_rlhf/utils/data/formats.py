@@ -93,11 +93,9 @@ _NAME = "Assistant:"
 
 def _prompt_chosen_rejected(row: Row) -> Sample:
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    if _is_whole(chosen) and _is_whole(rejected):
-        return _chosen_rejected(row)
-    if is_dialogue(prompt) and is_dialogue(chosen) and is_dialogue(rejected):
-        return _chosen_rejected(row)
     sides = chosen, rejected
+    if all(map(_is_whole, sides)) or all(map(is_dialogue, (prompt, *sides))):
+        return _chosen_rejected(row)
     if all(isinstance(side, str) and side.lstrip().startswith(_NAME) for side in sides):
         # As in yitingxie/rlhf-reward-datasets.
         chosen, rejected = (side.rsplit(_NAME, 1)[-1] for side in sides)
@@ -250,8 +248,14 @@ def _tree_samples(row: Row) -> Iterator[Sample | Unusable]:
         except Unusable as reason:
             yield reason
             continue
-        responses, unusable = _tree_responses(node)
-        yield from unusable
+        responses = []
+        for response in _children(node):
+            try:
+                _tree_text(response, "assistant")
+                responses.append(response)
+            except Unusable as reason:
+                yield reason
+        responses.sort(key=_rank)
         try:
             language = node.get("lang") if isinstance(node.get("lang"), str) else None
             chosen, rejected = _best_and_worst_text(responses)
@@ -276,19 +280,8 @@ def _children(node: Row) -> list[Any]:
     return below if isinstance(below, list) else []
 
 
-def _tree_responses(node: Row) -> tuple[list[Row], list[Unusable]]:
-    """Return the usable responses to a turn, the best first, unranked ones last; and the others."""
-    usable, others = [], []
-    for response in _children(node):
-        try:
-            _tree_text(response, "assistant")
-            usable.append(response)
-        except Unusable as reason:
-            others.append(reason)
-    return sorted(usable, key=_rank), others
-
-
 def _rank(response: Row) -> float:
+    """Return the rank of a response, 0 the best; unranked ones come last."""
     try:
         return number_of(response.get("rank"), "rank")
     except Unusable:

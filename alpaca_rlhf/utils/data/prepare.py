@@ -12,8 +12,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ FORMAT = 1
 """Part of the cache key: raise it when this package makes other rows from the same data."""
 
 PROMPT = "prompt"  # column of a row: the digest of its prompt
-_THREADS = "TOKENIZERS_PARALLELISM"
 _BATCH = 256  # samples that are tokenized at once
 
 
@@ -116,7 +114,7 @@ def prepare_sft(
     return prepare(
         sources=sft_sources(data, sft), split=Split(1, data.shares, seed, tuple(data.lang)),
         encode=encode_sft, chat=chat, lengths=Lengths.of_sequence(max_seq_len, data.overlong),
-        options={"train_on": sft.train_on, "train_on_prompt": sft.train_on_prompt}, data=data,
+        data=data, train_on=sft.train_on, train_on_prompt=sft.train_on_prompt,
     )
 
 
@@ -141,7 +139,7 @@ def prepare_pairs(
     return prepare(
         sources=open_sources(data.data_path), split=Split(2, data.shares, seed, tuple(data.lang)),
         encode=encode_pairs, chat=chat, lengths=Lengths.of_sequence(max_seq_len, data.overlong),
-        options={}, data=data,
+        data=data,
     )
 
 
@@ -155,7 +153,7 @@ def prepare_prompts(
     return prepare(
         sources=open_sources(data.data_path), split=Split(3, data.shares, seed, tuple(data.lang)),
         encode=encode_prompts, chat=chat,
-        lengths=Lengths.of_prompt(max_prompt_seq_len, data.overlong), options={}, data=data,
+        lengths=Lengths.of_prompt(max_prompt_seq_len, data.overlong), data=data,
     )
 
 
@@ -183,21 +181,12 @@ def cache_home(data_output_path: str | None) -> Path:
 
 def prepare(
     *, sources: Sequence[Source], split: Split, encode: Callable[..., Rows], chat: ChatFormat,
-    lengths: Lengths, options: dict[str, Any], data: DataConfig,
+    lengths: Lengths, data: DataConfig, **options: Any,
 ) -> Prepared:
     """Encode one step's part of the data, or read it from the cache.
 
-    Args:
-        sources: data sets.
-        split: which of their samples the step uses.
-        encode: called with samples, `chat`, `lengths` and `options`, makes their rows.
-        chat: tokenizer and chat template.
-        lengths: maximum lengths.
-        options: keyword arguments of `encode`.
-        data: names the cache and the number of processes.
-
-    Raises:
-        UserError: as of `prepare_sft`.
+    `encode` makes rows of samples; it is given `chat`, `lengths` and `options` too. Errors are
+    those of `prepare_sft`.
     """
     home = cache_home(data.data_output_path) / "data"
     folder = home / _cache_key(sources, split, chat, lengths, options)
@@ -316,25 +305,14 @@ def _encode(
     workers = workers or min(8, distributed.usable_cores())
     # A worker for fewer than a few batches takes longer to start than to work.
     workers = min(workers, max(1, len(samples) // (8 * _BATCH)))
-    with _threads_of_tokenizer(workers == 1):
-        return samples.map(
-            _encode_batch, fn_kwargs=arguments, batched=True, batch_size=_BATCH,
-            remove_columns=["sample"], num_proc=workers if workers > 1 else None,
-            cache_file_name=str(folder / "rows.arrow"), load_from_cache_file=False,
-            new_fingerprint=uuid.uuid4().hex,
-        )
-
-
-@contextmanager
-def _threads_of_tokenizer(wanted: bool) -> Iterator[None]:
-    """Let the tokenizer use threads, or not: beside other processes they would only compete."""
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = str(wanted).lower() if before is None else before
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_THREADS]
+    if workers > 1:  # threads of each worker's tokenizer would only compete
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return samples.map(
+        _encode_batch, fn_kwargs=arguments, batched=True, batch_size=_BATCH,
+        remove_columns=["sample"], num_proc=workers if workers > 1 else None,
+        cache_file_name=str(folder / "rows.arrow"), load_from_cache_file=False,
+        new_fingerprint=uuid.uuid4().hex,
+    )
 
 
 def _encode_batch(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import console
@@ -29,7 +29,6 @@ from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.errors import UserError
 
 TRAIN, HELD_OUT = "train", "held_out"
-_ROWS_AT_ONCE = 1000
 
 Parts = dict[str, list[Callable[[], Iterator[Row]]]]
 Content = tuple[Parts, Callable[[], str]]  # readers of each part, and the fingerprint
@@ -220,7 +219,7 @@ def _file_splits(folder: Path) -> dict[str, list[Path]]:
     for file in _files_below(folder):
         inside = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or _suffixes(file)[-1:] not in ([kind] for kind in _KINDS):
+        if hidden or _kind(file) not in _KINDS:
             continue
         names = [file.name.split(".")[0], *(part.name for part in inside.parents if part.name)]
         stems = [re.sub(r"-\d{5}-of-\d{5}.*$", "", name) for name in names]
@@ -244,9 +243,7 @@ def _saved_rows(folder: Path) -> Iterator[Row]:
     import datasets
 
     try:
-        saved = datasets.load_from_disk(str(folder))
-        for start in range(0, len(saved), _ROWS_AT_ONCE):
-            yield from saved.select(range(start, min(start + _ROWS_AT_ONCE, len(saved)))).to_list()
+        yield from datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever a torn or newer folder makes the library raise
         raise UserError(
             f"{folder}: datasets cannot read what it saved there ({type(error).__name__}); save it "
@@ -310,14 +307,14 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         UserError: the file cannot be read; the message names the line.
     """
-    kind = (_suffixes(path) or [""])[-1]
+    kind = _kind(path)
     if kind not in _KINDS:
         raise UserError(f"{path}: unknown kind of file; known are .json, .jsonl (.gz), .parquet")
     return _parquet(path) if kind == ".parquet" else _json(path, may_be_list=kind == ".json")
 
 
-def _suffixes(file: Path) -> list[str]:
-    return [suffix for suffix in file.suffixes if suffix != ".gz"]
+def _kind(file: Path) -> str:
+    return next((suffix for suffix in reversed(file.suffixes) if suffix != ".gz"), "")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -326,7 +323,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
+            for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a parquet file; write it again") from error
@@ -334,8 +331,9 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _json(path: Path, may_be_list: bool) -> Iterator[Row]:
     number = 0
+    opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with _opened(path) as file:
+        with opened(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 text = _decoded(line, path, number)
                 if not text.strip():
@@ -350,12 +348,6 @@ def _json(path: Path, may_be_list: bool) -> Iterator[Row]:
     except (OSError, EOFError, zlib.error) as error:
         where = f", after line {number}" if number else ""
         raise UserError(f"{path}{where}: cannot be read ({error}); write it again") from error
-
-
-def _opened(path: Path) -> IO[bytes]:
-    if path.suffix != ".gz":
-        return path.open("rb")
-    return gzip.open(path, "rb")  # type: ignore[return-value]
 
 
 def _decoded(data: bytes, path: Path, number: int) -> str:
