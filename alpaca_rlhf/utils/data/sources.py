@@ -243,7 +243,9 @@ def _saved_rows(folder: Path) -> Iterator[Row]:
     import datasets
 
     try:
-        yield from datasets.load_from_disk(str(folder))
+        saved = datasets.load_from_disk(str(folder)).with_format("arrow")
+        for batch in saved.iter(batch_size=1000):
+            yield from batch.to_pylist()
     except Exception as error:  # whatever a torn or newer folder makes the library raise
         raise UserError(
             f"{folder}: datasets cannot read what it saved there ({type(error).__name__}); save it "
