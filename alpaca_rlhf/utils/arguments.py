@@ -293,8 +293,9 @@ class _Parser(ArgumentParser):
 
     def config_argv(self, path: str) -> list[str]:
         """Return the file's flags as words of a command line; an error names the file."""
+        mapping = _read_mapping("config", path)
         try:
-            argv = self._words(_read_mapping("config", path))
+            argv = self._words(mapping)
             _, rest = self.parse_known_args(argv)
             self.refuse_unknown(rest)
         except UserError as error:
@@ -429,12 +430,8 @@ def _check_lora(args: StepConfig) -> None:
 
 
 def _check_engine(args: StepConfig) -> None:
-    path = args.engine.deepspeed_config
-    if path is not None:
-        try:
-            _read_mapping("deepspeed_config", path)
-        except UserError as error:
-            _refuse("deepspeed_config", path, str(error))
+    if args.engine.deepspeed_config is not None:
+        _read_mapping("deepspeed_config", args.engine.deepspeed_config)
     for role in roles(args).values():
         if args.engine.offload and role.zero_stage == 0:
             _refuse("offload", True,
@@ -502,25 +499,27 @@ def _read_mapping(flag: str, path: str) -> dict[Any, Any]:
     """Read a mapping from a JSON file, or for `--config` from a YAML file too; empty is {}.
 
     Raises:
-        UserError: names the mistake and its line, but not the file.
+        UserError: names the file, the mistake and its line.
     """
     as_json = flag != "config" or path.endswith(".json")
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text) if as_json else yaml.safe_load(text)
     except FileNotFoundError:
-        raise UserError("no such file") from None
+        problem = "no such file"
     except OSError as error:
-        raise UserError(f"can not be read: {error.strerror}") from None
+        problem = f"can not be read: {error.strerror}"
     except json.JSONDecodeError as error:
-        raise UserError(f"line {error.lineno}: not valid JSON: {error.msg}") from None
+        problem = f"line {error.lineno}: not valid JSON: {error.msg}"
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(_one_line(f"{line}not valid YAML: {error.problem}")) from None
+        problem = f"{line}not valid YAML: {error.problem}"
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(_one_line(f"not valid {'JSON' if as_json else 'YAML'}: {error}")) from None
-    if content is None and not as_json:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError("must hold a mapping of names to values")
-    return content
+        problem = f"not valid {'JSON' if as_json else 'YAML'}: {error}"
+    else:
+        if content is None and not as_json:
+            return {}
+        if isinstance(content, dict):
+            return content
+        problem = "must hold a mapping of names to values"
+    _refuse(flag, path, problem)
