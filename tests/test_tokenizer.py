@@ -21,13 +21,14 @@ from tiny_model import word_tokenizer
 from tokenizers import AddedToken
 
 from alpaca_rlhf.demo import tiny_llama
+from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.data.encode import Lengths, encode_pairs, encode_prompts, encode_sft
 from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.tokenizer import (
     ChatFormat,
-    describe,
     eos_ids,
+    load_chat,
     load_tokenizer,
     require_same,
 )
@@ -306,9 +307,11 @@ def test_a_dialogue_that_the_tokenizers_own_template_refuses_is_one_line():
         "choose human_assistant")
 
 
-def test_the_start_up_line_names_the_special_tokens():
-    assert describe(word_tokenizer(WORDS)) == (
-        "tokenizer: 10 tokens, bos '<s>' = 1, eos '</s>' = 2, pad '<pad>' = 0")
+def test_the_start_up_line_names_the_special_tokens(tmp_path, capsys):
+    word_tokenizer(WORDS).save_pretrained(tmp_path)
+    load_chat(str(tmp_path), LoadingConfig())
+    assert capsys.readouterr().out == (
+        "tokenizer: 10 tokens, bos '<s>' = 1, eos '</s>' = 2, pad '<pad>' = 0\n")
 
 
 # --- actor and critic ----------------------------------------------------------------------------

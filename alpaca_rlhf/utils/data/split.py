@@ -117,15 +117,13 @@ def for_step(
     for one in placed(sources, split, tallies):
         if one.step not in (0, split.step):
             continue
-        reason = ""
+        unused = tallies[one.source].unused
         if split.step == 2 and one.sample.rejected is None:
-            reason = "no rejected response"
-        elif split.step == 3:
-            reason = "prompt occurred before" if one.digest in seen else ""
-            seen.add(one.digest)
-        if reason:
-            tallies[one.source].unused[reason] += 1
+            unused["no rejected response"] += 1
+        elif split.step == 3 and one.digest in seen:
+            unused["prompt occurred before"] += 1
         else:
+            seen.add(one.digest)
             yield one
 
 

@@ -218,13 +218,16 @@ def load_tokenizer(
 def load_chat(
     model: str, loading: LoadingConfig, template: str | None = None, fixed: bool = False
 ) -> ChatFormat:
-    """Load the tokenizer given by the options, else the model's, and describe it on the console.
+    """Load the tokenizer given by the options, else the model's; say its special tokens.
 
     Template, `fixed` and errors are those of `load_tokenizer`.
     """
     path = loading.tokenizer_name_or_path or model
     tokenizer = load_tokenizer(path, template, loading.trust_remote_code, fixed)
-    console.say(describe(tokenizer))
+    named = ((k, getattr(tokenizer, f"{k}_token"), getattr(tokenizer, f"{k}_token_id"))
+             for k in ("bos", "eos", "pad"))
+    tokens = ", ".join(f"{k} {token!r} = {i}" for k, token, i in named)
+    console.say(f"tokenizer: {len(tokenizer)} tokens, {tokens}")
     return ChatFormat(tokenizer)
 
 
@@ -324,14 +327,6 @@ def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = unk
     else:
         tokenizer.add_special_tokens({"pad_token": _PAD})
-
-
-def describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return one line with the special tokens."""
-    named = ((k, getattr(tokenizer, f"{k}_token"), getattr(tokenizer, f"{k}_token_id"))
-             for k in ("bos", "eos", "pad"))
-    tokens = ", ".join(f"{k} {token!r} = {i}" for k, token, i in named)
-    return f"tokenizer: {len(tokenizer)} tokens, {tokens}"
 
 
 def eos_ids(
