@@ -107,7 +107,7 @@ def encode_prompts(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths
     dialogues = chat.segments([sample.messages for sample in samples])
     for sample, segments in zip(samples, dialogues, strict=True):
         whole = list(chain.from_iterable(segments))
-        prompt = whole[-lengths.prompt :]
+        prompt, _ = lengths.fit(whole)
         row = {"prompt_ids": prompt, "messages": json.dumps(sample.messages, ensure_ascii=False)}
         cut = len(whole) - len(prompt)
         rows.append(row | _outcome(segments, len(whole), len(prompt), cut, lengths))
