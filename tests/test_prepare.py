@@ -160,6 +160,23 @@ def test_rows_are_prepared_in_order(preparation):
     assert prepared.lengths() == [6, 9, 6]
 
 
+def test_the_fingerprint_follows_the_training_rows_and_their_order(preparation):
+    fingerprints = [preparation.run(data_set(rows, HELD_OUT)).fingerprint() for rows in (
+        TRAIN, TRAIN[::-1],  # of the same lengths in the same order
+        [sample("a", "b c", "c"), *TRAIN[1:]],  # of the same prompts
+    )]
+    assert len(set(fingerprints)) == 3
+    assert preparation.run(data_set(TRAIN, []), size=63).fingerprint() == fingerprints[0]
+
+
+def test_the_next_step_is_told_what_the_model_was_trained_on(preparation, tmp_path, capsys):
+    prepared = preparation.run()
+    prepared.save_record(tmp_path)
+    prepared.check_against(str(tmp_path), "the actor")
+    assert capsys.readouterr().out == (
+        f"data: the actor ({tmp_path}) was trained on 3 of this run's 3 prompts\n")
+
+
 def test_the_report_counts_what_was_used_cut_and_filtered_out(preparation):
     prepared = preparation.run(size=7)
     report = {name: prepared.report[name] for name in
