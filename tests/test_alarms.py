@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
+from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, Alarms
 
 # Metrics of the embedded pipeline at the beginning and at the end (docs/tracking.md).
 HEALTHY = {
@@ -19,15 +19,15 @@ ITERATIONS = 48
 def told(**ends):
     """Return the alarms, by kind, of a run whose metrics change evenly from start to end."""
     ends = {**HEALTHY, **ends}
-    alarms, found = Alarms(Limits()), {}
+    alarms, found = Alarms(), {}
     for number in range(ITERATIONS):
         part = number / (ITERATIONS - 1)
         row = {name: a + (b - a) * part for name, (a, b) in ends.items()}
         if "value/explained_variance" not in ends or ends["value/explained_variance"] == (-10, .85):
             row["value/explained_variance"] = 1 - 11 * math.exp(-number / 4)
-        for alarm in alarms.check(row):
-            assert alarm.kind not in found, "each kind once"
-            found[alarm.kind] = alarm.message
+        new = alarms.check(row)
+        assert not new.keys() & found, "each kind once"
+        found |= new
     return found
 
 
@@ -67,24 +67,36 @@ def test_short_responses_may_double():
 
 @pytest.mark.parametrize(("seen", "alarmed"), [(1e-6, False), (2e-5, True), (math.nan, True)])
 def test_a_ratio_other_than_1_before_the_first_update_is_an_alarm_at_once(seen, alarmed):
-    found = Alarms(Limits()).check({"policy/first_log_ratio_max": seen})
-    assert [alarm.kind for alarm in found] == ["ratio"] * alarmed
-    assert all("dropout is on" in alarm.message for alarm in found)
+    found = Alarms().check({"policy/first_log_ratio_max": seen})
+    assert list(found) == ["ratio"] * alarmed
+    assert all("dropout is on" in message for message in found.values())
+
+
+@pytest.mark.parametrize(("limits", "metric", "good", "bad", "kind"), [
+    (CLOSE, "policy/first_log_ratio_max", 9e-4, 2e-3, "ratio"),
+    (HALF, "policy/first_log_ratio_mean", 9e-3, 2e-2, "ratio"),
+    (EXACT, "rollout/decoding_difference_max", 9e-3, 2e-2, "decoding"),
+    (HALF, "rollout/decoding_difference_mean", 4e-2, 6e-2, "decoding"),
+])
+def test_log_ratios_and_decoding_have_limits_by_precision(limits, metric, good, bad, kind):
+    assert Alarms(limits).check({metric: good}) == {}
+    assert list(Alarms(limits).check({metric: bad})) == [kind]
+    assert HALF.keys().isdisjoint(EXACT), "in half precision single tokens differ by a tenth"
 
 
 def test_a_non_finite_kl_is_an_alarm():
-    alarms = Alarms(Limits(window=2))
-    assert alarms.check({"kl/k1": 1.0}) == []
-    assert [alarm.kind for alarm in alarms.check({"kl/k1": math.nan})] == ["kl"]
+    alarms = Alarms()
+    assert [list(alarms.check({"kl/k1": kl})) for kl in (1.0, 1.0, 1.0, 1.0, math.nan)] == [
+        [], [], [], [], ["kl"]]
 
 
 def test_a_single_outlier_is_no_alarm():
-    alarms = Alarms(Limits())
+    alarms = Alarms()
     for number in range(ITERATIONS):
-        assert alarms.check({"kl/k1": 60.0 if number == 20 else 2.0}) == []
+        assert alarms.check({"kl/k1": 60.0 if number == 20 else 2.0}) == {}
 
 
 def test_the_critic_has_some_iterations_to_learn():
-    alarms = Alarms(Limits(critic_iterations=20))
+    alarms = Alarms()
     found = [bool(alarms.check({"value/explained_variance": -1.0})) for _ in range(22)]
     assert found == [False] * 20 + [True, False]

@@ -40,7 +40,7 @@ from alpaca_rlhf.utils.data.batches import collate_prompts, text_batches
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat, load_tokenizer, require_same
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
+from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, MAX_KL, Alarms
 from alpaca_rlhf.utils.logging.tracker import Tracker
 from alpaca_rlhf.utils.model.reward_model import is_reward_model
 from alpaca_rlhf.utils.preflight import Planned
@@ -124,10 +124,10 @@ def load_shared_chat(args: Step3Config) -> ChatFormat:
 def alarms(args: Step3Config) -> Alarms:
     """Return the alarms that check every iteration's metrics."""
     fp32 = distributed.resolve_dtype(args.loading.dtype) == torch.float32
-    limits = Limits.of_precision(fp32, distributed.world_size())
-    if args.reward.kl_controller == "adaptive":
-        limits = replace(limits, kl=max(limits.kl, 2 * args.reward.kl_target))
-    return Alarms(limits)
+    exact = EXACT if distributed.world_size() == 1 else CLOSE
+    adaptive = args.reward.kl_controller == "adaptive"
+    max_kl = max(MAX_KL, 2 * args.reward.kl_target) if adaptive else MAX_KL
+    return Alarms(exact if fp32 else HALF, max_kl)
 
 
 class PPO:

@@ -63,15 +63,12 @@ def truncate(path: Path, step: int) -> None:
 
 def start_record() -> dict[str, Any]:
     """Return time, device, number of ranks and versions at the start of a run."""
-    versions = {"Python": platform.python_version(), "alpaca-rlhf": __version__}
-    for name in LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "device": distributed.describe_devices(),
         "ranks": distributed.world_size(),
-        "versions": versions,
+        "versions": {
+            "Python": platform.python_version(), "alpaca-rlhf": __version__,
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        },
     }

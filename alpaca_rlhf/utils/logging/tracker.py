@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -52,10 +51,8 @@ class Tracker:
         folder: folder of the files that `records` names, or None.
         total_steps: number of steps of the whole run.
         shown: metrics for the console and their names there; the file has all metrics.
-        tracking: other trackers, and the folder of those that write files.
         arguments: resolved flags of the run, for the other trackers.
         alarms: checks the metrics of every step, which must be the same on all ranks.
-        stop_on_alarm: end the training at an alarm.
         resume_step: last step before a resumed run continues. Rows up to it are kept, later ones
             are removed; progress, time and alarms continue from there.
 
@@ -95,10 +92,7 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.close()
         for sink in self._sinks:
             sink.call("finish")
@@ -115,12 +109,12 @@ class Tracker:
         for sink in self._sinks:
             sink.call("log", metrics, step=step)
         self._progress.show(metrics, step)
-        alarms = self._alarms.check(row) if self._alarms else []
-        for alarm in alarms:
-            self.note(f"alarm at step {step}: {alarm.message}")
-            self.event(alarm.kind, step, alarm.message, alarm=True)
+        alarms = self._alarms.check(row) if self._alarms else {}
+        for kind, message in alarms.items():
+            self.note(f"alarm at step {step}: {message}")
+            self.event(kind, step, message, alarm=True)
         if alarms and self._stop_on_alarm:
-            kinds = ", ".join(alarm.kind for alarm in alarms)
+            kinds = ", ".join(alarms)
             where = f"; metrics are in {self._folder}" if self._folder else ""
             raise TrainingStopped(f"--stop_on_alarm: stopped at step {step} by: {kinds}{where}")
 
@@ -138,7 +132,9 @@ class Tracker:
 
     def note(self, message: str) -> None:
         """Write a line to the console that is no metric."""
-        self._progress.note(message)
+        if distributed.is_main():
+            tqdm.write(message)  # above the progress bar, if there is one
+            sys.stdout.flush()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self._folder is not None:
@@ -173,12 +169,6 @@ class _Progress:
             self._last_line = now
             left = (now - self._start) / (step - self._first) * (self._total - step)
             console.say(f"step {step}/{self._total}  {values}  ({left:.0f} s left)")
-
-    def note(self, message: str) -> None:
-        if self._bar is not None:
-            self._bar.write(message, file=sys.stdout)
-        else:
-            console.say(message)
 
     def close(self) -> None:
         if self._bar is not None:
