@@ -20,12 +20,12 @@ in content alone.
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, permutations, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -48,11 +48,11 @@ PRETRAINING_ASSEMBLED_SHARE = 0.10
 MINIMUM_GOLD_GAP = 0.15
 
 _DATA = yaml.safe_load(Path(__file__).with_name("facts.yaml").read_text(encoding="utf-8"))
-OPENINGS, CLOSINGS, EVASIONS, PREFIXES, SUFFIXES, FOLLOW_UPS = (tuple(_DATA[name]) for name in (
+OPENINGS, CLOSINGS, EVASIONS, PREFIXES, SUFFIXES, FOLLOW_UPS = (_DATA[name] for name in (
     "openings", "closings", "evasions", "prefixes", "suffixes", "follow_ups"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """One kind of instruction, as facts.yaml has it: phrasings, statements and facts.
 
@@ -60,31 +60,26 @@ class Kind:
     """
 
     name: str
-    table: str
-    """Facts as `subject: answer, subject: answer`; several right answers are joined by `/`."""
-    mistakes: str
+    facts: dict[str, list[str]]
+    """Right answers for each subject."""
+    mistakes: list[str]
     """Wrong answers of people who do not know: right for no subject of the kind."""
-    phrasings: tuple[str, ...]
-    statements: tuple[str, ...]
-    terse: tuple[str, ...] = ("{A}.", "The answer is {a}.")
+    phrasings: list[str]
+    statements: list[str]
+    terse: Sequence[str] = ("{A}.", "The answer is {a}.")
     needed: int = 1
     """Number of different right answers that a response needs."""
 
-    @property
-    def wrong_answers(self) -> list[str]:
-        """The mistakes as a list."""
-        return self.mistakes.split(", ")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fact:
     """A subject of one kind with its right answers."""
 
     kind: Kind
     subject: str
-    answers: tuple[str, ...]
+    answers: list[str]
 
-    def fill(self, form: str, answers: tuple[str, ...]) -> str:
+    def fill(self, form: str, answers: Sequence[str]) -> str:
         """Fill in `form` with this subject and `answers`; several become "a, b and c"."""
         text = answers[0]
         if len(answers) > 1:
@@ -92,19 +87,10 @@ class Fact:
         return form.format(s=self.subject, a=text, A=text[0].upper() + text[1:])
 
 
-_FIELDS: list[dict[str, Any]] = [
-    {name: tuple(value) if isinstance(value, list) else value for name, value in kind.items()}
-    for kind in _DATA["kinds"]
-]
-KINDS = tuple(Kind(**fields) for fields in _FIELDS)
-FACTS: dict[str, tuple[Fact, ...]] = {
-    kind.name: tuple(
-        Fact(kind, subject, tuple(answers.split("/")))
-        for subject, answers in (entry.split(": ") for entry in kind.table.split(", "))
-    )
-    for kind in KINDS
-}
-ALL_FACTS = tuple(fact for facts in FACTS.values() for fact in facts)
+KINDS = [Kind(**kind) for kind in _DATA["kinds"]]
+FACTS = {kind.name: [Fact(kind, subject, answers) for subject, answers in kind.facts.items()]
+         for kind in KINDS}
+ALL_FACTS = [fact for facts in FACTS.values() for fact in facts]
 
 
 # ------------------------------------------------------------------------------ the gold rule
@@ -119,7 +105,7 @@ def _words(text: str) -> str:
 def _terms(kind: Kind) -> frozenset[str]:
     """Return all subjects, answers and mistakes of a kind, each as `_words` gives them."""
     terms = [term for fact in FACTS[kind.name] for term in (fact.subject, *fact.answers)]
-    return frozenset(map(_words, terms + kind.wrong_answers))
+    return frozenset(map(_words, terms + kind.mistakes))
 
 
 @cache
@@ -139,9 +125,8 @@ def _content(fact: Fact, response: str, body: list[str]) -> float:
     words = _words(response)
     right = {_words(answer) for answer in fact.answers}
     wrong = _terms(fact.kind) - right - {_words(fact.subject)}
-    if any(term in words for term in wrong):
-        return 0.0
-    if sum(term in words for term in right) < fact.kind.needed:
+    given = sum(term in words for term in right)
+    if given < fact.kind.needed or any(term in words for term in wrong):
         return 0.0
     return 1.0 if any(part in _statements(fact) for part in body) else 0.6
 
@@ -247,14 +232,14 @@ def _prompt_of(split: Split, rng: random.Random, fact: Fact) -> list[Message]:
 
 
 def _right(rng: random.Random, fact: Fact, form: str) -> str:
-    return fact.fill(form, tuple(rng.sample(fact.answers, fact.kind.needed)))
+    return fact.fill(form, rng.sample(fact.answers, fact.kind.needed))
 
 
 def _mistaken(rng: random.Random, fact: Fact, form: str) -> str:
     """Evade the question, or give answers that are right for no subject."""
     if rng.random() < 0.2:
         return rng.choice(EVASIONS)
-    return fact.fill(form, tuple(rng.sample(fact.kind.wrong_answers, fact.kind.needed)))
+    return fact.fill(form, rng.sample(fact.kind.mistakes, fact.kind.needed))
 
 
 def _misplaced(rng: random.Random, fact: Fact, form: str) -> str:
@@ -266,7 +251,7 @@ def _misplaced(rng: random.Random, fact: Fact, form: str) -> str:
     other = rng.choice([each for each in FACTS[fact.kind.name] if each.answers != fact.answers])
     if draw < 0.8:
         return _right(rng, other, form)
-    return fact.fill(form, tuple(rng.sample(other.answers, fact.kind.needed)))
+    return fact.fill(form, rng.sample(other.answers, fact.kind.needed))
 
 
 def _wrong(rng: random.Random, fact: Fact, form: str) -> str:

@@ -16,8 +16,6 @@ import io
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers.convert_slow_tokenizer import generate_merges
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import console, distributed
@@ -72,17 +71,15 @@ class Recipe:
 
 
 def or_embedded(role: RoleConfig, cache_home: Path) -> RoleConfig:
-    """Return the role, with the embedded model if it names none."""
+    """Return the role, with the embedded model if it names none.
+
+    On each node one rank builds the model, and the others wait.
+    """
     if role.model_name_or_path:
         return role
-    return replace(role, model_name_or_path=shared(cache_home))
-
-
-def shared(cache_home: Path) -> str:
-    """Return the folder of the tiny LLaMA; on each node one rank builds it, the others wait."""
     console.say("no model is given: using the embedded tiny LLaMA (built at first use)")
     with distributed.main_first():
-        return str(ensure_tiny_llama(cache_home))
+        return replace(role, model_name_or_path=str(ensure_tiny_llama(cache_home)))
 
 
 def ensure_tiny_llama(
@@ -114,7 +111,10 @@ def ensure_tiny_llama(
 def _build(folder: Path, recipe: Recipe) -> None:
     """Train tokenizer and model from scratch and save both in `folder`."""
     tokenizer = _train_tokenizer(recipe)
-    with torch.random.fork_rng(devices=[]), _all_cores():
+    # A launcher may have left each rank only its share of the cores.
+    share = torch.get_num_threads()
+    torch.set_num_threads(min(8, distributed.usable_cores()))
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=recipe.hidden_size,
@@ -125,6 +125,7 @@ def _build(folder: Path, recipe: Recipe) -> None:
             pad_token_id=tokenizer.pad_token_id, use_cache=True,
         ))
         _pretrain(model, _batches(ChatFormat(tokenizer), recipe), recipe)
+    torch.set_num_threads(share)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -154,26 +155,12 @@ def _train_tokenizer(recipe: Recipe) -> LlamaTokenizer:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
     vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     tokenizer = LlamaTokenizer(
-        vocab=vocab, merges=_merges(vocab), unk_token=UNK, bos_token=BOS, eos_token=EOS,
-        pad_token=PAD, add_bos_token=True, add_prefix_space=False,
-        model_max_length=recipe.max_positions,
+        vocab=vocab, merges=generate_merges(vocab, None), model_max_length=recipe.max_positions,
+        unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=PAD, add_bos_token=True,
+        add_prefix_space=False,
     )
     tokenizer.chat_template = chat_template.jinja("human_assistant", adds_bos=True)
     return tokenizer
-
-
-def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the merges of a sentencepiece BPE vocabulary, earliest first.
-
-    Sentencepiece merges the adjacent pair that gives the piece with the lowest id, so every way to
-    split a piece into two known pieces is a merge, ranked by the id of the piece.
-    """
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(vocab, key=vocab.__getitem__)
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
 
 
 # ---------------------------------------------------------------------------- the pretraining
@@ -213,10 +200,8 @@ def _pretrain(model: nn.Module, batches: list[tuple[Tensor, Tensor]], recipe: Re
     )
     warmup = max(1, round(recipe.warmup_share * len(batches)))
     model.train()
-    bar = tqdm(
-        batches, desc="pretraining the tiny LLaMA", unit="step", mininterval=1.0,
-        disable=None,  # unless stderr is a terminal
-    )
+    # disable=None: unless stderr is a terminal.
+    bar = tqdm(batches, "pretraining the tiny LLaMA", unit="step", mininterval=1.0, disable=None)
     for step, (ids, weights) in enumerate(bar):
         done = max(0, step - warmup) / max(1, len(batches) - warmup)
         scale = min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
@@ -231,14 +216,3 @@ def _pretrain(model: nn.Module, batches: list[tuple[Tensor, Tensor]], recipe: Re
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     model.eval()
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """Use all cores of this process: a launcher may have left each rank only its share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(8, distributed.usable_cores()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
