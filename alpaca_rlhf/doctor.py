@@ -31,11 +31,12 @@ from typing import NamedTuple
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 GB = 10**9
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
+WRONG_RESULT = "do not train here; install the tested versions"
 PROMPTS = [[5, 9, 2, 7, 3, 11, 6], [8, 4], [12, 3, 3, 10, 5]]
 
 
 class Row(NamedTuple):
-    """One finding, and what to do about it."""
+    """One finding, and what to do about it unless it is OK."""
 
     name: str
     status: str
@@ -67,7 +68,7 @@ def versions() -> list[Row]:
             rows.append(Row(name, WARN, f"{version}, tested with {pin}", install))
     same = f"{len(tested) - len(rows)} of {len(tested)} libraries as tested"
     python = f"Python {platform.python_version()}; {same}"
-    return [Row("versions", OK if tested else WARN, python, "" if tested else install), *rows]
+    return [Row("versions", OK if tested else WARN, python, install), *rows]
 
 
 def devices() -> list[Row]:
@@ -84,7 +85,7 @@ def devices() -> list[Row]:
     if not distributed.on_cpu():
         free = f"{device / GB:.1f} GB free on the device; host: {free}"
     few = min(device, host) < 4 * GB
-    return [*rows, Row("memory", WARN if few else OK, free, "end other programs" if few else "")]
+    return [*rows, Row("memory", WARN if few else OK, free, "end other programs")]
 
 
 def compiler() -> list[Row]:
@@ -92,19 +93,18 @@ def compiler() -> list[Row]:
     from alpaca_rlhf.utils.optimizer import missing_build_tools
 
     missing = missing_build_tools()
-    if missing:
-        return [Row("compiler", WARN, f"no {' and no '.join(missing)}",
-                    "needed for --offload, and on a CPU the compiler for fast decoding")]
-    return [Row("compiler", OK, "C++ compiler and ninja")]
+    found = f"no {' and no '.join(missing)}" if missing else "C++ compiler and ninja"
+    return [Row("compiler", WARN if missing else OK, found,
+                "needed for --offload, and on a CPU the compiler for fast decoding")]
 
 
 def ports() -> list[Row]:
     """Check the default port of --no_ssh, and that this machine's own name has an address."""
     from alpaca_rlhf.training_model.launching import NO_SSH_PORT, is_free
 
-    rows = [Row("port", OK, f"{NO_SSH_PORT} is free")]
-    if not is_free(NO_SSH_PORT):
-        rows = [Row("port", WARN, f"{NO_SSH_PORT} is taken", "with --no_ssh give --master_port")]
+    free = is_free(NO_SSH_PORT)
+    rows = [Row("port", OK if free else WARN, f"{NO_SSH_PORT} is {'free' if free else 'taken'}",
+                "with --no_ssh give --master_port")]
     try:
         socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -120,7 +120,7 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> list[Row]:
     free = shutil.disk_usage(folder).free
     few = free < GB
     return [Row("shared memory", WARN if few else OK, f"{free / GB:.2f} GB free in {folder}",
-                "1 GB or more; in a container --shm-size=8g or --ipc=host" if few else "")]
+                "1 GB or more; in a container --shm-size=8g or --ipc=host")]
 
 
 def disk(name: str, folder: Path) -> list[Row]:
@@ -133,7 +133,7 @@ def disk(name: str, folder: Path) -> list[Row]:
         return [Row(name, FAIL, f"{folder}: {error.strerror}", "give another folder")]
     few = free < 10 * GB
     return [Row(name, WARN if few else OK, f"{folder}: {free / GB:.1f} GB free",
-                "a 7B model is 14 GB; free some, or give another" if few else "")]
+                "a 7B model is 14 GB; free some, or give another")]
 
 
 def hub() -> list[Row]:
@@ -178,7 +178,8 @@ def maths() -> list[Row]:
     wrong = [f"{name}: {result.flatten().tolist()}, by hand {by_hand}"
              for name, (result, by_hand) in cases.items()
              if not torch.allclose(result.flatten(), row(*by_hand)[0], rtol=0, atol=1e-5)]
-    return [_computed("maths", wrong, f"{len(cases)} results as by hand")]
+    return [Row("maths", FAIL if wrong else OK,
+                "; ".join(wrong) or f"{len(cases)} results as by hand", WRONG_RESULT)]
 
 
 def generation() -> list[Row]:
@@ -210,13 +211,8 @@ def generation() -> list[Row]:
     together, alone = responses(PROMPTS), [responses([prompt])[0] for prompt in PROMPTS]
     wrong = [f"prompt {i}: {a} in a batch, {b} alone"
              for i, (a, b) in enumerate(zip(together, alone, strict=True)) if a != b]
-    return [_computed("generation", wrong, f"{len(PROMPTS)} responses in a batch as alone")]
-
-
-def _computed(name: str, wrong: list[str], right: str) -> Row:
-    if wrong:
-        return Row(name, FAIL, "; ".join(wrong), "do not train here; install the tested versions")
-    return Row(name, OK, right)
+    return [Row("generation", FAIL if wrong else OK,
+                "; ".join(wrong) or f"{len(PROMPTS)} responses in a batch as alone", WRONG_RESULT)]
 
 
 def ranks() -> list[Row]:
@@ -236,14 +232,13 @@ def ranks() -> list[Row]:
     right = total == count * (count + 1) / 2
     return [Row("ranks", OK if right else FAIL,
                 f"{count} ranks add up to {total:g}, {speed:.2f} GB/s",
-                "" if right else "look at the network between the machines")]
+                "look at the network between the machines")]
 
 
 def examine(places: dict[str, Path]) -> list[Row]:
-    """Run all checks on this rank's machine; a check that raises is a finding, too.
+    """Run all checks on this rank's machine, `places` being its disks by name.
 
-    Args:
-        places: folders for the disk rows, by name.
+    A check that raises is a finding, too.
     """
     checks: dict[str, Callable[[], list[Row]]] = {
         "versions": versions, "devices": devices, "compiler": compiler, "port": ports,
@@ -261,26 +256,6 @@ def examine(places: dict[str, Path]) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    """Align rows; the remedy is below its row."""
-    lines = []
-    for row in rows:
-        lines.append(f"{row.status:<5} {row.name:<14} {row.found}")
-        if row.remedy:
-            lines.append(f"{'':<5} {'':<14} -> {row.remedy}")
-    return "\n".join(lines)
-
-
-def of_all_machines(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """Return name and rows of each machine; every rank calls it."""
-    mine = [(socket.gethostname(), rows)]
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return mine
-    from alpaca_rlhf.utils import distributed
-
-    return distributed.gather_rows(mine if os.environ["LOCAL_RANK"] == "0" else [])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run all checks, print the tables; return the exit code."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alpaca_rlhf"
@@ -293,12 +268,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     options = parser.parse_args(argv)
     began = time.perf_counter()
-    machines = of_all_machines(examine(
-        {"output": options.output_dir, "cache": options.data_output_path}))
+    found = examine({"output": options.output_dir, "cache": options.data_output_path})
+    machines = [(socket.gethostname(), found)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from alpaca_rlhf.utils import distributed
+
+        machines = distributed.gather_rows(machines if os.environ["LOCAL_RANK"] == "0" else [])
     statuses = [row.status for _, rows in machines for row in rows]
     if os.environ.get("RANK", "0") == "0":
         for host, rows in machines:
-            print(f"{host}\n{table(rows)}\n")
+            print(host)
+            for row in rows:
+                print(f"{row.status:<5} {row.name:<14} {row.found}")
+                if row.status != OK:
+                    print(f"{'':<5} {'':<14} -> {row.remedy}")
+            print()
         print(", ".join(f"{statuses.count(status)} {status}" for status in (OK, WARN, FAIL))
               + f" ({time.perf_counter() - began:.0f} s)")
     return 1 if FAIL in statuses else 0

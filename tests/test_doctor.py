@@ -56,7 +56,7 @@ def test_the_ranks_of_a_launch_meet_and_each_machine_has_its_table(tmp_path):
 
 
 def test_an_error_is_exit_code_1_and_shows_its_remedy(monkeypatch, capsys):
-    rows = [doctor.Row("disk", doctor.FAIL, "full", "free some"), doctor.Row("hub", doctor.OK, "x")]
+    rows = [doctor.Row("disk", "FAIL", "full", "free some"), doctor.Row("hub", "OK", "x", "free")]
     monkeypatch.setattr(doctor, "examine", lambda places: rows)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert doctor.main([]) == 1
@@ -119,7 +119,7 @@ def test_a_machine_without_compiler(monkeypatch):
 def test_shared_memory_of_a_container(monkeypatch, tmp_path, free, status):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(free, 0, free))
     [row] = doctor.shared_memory(tmp_path)
-    assert (row.status, bool(row.remedy)) == (status, status == "WARN")
+    assert (row.status, row.found) == (status, f"{free / 10**9:.2f} GB free in {tmp_path}")
 
 
 def test_a_disk_with_little_space_and_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
