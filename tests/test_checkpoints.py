@@ -168,11 +168,11 @@ def test_a_checkpoint_that_is_given_is_refused_if_damaged_or_another_thing(tmp_p
     size = (truncated / "shared.pt").stat().st_size
     truncate(truncated)
     edit(other / "manifest.json", step_of_rlhf=2)
+    another = ("; give another folder step-… of a run's `checkpoints` folder, or latest, the last "
+               "one that is intact")
     for path, problem in (
-        (truncated, f"shared.pt has {size - 1:,} bytes, not {size:,}; give an earlier one, or "
-         "latest, which takes the last one that is intact"),
-        (tmp_path, "is not a checkpoint (it has no manifest.json); give a folder step-… of a run's "
-         "`checkpoints` folder, or latest"),
+        (truncated, f"shared.pt has {size - 1:,} bytes, not {size:,}{another}"),
+        (tmp_path, f"is not a checkpoint (it has no manifest.json){another}"),
         (other, "is of step 2, this is step 1"),
     ):
         assert refusal(tmp_path / "run", path) == f"--resume_from_checkpoint {path}: {problem}"

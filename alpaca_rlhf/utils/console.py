@@ -68,15 +68,12 @@ def run_main(main: Callable[[], None]) -> None:
     code = 0
     try:
         main()
-    except UserError as error:
-        _write_error(f"error: {error}")
-        code = 2
     except TrainingStopped as stop:
         _write_error(str(stop))
         code = stop.code
-    except FloatingPointError as error:
+    except (UserError, FloatingPointError) as error:
         _write_error(f"error: {error}")
-        code = 1
+        code = 2 if isinstance(error, UserError) else 1
     except Exception as error:
         if under_debugger():
             raise  # the debugger stops where it was raised

@@ -6,7 +6,7 @@ What differs between the two steps is an `Objective`.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from alpaca_rlhf.utils import console, distributed
-from alpaca_rlhf.utils.configs import (
-    BatchConfig,
-    CheckpointConfig,
-    ScheduleConfig,
-    TrackingConfig,
-)
+from alpaca_rlhf.utils.configs import BatchConfig, CheckpointConfig, ScheduleConfig, TrackingConfig
 from alpaca_rlhf.utils.data.batches import covering_batches, length_grouped, rank_batches
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.engine import Engine
@@ -55,19 +50,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class Plan:
-    """Optimizer steps of a training, and the rows of each.
-
-    Attributes:
-        schedule: epochs, limit of steps and gradient accumulation.
-        batches: rows of a micro-batch on each rank.
-        seed: of the order of rows.
-        lengths: tokens of each row; rows of similar length share a batch.
-    """
+    """Optimizer steps of a training, and the rows of each, in an order that `seed` decides."""
 
     schedule: ScheduleConfig
     batches: BatchConfig
     seed: int
-    lengths: Sequence[int] = field(repr=False)
+    lengths: Sequence[int]
+    """Number of tokens of each row; rows of similar length share a batch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,15 +91,7 @@ def train(
     found: Found | None, checkpoint: CheckpointConfig, tracking: TrackingConfig, step: int,
     arguments: dict[str, Any],
 ) -> tuple[dict[str, float], dict[str, float], Numbers]:
-    """Evaluate, train (or resume training), evaluate.
-
-    Args:
-        engine, data, objective, plan: what is trained, on what, how and how long.
-        folder: where checkpoints and metrics are written.
-        found: the checkpoint to resume from, if any.
-        checkpoint, tracking: when to save checkpoints, and trackers that receive the metrics.
-        step: of RLHF: 1 or 2.
-        arguments: resolved flags of the run.
+    """Evaluate, train (or resume training from the checkpoint `found`), evaluate.
 
     Returns:
         Metrics before and after the training, and the numbers of `Objective.measure` after it.
@@ -119,9 +100,7 @@ def train(
         FloatingPointError: too many consecutive optimizer steps were non-finite.
         TrainingStopped: a signal asked for it.
     """
-    guard = NonFiniteGuard(
-        folder.path, plan.schedule.max_skipped_steps, "lower --learning_rate"
-    )
+    guard = NonFiniteGuard(folder.path, plan.schedule.max_skipped_steps, "lower --learning_rate")
     checkpoints = Checkpoints(
         folder, {"model": engine}, config=checkpoint, step=step, arguments=arguments, found=found,
         shared={"faults": guard},
@@ -179,9 +158,7 @@ def _train(
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine, data: Prepared, objective: Objective, config: BatchConfig
-) -> Numbers:
+def evaluate(engine: Engine, data: Prepared, objective: Objective, config: BatchConfig) -> Numbers:
     """Return the numbers of `Objective.measure` for each held-out row, in no certain order."""
     rows, training = data.held_out, engine.module.training
     engine.eval()

@@ -64,30 +64,23 @@ NEEDED_FILES = {PROGRESS, ARGUMENTS, SHARED, "rank-00000.pt"}
 
 @dataclass
 class Progress:
-    """Progress of a run.
-
-    Attributes:
-        step: optimizer steps so far, skipped ones included.
-        before: metrics before the first step, for JSON; None: not measured yet.
-        data: fingerprint of the rows to train on.
-    """
+    """Progress of a run."""
 
     step: int = 0
+    """Optimizer steps so far, skipped ones included."""
     before: Any = None
+    """Metrics before the first step, for JSON; None: not measured yet."""
     data: str = ""
+    """Fingerprint of the rows to train on."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Checkpoint to resume from, verified.
-
-    Attributes:
-        folder: of the checkpoint.
-        convert: whether another number of ranks or another ZeRO stage wrote it.
-    """
+    """Checkpoint to resume from, verified."""
 
     folder: Path
     convert: bool
+    """Whether another number of ranks or another ZeRO stage wrote it."""
 
 
 # --- finding a checkpoint ------------------------------------------------------------------------
@@ -96,13 +89,7 @@ class Found:
 def open_run(
     run: RunConfig, checkpoint: CheckpointConfig, *, step: int, arguments: dict[str, Any]
 ) -> tuple[RunFolder, Found | None]:
-    """Open the output folder of a run, and find the checkpoint to resume from.
-
-    Args:
-        run: `output_dir`.
-        checkpoint: `resume_from_checkpoint`.
-        step: of RLHF: 1, 2 or 3.
-        arguments: resolved arguments of this run, {flag: value}.
+    """Open the output folder of a run of step 1, 2 or 3, and find the checkpoint to resume from.
 
     Raises:
         UserError: the folder cannot be used; the path is not a checkpoint; it is damaged, or was
@@ -115,26 +102,17 @@ def open_run(
     )
     if wanted is None:
         return folder, None
-    path = _latest_intact(folder.path) if wanted == "latest" else _intact(Path(wanted))
+    path = _latest_intact(folder.path) if wanted == "latest" else Path(wanted)
     if path is None:
         console.say("--resume_from_checkpoint latest: there is no checkpoint yet; "
                     "this run starts at its first step")
         return folder, None
+    if wanted != "latest" and (damage := find_damage(path)):
+        raise UserError(f"--resume_from_checkpoint {path}: {damage}; give another folder step-… of "
+                        "a run's `checkpoints` folder, or latest, the last one that is intact")
     convert = _check_fit(path, checkpoint.allow_changed_args, step, arguments)
     console.say(f"resuming from {path}")
     return folder, Found(path, convert)
-
-
-def _intact(path: Path) -> Path:
-    if not (path / MANIFEST).is_file():
-        raise UserError(
-            f"--resume_from_checkpoint {path}: is not a checkpoint (it has no {MANIFEST}); "
-            "give a folder step-… of a run's `checkpoints` folder, or latest"
-        )
-    if damage := find_damage(path):
-        raise UserError(f"--resume_from_checkpoint {path}: {damage}; give an earlier one, "
-                        "or latest, which takes the last one that is intact")
-    return path
 
 
 def _latest_intact(run: Path | None) -> Path | None:
@@ -145,8 +123,7 @@ def _latest_intact(run: Path | None) -> Path | None:
     """
     complete = complete_checkpoints(run / CHECKPOINTS_FOLDER) if run else []
     for path in reversed(complete):
-        damage = find_damage(path)
-        if damage is None:
+        if (damage := find_damage(path)) is None:
             return path
         console.say(f"warning: the checkpoint {path} is broken and is left out: {damage}")
     if complete:
@@ -160,8 +137,8 @@ def _latest_intact(run: Path | None) -> Path | None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder whose writing was completed, by step."""
-    names = sorted(p for p in folder.glob("step-*") if NAME.fullmatch(p.name))
-    return [p for p in names if (p / MANIFEST).is_file()]
+    return sorted(path for path in folder.glob("step-*")
+                  if NAME.fullmatch(path.name) and (path / MANIFEST).is_file())
 
 
 def find_damage(folder: Path) -> str | None:
@@ -169,15 +146,17 @@ def find_damage(folder: Path) -> str | None:
 
     All ranks must call it together: they share the work.
     """
+    if not (folder / MANIFEST).is_file():
+        return f"is not a checkpoint (it has no {MANIFEST})"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
         files = sorted((name, size, digest) for name, (size, digest) in manifest["files"].items())
-        known = manifest["format"] == FORMAT
+        whole = NEEDED_KEYS <= manifest.keys() and NEEDED_FILES <= manifest["files"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    if not known:
-        return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
-    if not (NEEDED_KEYS <= manifest.keys() and NEEDED_FILES <= manifest["files"].keys()):
+        whole = False
+    if not whole:
         return f"{MANIFEST} is damaged"
     damages = []
     for name, size, digest in files[distributed.rank() :: distributed.world_size()]:
@@ -258,12 +237,8 @@ class Checkpoints:
     """Saves the checkpoints of a run, and restores one.
 
     Args:
-        folder: of the run.
         engines: that are trained, by role.
-        config: when to save, and how many checkpoints to keep.
         step: of RLHF: 1, 2 or 3.
-        arguments: resolved arguments of the run, {flag: value}.
-        found: checkpoint to resume from, if any.
         own: other parts with a state, of which each rank has its own.
         shared: other parts with a state, which is the same on all ranks.
     """
@@ -274,9 +249,8 @@ class Checkpoints:
         own: Mapping[str, Stateful] | None = None, shared: Mapping[str, Stateful] | None = None,
     ) -> None:
         self._root = folder.path and folder.path / CHECKPOINTS_FOLDER
-        self._engines, self._config, self._found = dict(engines), config, found
-        self._step, self._arguments = step, arguments
-        self._own, self._shared = dict(own or {}), dict(shared or {})
+        self._engines, self._own, self._shared = engines, own or {}, shared or {}
+        self._config, self._step, self._arguments, self._found = config, step, arguments, found
         self._saved: set[str] = set()
         self._signals = StopSignals()
         self.progress = Progress()
@@ -294,8 +268,7 @@ class Checkpoints:
     def restore(self, data: str) -> Progress:
         """Restore the checkpoint that was found, if any; all ranks together.
 
-        Args:
-            data: fingerprint of the rows to train on.
+        `data` is the fingerprint of the rows to train on.
 
         Raises:
             UserError: it does not fit the models, or the rows have changed.
@@ -334,7 +307,6 @@ class Checkpoints:
 
         Args:
             step: optimizer steps so far.
-            tracker: records the checkpoint.
             due: whether one is due for another reason than `--save_steps`.
             tracker_step: what the tracker counts, where that is not optimizer steps.
             mid_iteration: in step 3, whether it is in the middle of a PPO iteration.
@@ -362,12 +334,9 @@ class Checkpoints:
         return f"{text}; --resume_from_checkpoint latest resumes from {saved[-1]}"
 
     def save(self, *, mid_iteration: bool = False) -> str | None:
-        """Save a checkpoint, unless there is no folder for it or it is saved already.
+        """Save a checkpoint, unless there is no folder for it or it is there; return its name.
 
         An error, such as a full disk, ends in a warning: earlier checkpoints stay intact.
-
-        Returns:
-            Name of the checkpoint, if one was saved.
         """
         name = f"step-{self.progress.step:08d}"
         if self._root is None or name in self._saved:
@@ -442,12 +411,10 @@ def _described(folder: Path) -> dict[str, tuple[int, str]]:
 
 def _random_state() -> dict[str, Any]:
     """Return the states of all random number generators of this rank."""
-    version, numbers, gauss = random.getstate()
-    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    algorithm, keys, *others = np.random.get_state(legacy=True)
     state = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), position,
-                  has_gauss, cached],
+        "python": random.getstate(),
+        "numpy": (algorithm, np.asarray(keys).tolist(), *others),
         "torch": torch.get_rng_state(),
     }
     if not distributed.on_cpu():
@@ -458,8 +425,8 @@ def _random_state() -> dict[str, Any]:
 def _set_random_state(state: dict[str, Any]) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    algorithm, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    algorithm, keys, *others = state["numpy"]
+    np.random.set_state((algorithm, np.asarray(keys, dtype=np.uint32), *others))
     torch.set_rng_state(state["torch"])
     if "device" in state and not distributed.on_cpu():
         get_accelerator().set_rng_state(state["device"])

@@ -17,13 +17,8 @@ MAX_FILES = 10  # of a run: more would show nothing new, and fill the disk
 class NonFiniteGuard:
     """Count the skipped optimizer steps, and abort after too many consecutive ones.
 
-    Args:
-        folder: of the run; the batches go to its `nonfinite/`. None saves none.
-        max_consecutive: abort after this many consecutive non-finite steps.
-        remedy: advice for the error line.
-
-    Attributes:
-        skipped: number of skipped steps.
+    The batches go to `nonfinite/` in `folder`, that of the run; None saves none. `remedy` is advice
+    for the error line.
     """
 
     def __init__(self, folder: Path | None, max_consecutive: int, remedy: str) -> None:
@@ -77,17 +72,13 @@ class NonFiniteGuard:
     def _save(self, step: int, micro_batches: Sequence[Any], random_state: Tensor) -> Path | None:
         if self._folder is None or self.skipped > MAX_FILES:
             return None
-        record = {
-            "micro_batches": [_tensors(batch) for batch in micro_batches],
-            "random_state": random_state,
-        }
-        ranks = distributed.gather_rows([record])
+        tensors = [_tensors(batch) for batch in micro_batches]
+        ranks = distributed.gather_rows([{"micro_batches": tensors, "random_state": random_state}])
         path = self._folder / f"step-{step:08d}.pt"
         if distributed.is_main():
             try:
                 path.parent.mkdir(exist_ok=True)
-                saved = {"step": step, "ranks": ranks}
-                write_durably(path, lambda file: torch.save(saved, file))
+                write_durably(path, lambda file: torch.save({"step": step, "ranks": ranks}, file))
             except (OSError, RuntimeError) as error:
                 console.say(f"warning: {path} cannot be written: {error}")
                 return None

@@ -27,7 +27,6 @@ class RunFolder:
     """The output folder of a run; without `--output_dir`, nothing is saved.
 
     Args:
-        output_dir: `--output_dir`, or None.
         overwrite: whether a finished run in it may be replaced, once this one is complete.
         resume: whether to keep what an unfinished run has left in it.
 
@@ -84,15 +83,11 @@ class RunFolder:
             (path / ".writable").touch()
             (path / ".writable").unlink()
         except Timeout:
-            raise UserError(
-                f"--output_dir {output_dir}: another process is writing there; wait for it, or "
-                "give another folder"
-            ) from None
+            raise UserError(f"--output_dir {output_dir}: another process is writing there; wait "
+                            "for it, or give another folder") from None
         except OSError as error:
-            raise UserError(
-                f"--output_dir {output_dir}: cannot be written ({error.strerror}); "
-                "give a folder that can"
-            ) from error
+            raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror}); "
+                            "give a folder that can") from error
 
     def release(self) -> None:
         """Allow other processes to write to the folder."""
