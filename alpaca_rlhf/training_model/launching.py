@@ -63,10 +63,7 @@ def choose_port(asked: int) -> int:
 
 
 def choose(options: Namespace) -> tuple[list[str], str]:
-    """Choose hosts, devices, cores and port.
-
-    Args:
-        options: the runner's flags.
+    """Choose hosts, devices, cores and port for the runner's options.
 
     Returns:
         Flags for the runner, to follow the user's, and the text of the start-up line.
@@ -81,22 +78,17 @@ def choose(options: Namespace) -> tuple[list[str], str]:
     if options.no_ssh:
         raise ValueError("--no_ssh: needs --hostfile FILE, the same on every node")
     if distributed.on_cpu():
-        flags, text = choose_cpu(options)
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the runner would read it as a list of CPUs
+        ranks = max(1, options.num_gpus)
+        # Left alone, the runner would start one rank per NUMA node.
+        flags = [] if options.include or options.exclude else [f"--num_gpus={ranks}"]
+        text = f"{ranks} rank(s) on the CPU, {share_cores(ranks)}"
     else:
         flags, text = choose_devices(options, get_accelerator().device_count())
     port = choose_port(options.master_port)
     if options.master_port not in (0, port):
         text += f", port {options.master_port} is taken"
     return [*flags, f"--master_port={port}"], f"{text}, port {port}"
-
-
-def choose_cpu(options: Namespace) -> tuple[list[str], str]:
-    """Start the number of ranks asked for, or one (the runner: one per NUMA node)."""
-    count_given = options.num_gpus > 0
-    ranks = options.num_gpus if count_given else 1
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the runner would read it as a list of CPUs
-    text = f"{ranks} rank(s) on the CPU, {share_cores(ranks)}"
-    return [] if count_given or options.include or options.exclude else ["--num_gpus=1"], text
 
 
 def share_cores(ranks: int) -> str:

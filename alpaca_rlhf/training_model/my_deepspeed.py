@@ -56,12 +56,7 @@ class OwnFlags(ArgumentParser):
     def take(
         self, argv: list[str], parse: Callable[[list[str]], Namespace]
     ) -> tuple[Namespace, list[str]]:
-        """Separate our flags from the other words of `argv`.
-
-        Args:
-            argv: flags of both kinds, the script, its flags.
-            parse: the runner's parser, which knows where the script is.
-        """
+        """Take our flags out of `argv`; the runner's `parse` tells where the script is."""
         others: list[int] = []
         marks: list[int] = []
         i = 0

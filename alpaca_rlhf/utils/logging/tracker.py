@@ -218,7 +218,9 @@ def _started(
     # The trackers ask this for the rank. Without the variable it would set the number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     PartialState(cpu=distributed.on_cpu())
-    run, where = _run_name(folder), tracking.logging_dir or str((folder or Path()) / LOGS_FOLDER)
+    run, where = "run", tracking.logging_dir or str((folder or Path()) / LOGS_FOLDER)
+    if folder is not None:  # tiny-actor for output/tiny/actor
+        run = "-".join(filter(None, (folder.parent.name, folder.name.removesuffix(".partial"))))
     named = {"wandb": {"name": run}, "mlflow": {"run_name": run}}
     config = {name: value if isinstance(value, bool | int | float | str) else str(value)
               for name, value in arguments.items()}
@@ -237,11 +239,3 @@ def _started(
                             "fix it, or leave the flag out") from error
         sinks.append(_Sink(name, tracker))
     return sinks
-
-
-def _run_name(folder: Path | None) -> str:
-    """Return `tiny-actor` for output/tiny/actor."""
-    if folder is None:
-        return "run"
-    name = folder.name.removesuffix(".partial")
-    return f"{folder.parent.name}-{name}" if folder.parent.name else name
