@@ -59,6 +59,9 @@ def build_trained(
     scheduler = create_scheduler(
         optimizer, schedule.lr_scheduler_type, schedule.num_warmup_steps, total_steps
     )
+    stage = config["zero_optimization"]["stage"]
+    if stage != role.zero_stage:
+        summary += f"; ZeRO stage {stage}, the lowest that trains right in {loading.dtype}"
     made, *_ = deepspeed.initialize(
         model=wrap(model) if wrap else model, optimizer=optimizer, lr_scheduler=scheduler,
         config=config,
