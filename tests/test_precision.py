@@ -24,7 +24,10 @@ from alpaca_rlhf.utils.data.batches import collate_pairs, collate_tokens
 from alpaca_rlhf.utils.engine import build_frozen
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
+from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
+from alpaca_rlhf.utils.run import engine_state
+from alpaca_rlhf.utils.run.engine_state import CheckpointFiles
 from alpaca_rlhf.utils.run.export import export
 
 HALF = ("bf16", "fp16")
@@ -221,3 +224,30 @@ def test_the_kv_cache_is_kept_between_rollouts_unless_memory_is_short(small, mon
     monkeypatch.setattr(distributed, "free_memory", lambda: (free, 10**9))
     maker.generate(small.prompts(2))
     assert (maker._hybrid._decoder.cache.size == 0) is short
+
+
+def masters(engine):
+    """Whole fp32 weights of the trainable parameters."""
+    return Ema(engine.module, decay=0.5).state_dict()["average"]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("saved", "loaded"), [(0, 3), (3, 0), (0, 2), (3, 1)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_checkpoint_moves_between_stages_with_its_fp32_masters_and_moments(
+    small, tmp_path, dtype, saved, loaded, rank
+):
+    trained = losses(small, "actor", steps=2, stage=saved, lora=rank, dtype=dtype)[1]
+    engine_state.save(trained, tmp_path, CheckpointFiles())
+    torch.manual_seed(0)  # of the adapter
+    moved = small.trained(
+        "actor", loaded, rank, dtype=dtype, learning_rate=3e-3, lora_learning_rate=1e-2)
+    engine_state.load(moved, tmp_path, CheckpointFiles(), convert=True)
+    assert all(map(torch.equal, masters(trained), masters(moved)))
+    rows, collate, loss = OBJECTIVES["actor"]
+    batch = [collate(rows, pad_id=3)]
+    found = [training_loop.optimizer_step(
+        engine, batch, partial(loss, engine), training_loop.global_weight(batch))["loss"]
+        for _ in range(2) for engine in (trained, moved)]
+    # The second loss follows the moments, which moved too.
+    assert found[1::2] == pytest.approx(found[::2], rel=1e-3)
