@@ -8,8 +8,6 @@ import pytest
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.evaluation import comparison, reward_quality, saved, side_by_side
-from alpaca_rlhf.evaluation.reward_quality import ScoredPair
-from alpaca_rlhf.evaluation.saved import Response
 from alpaca_rlhf.evaluation.statistics import wilson_interval
 from alpaca_rlhf.training_model.step1_supervised_finetuning import prompt_eval
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import rw_eval
@@ -106,10 +104,9 @@ def test_mistakes_are_refused_before_anything_is_loaded(module, words, line):
 
 
 def test_the_figures_of_a_reward_model_by_hand():
-    names = ("chosen", "rejected", "chosen_length", "rejected_length", "length")
-    scored = [ScoredPair(**dict(zip(names, row, strict=True))) for row in (
-        (2.0, 0.0, 10, 5, 30), (0.5, 1.0, 4, 8, 9), (3.0, 1.0, 6, 6, 8), (1.0, -1.0, 20, 3, 40))]
-    results = reward_quality.measure(scored, seed=0)
+    results = reward_quality.measure(np.array([  # score and length of each side, longer sequence
+        (2.0, 10, 0.0, 5, 30), (0.5, 4, 1.0, 8, 9), (3.0, 6, 1.0, 6, 8), (1.0, 20, -1.0, 3, 40),
+    ]), seed=0)
     low, high = wilson_interval(3, 4)
     assert results["accuracy"] == {"share": 0.75, "low": low, "high": high, "pairs": 4}
     which = {k: (v["share"], v["pairs"]) for k, v in results["by_which_is_longer"].items()}
@@ -127,8 +124,7 @@ def test_the_figures_of_a_reward_model_by_hand():
 
 
 def test_a_tie_is_wrong_and_is_told():
-    tied = ScoredPair(chosen=1, rejected=1, chosen_length=2, rejected_length=3, length=9)
-    results = reward_quality.measure([tied], seed=0)
+    results = reward_quality.measure(np.array([(1.0, 2, 1.0, 3, 9)]), seed=0)
     assert (results["accuracy"]["share"], results["ties"]) == (0.0, 1)
     assert "1 ties, counted as wrong" in reward_quality.describe(results)
 
@@ -193,9 +189,11 @@ def test_a_python_function_may_judge_and_something_must(small, pairs, tmp_path, 
 
 
 def test_win_rates_by_hand():
-    judged = [{"gold": [1.0, 0.5, 0.2, 0.9]}, {"gold": [0.0, 0.5, 0.6, 0.1]}]
-    responses = [[Response("", [5] * 3, ended) for ended in (True, True, False, True)]] * 2
-    results = comparison.compare(responses, judged, seed=0)
+    policy, baseline = (
+        [{"gold": score, "tokens": 3, "ended": ended}
+         for score, ended in zip(scores, (True, True, False, True), strict=True)]
+        for scores in ((1.0, 0.5, 0.2, 0.9), (0.0, 0.5, 0.6, 0.1)))
+    results = comparison.compare(policy, baseline, ["gold"], seed=0)
     one = results["judges"]["gold"]
     assert (one["wins"], one["ties"], one["losses"], one["win_rate"]) == (2, 1, 1, 0.625)
     assert one["mean"] == pytest.approx([0.65, 0.3])

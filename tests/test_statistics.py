@@ -40,24 +40,24 @@ def test_the_bootstrap_is_fixed_by_its_seed_and_leaves_out_what_is_not_finite():
 
 def test_accuracy_is_a_share_with_wilsons_interval_and_none_without_pairs():
     found = statistics.accuracy(array(1, 1, 0, 1))
-    assert (found.share, found.pairs) == (0.75, 4)
-    assert (found.low, found.high) == statistics.wilson_interval(3, 4)
-    assert statistics.accuracy(array()) == statistics.Accuracy(None, None, None, 0)
+    low, high = statistics.wilson_interval(3, 4)
+    assert found == {"share": 0.75, "low": low, "high": high, "pairs": 4}
+    assert statistics.accuracy(array()) == {"share": None, "low": None, "high": None, "pairs": 0}
 
 
 def test_accuracy_by_length_has_buckets_of_similar_size_and_never_splits_a_length():
     correct, tokens = array(1, 0, 1, 1, 0, 0, 1, 1), array(5, 9, 5, 5, 12, 20, 30, 9)
     found = statistics.accuracy_by_length(correct, tokens)
-    assert {bucket: (one.share, one.pairs) for bucket, one in found.items()} == {
+    assert {bucket: (one["share"], one["pairs"]) for bucket, one in found.items()} == {
         (5, 5): (1.0, 3), (9, 9): (0.5, 2), (12, 12): (0.0, 1), (20, 30): (0.5, 2)}
-    assert [(bucket, one.pairs) for bucket, one in statistics.accuracy_by_length(
+    assert [(bucket, one["pairs"]) for bucket, one in statistics.accuracy_by_length(
         array(1, 0), array(7, 7)).items()] == [((7, 7), 2)]
     assert statistics.accuracy_by_length(array(), array()) == {}
 
 
 def test_accuracy_by_the_longer_response():
     found = statistics.accuracy_by_longer_response(array(1, 1, 0, 1), array(3, 1, -2, 5))
-    assert {name: (one.share, one.pairs) for name, one in found.items()} == {
+    assert {name: (one["share"], one["pairs"]) for name, one in found.items()} == {
         "chosen": (1.0, 3), "rejected": (0.0, 1), "neither": (None, 0)}
 
 
@@ -66,10 +66,10 @@ def test_calibration_error_is_the_mean_distance_of_confidence_and_accuracy():
     small, large = math.log(0.62 / 0.38), math.log(0.99 / 0.01)
     error, bins = statistics.calibration(array(small, -small, large, large))
     assert error == pytest.approx(0.5 * 0.12 + 0.5 * 0.01)
-    assert [(b.count, b.accuracy) for b in bins] == [(2, 0.5), (2, 1.0)]
-    assert [b.confidence for b in bins] == pytest.approx([0.62, 0.99])
+    assert [(b["count"], b["accuracy"]) for b in bins] == [(2, 0.5), (2, 1.0)]
+    assert [b["confidence"] for b in bins] == pytest.approx([0.62, 0.99])
     tied, certain = statistics.calibration(array(0, 100))[1]
-    assert (tied.low, tied.accuracy, certain.high) == (0.5, 0.0, 1.0)
+    assert (tied["low"], tied["accuracy"], certain["high"]) == (0.5, 0.0, 1.0)
 
 
 def test_correlations_of_lines_ranks_and_constants():

@@ -9,6 +9,7 @@ import numpy as np
 from alpaca_rlhf.evaluation import held_out, statistics
 from alpaca_rlhf.evaluation.results import write_output
 from alpaca_rlhf.evaluation.saved import Dialogue, Response, open_policy, open_scorer
+from alpaca_rlhf.evaluation.statistics import Array, Figures, with_interval
 from alpaca_rlhf.utils.configs import HeldOutConfig, LoadingConfig, SamplingConfig, WinRateConfig
 from alpaca_rlhf.utils.console import say, table
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
@@ -17,8 +18,7 @@ from alpaca_rlhf.utils.errors import UserError
 RewardFunction = Callable[[list[str], list[str]], list[float]]  # of prompts and responses
 # Dialogues and N responses to each -> a score of each response; higher is better.
 Judge = Callable[[Sequence[Dialogue], Sequence[Sequence[Response]]], list[list[float]]]
-Scores = dict[str, list[float]]  # of each judge, for each prompt
-Results = dict[str, Any]
+Record = dict[str, Any]  # a response as it stands in the results, with a score from each judge
 
 
 def run(
@@ -50,16 +50,22 @@ def run(
         judges["reward function"] = partial(rate_texts, function=reward_function, chat=chat)
     if chosen.embedded:
         judges["gold"] = held_out.gold_scores
-    judged = [{name: [scores[0] for scores in judge(dialogues, side)]
-               for name, judge in judges.items()} for side in sides]
-    first = [[responses[0] for responses in side] for side in sides]
-    results = compare(first, judged, chosen.seed)
+    records: list[list[Record]] = [[response.record() for response, in side] for side in sides]
+    for name, judge in judges.items():
+        for side, some in zip(sides, records, strict=True):
+            for record, scores in zip(some, judge(dialogues, side), strict=True):
+                record[name] = scores[0]
+    results = compare(records[0], records[1], list(judges), seed=chosen.seed)
     results |= {
         "path": models.path, "baseline": models.baseline, "reward_model": models.reward_model,
         "data": chosen.description, "seed": chosen.seed,
     }
     say(describe(results))
-    write_output(models.output, {**results, "replies": records(dialogues, first, judged)})
+    results["replies"] = [
+        {"prompt": list(messages), "policy": mine, "baseline": theirs}
+        for messages, mine, theirs in zip(dialogues, *records, strict=True)
+    ]
+    write_output(models.output, results)
 
 
 def rate_texts(
@@ -71,23 +77,24 @@ def rate_texts(
     return [[score] for score in function(prompts, [some[0].text for some in responses])]
 
 
-def compare(sides: Sequence[Sequence[Response]], judged: Sequence[Scores], seed: int) -> Results:
-    """Compute win rates of the first side over the second; docs/evaluation.md defines each figure.
+def compare(
+    policy: Sequence[Record], baseline: Sequence[Record], judges: Sequence[str], seed: int
+) -> Figures:
+    """Compute win rates of the policy over the baseline; docs/evaluation.md defines each figure.
 
-    Args:
-        sides: the policy's and the baseline's response to each prompt.
-        judged: scores of either side.
-        seed: of the bootstrap.
+    The records are of the responses to the same prompts; `seed` is the bootstrap's.
     """
-    lengths = [np.array([len(response.ids) for response in side], dtype=np.float64)
-               for side in sides]
-    longer_by = lengths[0] - lengths[1]
-    judges = {}
-    for name in judged[0]:
-        mine, theirs = (np.array(scores[name], dtype=np.float64) for scores in judged)
+    def columns(name: str) -> Array:
+        return np.array([[record[name] for record in side] for side in (policy, baseline)], float)
+
+    tokens = columns("tokens")
+    longer_by = tokens[0] - tokens[1]
+    figures = {}
+    for name in judges:
+        mine, theirs = columns(name)
         outcomes = (np.sign(mine - theirs) + 1) / 2
         rows = np.stack([outcomes, longer_by], axis=1)
-        judges[name] = {
+        figures[name] = {
             "wins": int((outcomes == 1).sum()), "ties": int((outcomes == 0.5).sum()),
             "losses": int((outcomes == 0).sum()), "win_rate": float(outcomes.mean()),
             "win_rate_interval": statistics.bootstrap_interval(outcomes, np.mean, seed),
@@ -99,21 +106,20 @@ def compare(sides: Sequence[Sequence[Response]], judged: Sequence[Scores], seed:
             "gain_interval": statistics.bootstrap_interval(mine - theirs, np.mean, seed),
         }
     return {
-        "prompts": len(longer_by), "judges": judges,
-        "tokens": [float(side.mean()) for side in lengths],
-        "ended": [sum(response.ended for response in side) / len(side) for side in sides],
+        "prompts": len(longer_by), "judges": figures,
+        "tokens": tokens.mean(1).tolist(), "ended": columns("ended").mean(1).tolist(),
     }
 
 
-def describe(results: Results) -> str:
+def describe(results: Figures) -> str:
     """Format the results as a table and a line on the responses' length."""
     rows = []
     for name, one in results["judges"].items():
         mine, theirs = one["mean"]
         rows.append([
-            name, _rate(one["win_rate"], one["win_rate_interval"]),
+            name, with_interval(one["win_rate"], one["win_rate_interval"]),
             f"{one['wins']} / {one['ties']} / {one['losses']}",
-            _rate(one["length_controlled"], one["length_controlled_interval"]),
+            with_interval(one["length_controlled"], one["length_controlled_interval"]),
             f"{theirs:.3f} → {mine:.3f}",
         ])
     headers = ["judge", "win rate (95 %)", "won / tied / lost", "at equal length (95 %)",
@@ -125,21 +131,3 @@ def describe(results: Results) -> str:
         f"response length in tokens: {tokens[1]:.1f} → {tokens[0]:.1f}; share with eos: "
         f"{ended[1]:.3f} → {ended[0]:.3f}",
     ])
-
-
-def _rate(share: float, interval: Sequence[float]) -> str:
-    return f"{share:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
-
-
-def records(
-    dialogues: Sequence[Dialogue], sides: Sequence[Sequence[Response]], judged: Sequence[Scores]
-) -> list[Results]:
-    """Return each prompt with both responses and their scores."""
-    return [
-        {
-            "prompt": list(messages),
-            **{who: side[i].record() | {name: values[i] for name, values in scores.items()}
-               for who, side, scores in zip(("policy", "baseline"), sides, judged, strict=True)},
-        }
-        for i, messages in enumerate(dialogues)
-    ]

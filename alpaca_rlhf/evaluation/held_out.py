@@ -17,7 +17,7 @@ from alpaca_rlhf.utils.configs import HeldOutConfig, SeedConfig, SourcesConfig
 from alpaca_rlhf.utils.data import split as splitting
 from alpaca_rlhf.utils.data.formats import EMBEDDED
 from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
+from alpaca_rlhf.utils.data.sources import Tally, open_sources
 from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import Message
 from alpaca_rlhf.utils.errors import UserError
@@ -39,11 +39,9 @@ class HeldOut:
 def choose(config: HeldOutConfig, models: Sequence[str], pairs: bool) -> HeldOut:
     """Choose the samples on which models are measured, and say which they are.
 
-    Args:
-        config: data sets, split, part and limit.
-        models: folders; the first with a record of its data gives what `config` leaves open. For
-            each that was trained on some of the samples, the console says so.
-        pairs: use only samples with a rejected response; otherwise each prompt is used once.
+    What `config` leaves open is taken from the record of data in the first model's folder that has
+    one. With `pairs`, only samples with a rejected response are used; otherwise each prompt is used
+    once. A model that was trained on some of the samples is named on the console.
 
     Raises:
         UserError: the data cannot be read, or none of it can be used.
@@ -53,27 +51,34 @@ def choose(config: HeldOutConfig, models: Sequence[str], pairs: bool) -> HeldOut
     config = _resolved(config, record)
     split = Split(3, config.shares, config.seed, tuple(config.lang))
     sources = open_sources(config.data_path)
+    held_out = config.part == "held_out"
     kept: dict[int, Sample] = {}
     for placed in splitting.placed(sources, split, [Tally() for _ in sources]):
-        trained_on = config.part == "held_out" and placed.step != 0
+        trained_on = held_out and placed.step != 0
         if not trained_on and not (pairs and placed.sample.rejected is None):
             kept.setdefault(len(kept) if pairs else placed.digest, placed.sample)
+    labels = ", ".join(source.label for source in sources)
     if not kept:
-        raise UserError(_nothing(sources, config.part, pairs))
+        kind = "pair with a chosen and a rejected response" if pairs else "prompt"
+        raise UserError(f"--data_path {labels}: " + (
+            f"no {kind} is held out; give --part all to measure on all of it, or more data"
+            if held_out else f"has no {kind}; give other data"))
     samples = list(kept.values())
     random.Random(f"measure {split.seed}").shuffle(samples)
     samples = samples[: config.limit or None]
-    which = "held out of all three steps" if config.part == "held_out" else "all there are"
-    labels = [source.label for source in sources]
+    which = "held out of all three steps" if held_out else "all there are"
     description = (
         f"data: {len(samples):,} of {len(kept):,} {'pairs' if pairs else 'prompts'} ({which}) "
-        f"of {', '.join(labels)}, seed {split.seed}"
+        f"of {labels}, seed {split.seed}"
     )
     console.say(description)
+    used = {"seed": split.seed, "shares": list(split.shares)}
+    digests = [splitting.digest(sample.prompt_key()) for sample in samples]
     for folder in folders:
-        for leak in _leaks(folder, samples, split):
+        for leak in splitting.check_record(str(folder), "the model", used, [], digests):
             console.say(leak)
-    return HeldOut(samples, set(labels) == {EMBEDDED}, split.seed, description)
+    embedded = all(source.label == EMBEDDED for source in sources)
+    return HeldOut(samples, embedded, split.seed, description)
 
 
 def gold_scores(
@@ -102,18 +107,3 @@ def _resolved(config: HeldOutConfig, record: dict[str, Any]) -> HeldOutConfig:
         seed=seed if config.seed is None else config.seed,
         lang=config.lang or record.get("languages", []),
     )
-
-
-def _nothing(sources: Sequence[Source], part: str, pairs: bool) -> str:
-    where = ", ".join(source.label for source in sources)
-    kind = "pair with a chosen and a rejected response" if pairs else "prompt"
-    if part == "held_out":
-        return (f"--data_path {where}: no {kind} is held out; give --part all to measure on all of "
-                "it, or more data")
-    return f"--data_path {where}: has no {kind}; give other data"
-
-
-def _leaks(folder: Path, samples: Sequence[Sample], split: Split) -> list[str]:
-    used = {"seed": split.seed, "shares": list(split.shares)}
-    digests = [splitting.digest(sample.prompt_key()) for sample in samples]
-    return splitting.check_record(str(folder), "the model", used, [], digests)

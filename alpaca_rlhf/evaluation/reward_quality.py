@@ -1,8 +1,7 @@
 """Measure a reward model: on preference pairs, and on responses that a policy generates."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from alpaca_rlhf.evaluation import held_out, statistics
 from alpaca_rlhf.evaluation.held_out import HeldOut
 from alpaca_rlhf.evaluation.results import write_output
 from alpaca_rlhf.evaluation.saved import Policy, Scorer, open_policy, open_scorer
+from alpaca_rlhf.evaluation.statistics import Array, Figures
 from alpaca_rlhf.utils.configs import (
     HeldOutConfig,
     LoadingConfig,
@@ -20,8 +20,6 @@ from alpaca_rlhf.utils.console import say, table
 from alpaca_rlhf.utils.data.encode import FILTERED_OUT, LENGTH, Lengths, encode_pairs
 from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.errors import UserError
-
-Results = dict[str, Any]
 
 
 def run(
@@ -51,19 +49,13 @@ def run(
 # --- pairs ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ScoredPair:
-    """Scores of a pair, and lengths in tokens."""
-
-    chosen: float
-    rejected: float
-    chosen_length: int  # of the response, before truncation
-    rejected_length: int
-    length: int  # of the longer sequence that was scored, prompt and response
-
-
-def score_pairs(scorer: Scorer, samples: Sequence[Sample], max_seq_len: int) -> list[ScoredPair]:
+def score_pairs(scorer: Scorer, samples: Sequence[Sample], max_seq_len: int) -> Array:
     """Score pairs, tokenized and truncated exactly as step 2 trains on them.
+
+    Returns:
+        For each pair [N, 5]: score of the chosen response and its tokens, before truncation; the
+        same of the rejected one; and the tokens of the longer sequence that was scored, prompt and
+        response.
 
     Raises:
         UserError: no pair is left after truncation.
@@ -74,42 +66,36 @@ def score_pairs(scorer: Scorer, samples: Sequence[Sample], max_seq_len: int) -> 
         raise UserError(f"--max_seq_len {max_seq_len}: no pair is left ({rows[0][FILTERED_OUT]})")
     if len(kept) < len(rows):
         say(f"data: {len(rows) - len(kept)} pairs are identical after truncation and filtered out")
-    scores = scorer.score([rows[i][ids] for ids in ("chosen_ids", "rejected_ids") for i in kept])
-    texts = [samples[i].chosen for i in kept] + [samples[i].rejected or "" for i in kept]
-    lengths = [len(response) for response in scorer.chat.responses(texts)]
-    n = len(kept)
-    return [
-        ScoredPair(chosen=scores[place], rejected=scores[n + place], chosen_length=lengths[place],
-                   rejected_length=lengths[n + place], length=rows[i][LENGTH])
-        for place, i in enumerate(kept)
-    ]
+    columns: list[Sequence[float]] = []
+    for side in ("chosen", "rejected"):
+        columns.append(scorer.score([rows[i][f"{side}_ids"] for i in kept]))
+        responses = scorer.chat.responses(getattr(samples[i], side) for i in kept)
+        columns.append([len(response) for response in responses])
+    return np.array([*columns, [rows[i][LENGTH] for i in kept]], dtype=np.float64).T
 
 
-def measure(pairs: Sequence[ScoredPair], seed: int) -> Results:
-    """Compute all figures of a reward model on pairs, defined in docs/evaluation.md."""
-    chosen, rejected, chosen_length, rejected_length, length = np.array(
-        [(pair.chosen, pair.rejected, pair.chosen_length, pair.rejected_length, pair.length)
-         for pair in pairs], dtype=np.float64,
-    ).T
+def measure(pairs: Array, seed: int) -> Figures:
+    """Compute all figures of a reward model on pairs, defined in docs/evaluation.md.
+
+    `pairs` [N, 5] are those of `score_pairs`, `seed` is the bootstrap's.
+    """
+    chosen, chosen_length, rejected, rejected_length, length = pairs.T
     correct = (chosen > rejected).astype(np.float64)
     longer_by = chosen_length - rejected_length
     error, bins = statistics.calibration(chosen - rejected)
     by_length = statistics.accuracy_by_length(correct, length)
-    by_longer = statistics.accuracy_by_longer_response(correct, longer_by)
-    both = np.stack([
-        np.concatenate([chosen, rejected]), np.concatenate([chosen_length, rejected_length])
-    ], axis=1)
     # The bootstrap resamples pairs, so both sides of one stay together.
-    paired = np.stack([chosen, chosen_length, rejected, rejected_length], axis=1)
+    paired = pairs[:, :4]
+    both = paired.reshape(-1, 2)
     longer_is_chosen = (longer_by > 0).astype(np.float64)[longer_by != 0]
     return {
-        "accuracy": asdict(statistics.accuracy(correct)),
+        "accuracy": statistics.accuracy(correct),
         "ties": int((chosen == rejected).sum()),
-        "by_length": [{"from": shortest, "to": longest, **asdict(one)}
+        "by_length": [{"from": shortest, "to": longest, **one}
                       for (shortest, longest), one in by_length.items()],
-        "by_which_is_longer": {name: asdict(one) for name, one in by_longer.items()},
+        "by_which_is_longer": statistics.accuracy_by_longer_response(correct, longer_by),
         "calibration_error": error,
-        "calibration": [asdict(one) for one in bins],
+        "calibration": bins,
         "score": {
             "chosen_mean": float(chosen.mean()), "rejected_mean": float(rejected.mean()),
             "std": float(both[:, 0].std()), "margin_mean": float((chosen - rejected).mean()),
@@ -120,12 +106,12 @@ def measure(pairs: Sequence[ScoredPair], seed: int) -> Results:
                 paired, lambda rows: statistics.pearson(rows.reshape(-1, 2)), seed
             ),
             "spearman": statistics.spearman(both),
-            "longer_is_chosen": asdict(statistics.accuracy(longer_is_chosen)),
+            "longer_is_chosen": statistics.accuracy(longer_is_chosen),
         },
     }
 
 
-def describe(results: Results) -> str:
+def describe(results: Figures) -> str:
     """Format the results on pairs as tables."""
     rows = [["all pairs", *_cells(results["accuracy"])]]
     rows += [[f"{bucket['from']} to {bucket['to']} tokens", *_cells(bucket)]
@@ -149,7 +135,7 @@ def describe(results: Results) -> str:
     ])
 
 
-def _cells(accuracy: Results) -> list[str]:
+def _cells(accuracy: Figures) -> list[str]:
     if not accuracy["pairs"]:
         return ["-", "", "0"]
     return [f"{accuracy['share']:.3f}", f"{accuracy['low']:.3f} to {accuracy['high']:.3f}",
@@ -161,7 +147,7 @@ def _cells(accuracy: Results) -> list[str]:
 
 def best_of_n(
     policy: Policy, scorer: Scorer, chosen: HeldOut, sampling: SamplingConfig, max_prompts: int
-) -> list[Results]:
+) -> list[Figures]:
     """Measure the best-scored of n responses by score and gold rule, for n = 1, 2, 4, ….
 
     The largest n is at most `sampling.num_generations`; `max_prompts` 0 is no limit.
@@ -176,7 +162,7 @@ def best_of_n(
     curve = []
     for n in (2**i for i in range(sampling.num_generations.bit_length())):
         # The KL of best-of-n sampling from the policy is at most log n - (n - 1) / n.
-        point: Results = {"n": n, "kl": float(np.log(n) - (n - 1) / n), "prompts": len(dialogues)}
+        point: Figures = {"n": n, "kl": float(np.log(n) - (n - 1) / n), "prompts": len(dialogues)}
         for name, values in worth.items():
             means = statistics.best_of_n(scores, values, n)
             point[name] = float(means.mean())
@@ -185,13 +171,12 @@ def best_of_n(
     return curve
 
 
-def describe_best_of_n(curve: Sequence[Results]) -> str:
+def describe_best_of_n(curve: Sequence[Figures]) -> str:
     """Format the curve as a table."""
     judges = [name for name in ("score", "gold") if name in curve[0]]
     rows = [
-        [str(point["n"]), f"{point['kl']:.2f}", *(
-            f"{point[name]:.3f} ({point[f'{name}_interval'][0]:.3f} to "
-            f"{point[f'{name}_interval'][1]:.3f})" for name in judges)]
+        [str(point["n"]), f"{point['kl']:.2f}",
+         *(statistics.with_interval(point[name], point[f"{name}_interval"]) for name in judges)]
         for point in curve
     ]
     return f"\nbest of n, {curve[0]['prompts']} prompts\n" + table(["n", "KL, nats", *judges], rows)

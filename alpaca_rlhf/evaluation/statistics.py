@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Figures = dict[str, Any]
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -23,11 +24,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile interval of a statistic over 1,000 resamples (B. Efron, 1979).
 
-    Args:
-        rows: [N] or [N, ...], the measurement of each prompt or pair.
-        statistic: rows [N, ...] -> number; resamples with a non-finite one are left out, and both
-            limits are nan where all are.
-        seed: of the resampling.
+    `rows` [N, ...] are what was measured for each prompt or pair. Resamples with a non-finite
+    statistic are left out; both limits are nan where all are.
     """
     generator = np.random.default_rng(seed)
     drawn = (rows[generator.integers(0, len(rows), len(rows))] for _ in range(1000))
@@ -39,42 +37,26 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of pairs whose chosen response has the higher score, with its Wilson interval.
+def accuracy(correct: Array) -> Figures:
+    """Return `share` of pairs in order, its Wilson interval (`low`, `high`), and number of `pairs`.
 
-    Attributes:
-        share, low, high: None where there are no pairs.
-        pairs: number of pairs.
+    `correct` [N] is 1 where the chosen response has the higher score, else 0. Without pairs, all
+    but their number are None.
     """
-
-    share: float | None
-    low: float | None
-    high: float | None
-    pairs: int
-
-
-def accuracy(correct: Array) -> Accuracy:
-    """Return the accuracy over pairs; `correct` [N] is 1 where a pair is in order, else 0."""
     if not len(correct):
-        return Accuracy(share=None, low=None, high=None, pairs=0)
+        return {"share": None, "low": None, "high": None, "pairs": 0}
     low, high = wilson_interval(float(correct.sum()), len(correct))
-    return Accuracy(share=float(correct.mean()), low=low, high=high, pairs=len(correct))
+    return {"share": float(correct.mean()), "low": low, "high": high, "pairs": len(correct)}
 
 
 def accuracy_by_length(
     correct: Array, tokens: Array, buckets: int = 4
-) -> dict[tuple[int, int], Accuracy]:
+) -> dict[tuple[int, int], Figures]:
     """Return the accuracy over pairs of similar length: {(shortest, longest): accuracy}.
 
     Bucket edges are quantiles, so that buckets hold similar numbers of pairs; pairs of one length
-    always share a bucket, and no bucket is empty.
-
-    Args:
-        correct: [N], 1 where a pair is in order, else 0.
-        tokens: [N], length of the longer sequence of each pair as the reward model reads it: prompt
-            and response, after truncation.
-        buckets: at most this many.
+    always share a bucket, and no bucket is empty. `tokens` [N] is the length of the longer sequence
+    of each pair as the reward model reads it: prompt and response, after truncation.
     """
     if not len(tokens):
         return {}
@@ -85,51 +67,35 @@ def accuracy_by_length(
             for rows in members}
 
 
-def accuracy_by_longer_response(correct: Array, longer_by: Array) -> dict[str, Accuracy]:
+def accuracy_by_longer_response(correct: Array, longer_by: Array) -> dict[str, Figures]:
     """Return the accuracy over pairs by which response is longer: chosen, rejected or neither.
 
-    Args:
-        correct: [N], 1 where a pair is in order, else 0.
-        longer_by: [N], tokens of the chosen response minus tokens of the rejected one.
+    `longer_by` [N] is the tokens of the chosen response minus those of the rejected one.
     """
     sign = np.sign(longer_by)
     return {name: accuracy(correct[sign == one])
             for name, one in (("chosen", 1), ("rejected", -1), ("neither", 0))}
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Pairs of similar confidence: its range, their number, mean confidence and accuracy."""
-
-    low: float
-    high: float
-    count: int
-    confidence: float
-    accuracy: float
-
-
-def calibration(margins: Array, bins: int = 10) -> tuple[float, list[Bin]]:
+def calibration(margins: Array, bins: int = 10) -> tuple[float, list[Figures]]:
     """Return the expected calibration error (Guo et al. 2017, eq. 3) and its non-empty bins.
 
-    The confidence in a pair is sigmoid(|margin|), the probability that a Bradley-Terry model gives
-    to the response it scores higher; a pair is in order where the margin is positive.
-
-    The error is the sum over bins of count / N * |accuracy - confidence|.
-
-    Args:
-        margins: [N], score of the chosen response minus score of the rejected one.
-        bins: number of bins of equal width, from confidence 0.5 to 1.
+    `margins` [N] are scores of the chosen response minus scores of the rejected one; a pair is in
+    order where the margin is positive. The confidence in a pair is sigmoid(|margin|), the
+    probability that a Bradley-Terry model gives to the response it scores higher; bins are of equal
+    width, from confidence 0.5 to 1. The error is the sum over bins of
+    count / N * |accuracy - confidence|.
     """
     confidence, correct = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
     edges = np.linspace(0.5, 1.0, bins + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
     filled = [
-        Bin(low=float(edges[i]), high=float(edges[i + 1]), count=int((place == i).sum()),
-            confidence=float(confidence[place == i].mean()),
-            accuracy=float(correct[place == i].mean()))
+        {"low": float(edges[i]), "high": float(edges[i + 1]), "count": int((place == i).sum()),
+         "confidence": float(confidence[place == i].mean()),
+         "accuracy": float(correct[place == i].mean())}
         for i in np.unique(place)
     ]
-    error = sum(b.count * abs(b.accuracy - b.confidence) for b in filled) / len(margins)
+    error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in filled) / len(margins)
     return error, filled
 
 
@@ -149,16 +115,17 @@ def spearman(pairs: Array) -> float:
     return pearson(np.stack([ranks(column) for column in pairs.T], axis=1))
 
 
+def with_interval(value: float, interval: tuple[float, float]) -> str:
+    """Format a figure and its interval for a table."""
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
 def best_of_n(scores: Array, values: Array, n: int) -> Array:
     """Return the value [P] of the best-scored of n responses, averaged over all choices of n of N.
 
     The i-th lowest of N scores is the highest in C(i - 1, n - 1) of the C(N, n) subsets (the
-    estimator of Nakano et al. 2021, appendix I).
-
-    Args:
-        scores: [P, N], by which the best is chosen.
-        values: [P, N], the scores themselves or those of another judge.
-        n: from 1 to N.
+    estimator of Nakano et al. 2021, appendix I). The best is chosen by `scores` [P, N]; `values`
+    [P, N] are the scores themselves or those of another judge.
     """
     count = scores.shape[1]
     weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
@@ -171,11 +138,8 @@ def length_controlled_rate(outcomes: Array, longer_by: Array) -> float:
 
     It is the prediction of a logistic regression of the outcome on tanh(length difference / its
     standard deviation) at difference 0. A ridge of 0.01 keeps the weight of the length finite where
-    length alone decides.
-
-    Args:
-        outcomes: [N], 1 for a win, 0.5 for a tie, 0 for a loss.
-        longer_by: [N], tokens by which the response is longer than the other side's.
+    length alone decides. `outcomes` [N] are 1 for a win, 0.5 for a tie, 0 for a loss; `longer_by`
+    [N] is in tokens.
     """
     spread = float(longer_by.std()) or 1.0
     design = np.stack([np.ones(len(outcomes)), np.tanh(longer_by / spread)], axis=1)

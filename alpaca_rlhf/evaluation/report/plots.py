@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from alpaca_rlhf.evaluation import statistics
 from alpaca_rlhf.evaluation.report.runs import Rows, Run, Step, groups
-from alpaca_rlhf.evaluation.statistics import Accuracy, Array
+from alpaca_rlhf.evaluation.statistics import Array, Figures
 from alpaca_rlhf.utils.errors import UserError
 
 SFT_COLOUR, RLHF_COLOUR, ALARM_COLOUR = "#64748b", "#0f766e", "#b91c1c"
@@ -217,22 +217,22 @@ def _draw_calibration(sheet: Sheet, margins: Array) -> None:
             "dot is more pairs; the lines are 95 % intervals.")
     with sheet.plot("calibration", note) as axis:
         axis.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", linewidth=1)
-        x, y = [b.confidence for b in bins], [b.accuracy for b in bins]
+        x, y, counts = ([b[name] for b in bins] for name in ("confidence", "accuracy", "count"))
         axis.plot(x, y, color=RLHF_COLOUR)
-        axis.scatter(x, y, color=RLHF_COLOUR, s=[10 + 120 * b.count / len(margins) for b in bins])
-        intervals = [statistics.wilson_interval(b.accuracy * b.count, b.count) for b in bins]
+        axis.scatter(x, y, color=RLHF_COLOUR, s=[10 + 120 * n / len(margins) for n in counts])
+        intervals = [statistics.wilson_interval(share * n, n)
+                     for share, n in zip(y, counts, strict=True)]
         axis.vlines(x, *zip(*intervals, strict=True), color=RLHF_COLOUR, alpha=0.4, linewidth=1.2)
         axis.set_xlabel("confidence")
         axis.set_ylabel("accuracy")
 
 
-def _draw_accuracies(axis: Any, parts: dict[str, Accuracy]) -> None:
+def _draw_accuracies(axis: Any, parts: dict[str, Figures]) -> None:
     """Draw a bar and an interval for each part that has pairs."""
-    parts = {f"{name}\nn={one.pairs}": one for name, one in parts.items() if one.pairs}
-    shown = list(parts.values())
-    axis.bar(list(parts), [one.share for one in shown], color=RLHF_COLOUR, alpha=0.75, width=0.7)
-    axis.vlines(list(parts), [one.low for one in shown], [one.high for one in shown], color=INK,
-                linewidth=1.2)
+    parts = {f"{name}\nn={one['pairs']}": one for name, one in parts.items() if one["pairs"]}
+    share, low, high = ([one[name] for one in parts.values()] for name in ("share", "low", "high"))
+    axis.bar(list(parts), share, color=RLHF_COLOUR, alpha=0.75, width=0.7)
+    axis.vlines(list(parts), low, high, color=INK, linewidth=1.2)
     axis.tick_params(axis="x", labelsize=8)
     axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
     axis.set_ylim(0, 1)
