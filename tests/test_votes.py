@@ -11,36 +11,35 @@ from pathlib import Path
 import pytest
 from loading import load
 
-from alpaca_rlhf.inference.votes import Candidate, VoteFile
+from alpaca_rlhf.inference.votes import VoteFile
 from alpaca_rlhf.utils.errors import UserError
 
 PROMPT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is ice?"}]
-GOOD, BAD = Candidate("rlhf", "Frozen water 🙂."), Candidate("sft", "Ice.\nIce.")
+MODELS, RESPONSES = ("rlhf", "sft"), ("Frozen water 🙂.", "Ice.\nIce.")
 
 
 def test_a_vote_is_a_pair_and_a_tie_is_filtered_out(tmp_path):
     votes = VoteFile(tmp_path / "votes.jsonl")
-    votes.add(PROMPT, GOOD, BAD)
-    votes.add(PROMPT, GOOD, BAD, tie=True)
-    votes.add(PROMPT, GOOD, Candidate("sft", GOOD.response))
+    votes.add(PROMPT, MODELS, RESPONSES)
+    votes.add(PROMPT, MODELS, RESPONSES, tie=True)
+    votes.add(PROMPT, MODELS, ("Ice.", "Ice."))
     data = load([str(tmp_path / "votes.jsonl")])
     (sample,) = data.train
-    assert (list(sample.messages), sample.chosen, sample.rejected) == (
-        PROMPT, GOOD.response, BAD.response)
+    assert (list(sample.messages), sample.chosen, sample.rejected) == (PROMPT, *RESPONSES)
     assert data.filtered_out == {"rejected is not text": 2}
 
 
 def test_votes_of_earlier_sessions_count(tmp_path):
     path = tmp_path / "new folder" / "votes.jsonl"
-    for better, worse, tie in ((GOOD, BAD, False), (BAD, GOOD, False), (GOOD, BAD, True)):
-        VoteFile(path).add(PROMPT, better, worse, tie)
-    VoteFile(path).add(PROMPT, GOOD, Candidate("another", "Ice."))
+    for models, tie in ((MODELS, False), (MODELS[::-1], False), (MODELS, True), (MODELS, False)):
+        VoteFile(path).add(PROMPT, models, RESPONSES, tie)
+    VoteFile(path).add(PROMPT, ("rlhf", "another"), RESPONSES)
     votes = VoteFile(path)
-    tally = votes.tally("rlhf", "sft")
-    assert (tally.wins, tally.ties, tally.losses) == (1, 1, 1)
-    assert tally.describe("rlhf").startswith("rlhf wins 50.0% (95 % from 12.5% to 87.5%) of 3 vot")
-    assert votes.tally("sft", "rlhf").losses == 1
-    assert votes.tally("sft", "nobody").describe("sft") == "no votes yet"
+    assert votes.tally("rlhf", "sft", "new") == (
+        "new wins 62.5% (95 % from 21.9% to 90.8%) of 4 votes: 2 won, 1 tied, 1 lost; a tie counts "
+        "half")
+    assert "1 won, 1 tied, 2 lost" in votes.tally("sft", "rlhf", "sft")
+    assert votes.tally("sft", "nobody", "sft") == "no votes yet"
 
 
 @pytest.mark.parametrize("torn", [b'{"prompt": [', b'{"prompt": []}', b"x" * 200_000])
@@ -48,7 +47,7 @@ def test_an_incomplete_last_line_is_removed_at_the_start_and_before_a_vote(
     tmp_path, torn, capsys
 ):
     path = tmp_path / "votes.jsonl"
-    VoteFile(path).add(PROMPT, GOOD, BAD)
+    VoteFile(path).add(PROMPT, MODELS, RESPONSES)
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     votes = VoteFile(path)
@@ -56,10 +55,10 @@ def test_an_incomplete_last_line_is_removed_at_the_start_and_before_a_vote(
     line = f"{path}: removed an incomplete last line of {len(torn)} bytes\n"
     assert capsys.readouterr().out == line
     path.write_bytes(whole + torn)
-    votes.add(PROMPT, BAD, GOOD)
+    votes.add(PROMPT, MODELS, RESPONSES)
     assert len(load([str(path)]).train) == 2
     path.write_bytes(torn)
-    assert VoteFile(path).tally("rlhf", "sft").votes == 0
+    assert VoteFile(path).tally(*MODELS, "rlhf") == "no votes yet"
 
 
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path):
@@ -76,11 +75,11 @@ def test_a_vote_survives_a_kill(tmp_path):
     path = tmp_path / "votes.jsonl"
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from alpaca_rlhf.inference.votes import VoteFile, Candidate
+        from alpaca_rlhf.inference.votes import VoteFile
         votes = VoteFile(Path({str(path)!r}))
         for number in range(10**6):
             votes.add([{{"role": "user", "content": str(number)}}],
-                     Candidate("a", "yes" * 3000), Candidate("b", "no"))
+                      ("a", "b"), ("yes" * 3000, "no"))
             print(number, flush=True)
     """)
     with subprocess.Popen(

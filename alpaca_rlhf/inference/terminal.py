@@ -1,7 +1,6 @@
 """The terminal chat: prompts and commands, line by line."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,11 +43,6 @@ class Session:
         self._model, self._sampling, self._seed = model, sampling, chat.seed
         self.conversation = Conversation(chat.system.strip())
         self.running = True
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/reset": self._reset, "/system": self._system, "/set": self._set,
-            "/save": self._save, "/help": lambda _: say(HELP), "/quit": self._quit,
-            "/exit": self._quit,
-        }
 
     def run(self) -> None:
         """Read and obey lines until /quit or the end of input."""
@@ -70,12 +64,28 @@ class Session:
             UserError: an unknown command or setting, or a message that cannot be responded to.
         """
         name, _, rest = line.strip().partition(" ")
-        if name in self._commands:
-            self._commands[name](rest.strip())
-        elif name.startswith("/"):
-            raise UserError(f"unknown command {name[:40]!r}; /help lists them")
-        else:
-            self._respond(line)
+        rest = rest.strip()
+        match name:
+            case "/reset":
+                self.conversation.turns = []
+                say("(a new dialogue)")
+            case "/system":
+                self.conversation = Conversation(printable(rest).strip())
+                say(f"(a new dialogue, {'with that' if rest else 'without a'} system message)")
+            case "/set":
+                self._set(rest)
+            case "/save":
+                path = Path(rest or SAVED).expanduser()
+                self.conversation.save(path)
+                say(f"(saved to {path})")
+            case "/help":
+                say(HELP)
+            case "/quit" | "/exit":
+                self.running = False
+            case _ if name.startswith("/"):
+                raise UserError(f"unknown command {name[:40]!r}; /help lists them")
+            case _:
+                self._respond(line)
 
     def _respond(self, line: str) -> None:
         """Stream a response; Ctrl-C keeps what there is of it."""
@@ -103,14 +113,6 @@ class Session:
         if end is not None and end.dropped_turns:
             say(f"(the {end.dropped_turns} oldest turns no longer fit and were left out)")
 
-    def _reset(self, rest: str) -> None:
-        self.conversation.turns = []
-        say("(a new dialogue)")
-
-    def _system(self, rest: str) -> None:
-        self.conversation = Conversation(printable(rest).strip())
-        say(f"(a new dialogue, {'with that' if rest else 'without a'} system message)")
-
     def _set(self, rest: str) -> None:
         name, _, value = rest.replace("=", " ").partition(" ")
         if name:
@@ -128,11 +130,3 @@ class Session:
         else:
             changed = replace(self._sampling, **{name: getattr(args.sampling, name)})
             self._sampling = self._model.policy.resolve(changed)
-
-    def _save(self, rest: str) -> None:
-        path = Path(rest or SAVED).expanduser()
-        self.conversation.save(path)
-        say(f"(saved to {path})")
-
-    def _quit(self, rest: str) -> None:
-        self.running = False

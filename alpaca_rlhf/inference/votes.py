@@ -9,7 +9,6 @@ by a crash, is removed at the next start or vote.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -26,43 +25,8 @@ from alpaca_rlhf.utils.run.run_folder import sync_folder
 _KEYS = {"models", "tie", "prompt", "chosen", "rejected"}
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A response and the model that generated it."""
-
-    model: str
-    response: str
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Votes between two models, as seen from the first."""
-
-    wins: int
-    ties: int
-    losses: int
-
-    @property
-    def votes(self) -> int:
-        """Number of votes."""
-        return self.wins + self.ties + self.losses
-
-    def describe(self, name: str) -> str:
-        """Return the win rate of the model `name` with its 95 % interval, in one line."""
-        if not self.votes:
-            return "no votes yet"
-        wins = self.wins + self.ties / 2
-        low, high = wilson_interval(wins, self.votes)
-        return (f"{name} wins {wins / self.votes:.1%} (95 % from {low:.1%} to {high:.1%}) of "
-                f"{self.votes} votes: {self.wins} won, {self.ties} tied, {self.losses} lost; a tie "
-                "counts half")
-
-
 class VoteFile:
-    """A file of votes.
-
-    Args:
-        path: created if it does not exist.
+    """A file of votes, which is created if it does not exist.
 
     Raises:
         UserError: the file cannot be read or written, or holds something other than votes.
@@ -81,18 +45,23 @@ class VoteFile:
                             "file") from error
 
     def add(
-        self, prompt: Sequence[Message], better: Candidate, worse: Candidate, tie: bool = False
+        self, prompt: Sequence[Message], models: Sequence[str], responses: Sequence[str],
+        tie: bool = False,
     ) -> None:
-        """Append a vote, which is on disk on return. Equal responses are a tie."""
-        tie = tie or better.response == worse.response
+        """Append a vote, which is on disk on return.
+
+        `models` and `responses` are those of the better side and then of the worse one. Equal
+        responses are a tie.
+        """
+        tie = tie or responses[0] == responses[1]
         row = {
             "prompt": list(prompt),
-            "chosen": None if tie else better.response,
-            "rejected": None if tie else worse.response,
-            "models": [better.model, worse.model],
+            "chosen": None if tie else responses[0],
+            "rejected": None if tie else responses[1],
+            "models": list(models),
             "tie": tie,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            **({"replies": [better.response, worse.response]} if tie else {}),
+            **({"replies": list(responses)} if tie else {}),
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         with self._lock, FileIO(self.path, "a+") as file:
@@ -103,11 +72,20 @@ class VoteFile:
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written")
         self._rows.append(row)
 
-    def tally(self, first: str, second: str) -> Tally:
-        """Count the votes between two models."""
-        outcomes = [None if row["tie"] else row["models"][0] == first for row in self._rows
+    def tally(self, first: str, second: str, name: str) -> str:
+        """Return the win rate of the first model over the second with its 95 % interval, in a line.
+
+        `name` is what the line calls the first model.
+        """
+        outcomes = [0.5 if row["tie"] else float(row["models"][0] == first) for row in self._rows
                     if sorted(row["models"]) == sorted([first, second])]
-        return Tally(outcomes.count(True), outcomes.count(None), outcomes.count(False))
+        if not outcomes:
+            return "no votes yet"
+        votes = len(outcomes)
+        low, high = wilson_interval(sum(outcomes), votes)
+        return (f"{name} wins {sum(outcomes) / votes:.1%} (95 % from {low:.1%} to {high:.1%}) of "
+                f"{votes} votes: {outcomes.count(1)} won, {outcomes.count(0.5)} tied, "
+                f"{outcomes.count(0)} lost; a tie counts half")
 
     def _repaired(self, file: FileIO) -> bytes:
         """Remove an incomplete last line; return the content."""

@@ -22,7 +22,10 @@ from alpaca_rlhf.utils.errors import UserError
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load the models, serve the page until stopped."""
     args = arguments.parse(WebChatProgram, argv, doc=__doc__)
-    check(args.server.path, args.chat.arena)
+    if len(args.server.path) > 2:
+        raise UserError(f"--path: {len(args.server.path)} models; give one or two")
+    if args.chat.arena and len(args.server.path) != 2:
+        raise UserError("--arena: needs two models; give --path A B")
     # Gradio reads this when it is imported, and would ask its servers for its newest version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     server.require("gradio")
@@ -43,18 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         narrowest.resolve(args.sampling), args.chat.system, votes,
     )
     launch(site, args.server.host, port, args.chat.share)
-
-
-def check(paths: Sequence[str], arena: bool) -> None:
-    """Check the number of models.
-
-    Raises:
-        UserError: there are too many, or too few for the arena.
-    """
-    if len(paths) > 2:
-        raise UserError(f"--path: {len(paths)} models; give one or two")
-    if arena and len(paths) != 2:
-        raise UserError("--arena: needs two models; give --path A B")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import gradio
 
 from alpaca_rlhf.evaluation.conversation import Conversation
 from alpaca_rlhf.inference.chat_model import ChatModel, End, Job, Piece
-from alpaca_rlhf.inference.votes import Candidate, VoteFile
+from alpaca_rlhf.inference.votes import VoteFile
 from alpaca_rlhf.utils.configs import SamplingConfig
 from alpaca_rlhf.utils.console import say
 from alpaca_rlhf.utils.data.tokenizer import Message
@@ -145,21 +145,19 @@ class Site:
             notice = "Wait for both responses." if visit.jobs else "Write something first."
             return visit, notice, *visit.shown()
         better = random.choice((0, 1)) if side is None else side
-        first, second = (
-            Candidate(self._models[visit.models[i]].policy.name,
-                      visit.conversations[i].turns[-1]["content"])
-            for i in (better, 1 - better)
+        ranking = (better, 1 - better)
+        self._votes.add(
+            visit.unvoted, [self._models[visit.models[i]].policy.name for i in ranking],
+            [visit.conversations[i].turns[-1]["content"] for i in ranking], tie=side is None,
         )
-        self._votes.add(visit.unvoted, first, second, tie=side is None)
         visit.unvoted, visit.better = [], better
-        who = ", ".join(
-            f"{SIDES[i]}: {self.names[model]}" for i, model in enumerate(visit.models)
-        )
+        who = ", ".join(f"{side}: {self.names[model]}"
+                        for side, model in zip(SIDES, visit.models, strict=True))
         return visit, f"**{who}**. {self._tally(self._votes)}", *visit.shown()
 
     def _tally(self, votes: VoteFile) -> str:
-        tally = votes.tally(*(model.policy.name for model in self._models))
-        return f"{tally.describe(self.names[0])}."
+        first, second = (model.policy.name for model in self._models)
+        return f"{votes.tally(first, second, self.names[0])}."
 
     def stop(self, visit: Visit | None) -> None:
         """End the responses where they are; what there is of them stays."""
