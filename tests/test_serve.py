@@ -14,7 +14,7 @@ from programs import environment
 
 from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.inference import server
-from alpaca_rlhf.inference.chat_model import ChatModel
+from alpaca_rlhf.inference.chat_model import ChatModel, End
 from alpaca_rlhf.inference.endpoint import application
 from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 from alpaca_rlhf.utils.data.samples import user_turn
@@ -128,13 +128,17 @@ def test_200_chats_at_once_by_8_clients_lose_nothing(address, expected):
 
 def test_a_client_that_disconnects_ends_its_response(small):
     chat, ends = ChatModel(saved.open_policy(small.actor, LoadingConfig())), queue.SimpleQueue()
-    end = chat._end
+    submit = chat.submit
 
-    def spying(*given):
-        ends.put(end(*given))
-        return end(*given)
+    def spying(messages, sampling, deliver, *rest):
+        def both(piece):
+            if isinstance(piece, End):
+                ends.put(piece)
+            deliver(piece)
 
-    chat._end = spying
+        return submit(messages, sampling, both, *rest)
+
+    chat.submit = spying
     body = {"model": "actor", "messages": asked("Hi."), "max_tokens": 100, "stream": True}
 
     async def disconnect_after_the_first_chunk():

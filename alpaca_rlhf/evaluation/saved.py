@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from alpaca_rlhf.evaluation.conversation import fit_context
@@ -51,17 +51,11 @@ Dialogue = Sequence[Message]
 
 @dataclass(frozen=True)
 class Response:
-    """A generated response.
+    """A generated response."""
 
-    Attributes:
-        text: without special tokens.
-        ids: its tokens, eos included if it has one.
-        ended: whether it ended with eos rather than at the maximum length.
-    """
-
-    text: str
-    ids: list[int]
-    ended: bool
+    text: str  # without special tokens
+    ids: list[int]  # eos included if it has one
+    ended: bool  # with eos rather than at the maximum length
 
     def record(self) -> dict[str, Any]:
         """Return the response as it stands in files of results."""
@@ -70,19 +64,12 @@ class Response:
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal LM in evaluation mode on this process's device.
+    """A causal LM in evaluation mode on this process's device."""
 
-    Attributes:
-        name: the path it was opened by.
-        chat: its tokenizer and the chat template it was trained with.
-        context: maximum number of tokens of prompt and response together.
-        eos_ids: tokens that end a response.
-    """
-
-    name: str
+    name: str  # the path it was opened by
     model: PreTrainedModel
-    chat: ChatFormat
-    context: int
+    chat: ChatFormat  # its tokenizer and the chat template it was trained with
+    context: int  # maximum number of tokens of prompt and response together
     eos_ids: list[int]
 
     def resolve(self, sampling: SamplingConfig) -> SamplingConfig:
@@ -96,10 +83,6 @@ class Policy:
             raise UserError(f"--max_new_tokens {longest}: {self.name} reads {self.context} tokens, "
                             "prompt and response together; take fewer")
         return replace(sampling, max_new_tokens=longest)
-
-    def prompt_ids(self, messages: Dialogue, max_new_tokens: int) -> tuple[list[int], int]:
-        """Tokenize the part of a dialogue that fits, and count the turns left out."""
-        return fit_context(self.chat, messages, self.context, max_new_tokens)
 
     def respond(
         self, dialogues: Sequence[Dialogue], sampling: SamplingConfig, seed: int,
@@ -120,10 +103,11 @@ class Policy:
         for number, messages in enumerate(dialogues, 1):
             try:
                 if max_prompt_tokens is None:
-                    prompts.append(self.prompt_ids(messages, sampling.max_new_tokens)[0])
+                    ids, _ = fit_context(
+                        self.chat, messages, self.context, sampling.max_new_tokens)
                 else:
-                    cut = min(max_prompt_tokens, limit)
-                    prompts.append(self.chat.prompt_ids(messages)[-cut:])
+                    ids = self.chat.prompt_ids(messages)[-min(max_prompt_tokens, limit) :]
+                prompts.append(ids)
             except UserError as error:
                 raise UserError(f"{self.name}, prompt {number}: {error}") from None
         device = distributed.device()
@@ -133,8 +117,8 @@ class Policy:
             torch.Generator(device=device).manual_seed(seed),
         )
         lengths = rollout.response_mask.sum(-1).tolist()
-        ids = [row[:n] for row, n in zip(rollout.responses.tolist(), lengths, strict=True)]
-        made = iter(Response(self.chat.decode(row), row, row[-1] in self.eos_ids) for row in ids)
+        rows = [row[:n] for row, n in zip(rollout.responses.tolist(), lengths, strict=True)]
+        made = iter(Response(self.chat.decode(row), row, row[-1] in self.eos_ids) for row in rows)
         return [[next(made) for _ in range(sampling.num_generations)] for _ in dialogues]
 
 
@@ -183,11 +167,9 @@ def open_policy(path: str, loading: LoadingConfig) -> Policy:
     Raises:
         UserError: there is none, it is a reward model, or its base model cannot be found.
     """
-    model, chat = _open(path, loading, scorer=False)
-    return Policy(
-        name=path, model=model, chat=chat, context=context_length(model, chat.tokenizer),
-        eos_ids=eos_ids(chat.tokenizer, model.generation_config.eos_token_id),
-    )
+    model, chat, context = _open(path, loading, scorer=False)
+    ends = eos_ids(chat.tokenizer, model.generation_config.eos_token_id)
+    return Policy(name=path, model=model, chat=chat, context=context, eos_ids=ends)
 
 
 def open_scorer(path: str, loading: LoadingConfig) -> Scorer:
@@ -196,11 +178,14 @@ def open_scorer(path: str, loading: LoadingConfig) -> Scorer:
     Raises:
         UserError: there is none, or the model there is not a reward model.
     """
-    model, chat = _open(path, loading, scorer=True)
-    return Scorer(TokenScorer(model).eval(), chat, context_length(model, chat.tokenizer))
+    model, chat, context = _open(path, loading, scorer=True)
+    return Scorer(TokenScorer(model).eval(), chat, context)
 
 
-def _open(path: str, loading: LoadingConfig, scorer: bool) -> tuple[PreTrainedModel, ChatFormat]:
+def _open(
+    path: str, loading: LoadingConfig, scorer: bool
+) -> tuple[PreTrainedModel, ChatFormat, int]:
+    """Return a model, its tokenizer and the maximum sequence length that they state."""
     preflight.require_cached(path)
     config = None
     with contextlib.suppress(OSError, ValueError):  # there is nothing: loading raises the error
@@ -223,8 +208,16 @@ def _open(path: str, loading: LoadingConfig, scorer: bool) -> tuple[PreTrainedMo
     load = load_reward_model if scorer else load_causal_lm
     model = load(RoleConfig(model_name_or_path=base), loading, _WHOLE, tokenizer)
     if config is not None:
-        model = _merged(path, model)
-    return model.to(distributed.device()).eval(), ChatFormat(tokenizer)
+        try:
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{path}: the adapter does not fit its base model ({reason})") from error
+    stated = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    context = min((n for n in stated if isinstance(n, int) and 0 < n < _NO_LIMIT),
+                  default=_DEFAULT_CONTEXT)
+    return model.to(distributed.device()).eval(), ChatFormat(tokenizer), context
 
 
 def _base_model(path: str, adapter: dict[str, Any]) -> str:
@@ -250,21 +243,6 @@ def _tokenizer_path(path: str, base: str) -> str:
         beside = [Path(snapshot_download(path, ignore_patterns=_WEIGHTS))]
     having = (str(folder) for folder in beside if (folder / "tokenizer_config.json").exists())
     return next(having, base)
-
-
-def _merged(path: str, base: PreTrainedModel) -> PreTrainedModel:
-    try:
-        return PeftModel.from_pretrained(base, path).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: the adapter does not fit its base model ({reason})") from error
-
-
-def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the maximum sequence length that the model's configuration or tokenizer states."""
-    stated = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
-    return min((n for n in stated if isinstance(n, int) and 0 < n < _NO_LIMIT),
-               default=_DEFAULT_CONTEXT)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -40,13 +40,20 @@ def run(config: PromptEvalConfig, *, sampling: SamplingConfig, loading: LoadingC
         for i, some in enumerate(responses):
             for j, response in enumerate(some):
                 record = {"model": name, "path": path, **response.record()}
-                records[i].append(record if scores is None else {**record, "score": scores[i][j]})
+                if scores is not None:
+                    record["score"] = scores[i][j]
+                records[i].append(record)
         del policy  # only one model is in memory at a time
     for number, (messages, answers) in enumerate(zip(prompts, records, strict=True), 1):
         say(shown(number, messages, answers))
     say(totals(names, records))
-    lines = markdown if (config.output or "").endswith(".md") else jsonl
-    write_output(config.output, "".join(lines(prompts, records)))
+    if (config.output or "").endswith(".md"):
+        text = markdown(prompts, records)
+    else:
+        text = "".join(
+            json.dumps({"prompt": messages, "answers": answers}, ensure_ascii=False) + "\n"
+            for messages, answers in zip(prompts, records, strict=True))
+    write_output(config.output, text)
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -146,19 +153,9 @@ def totals(names: Sequence[str], records: Sequence[Sequence[Record]]) -> str:
     return "\n" + table(headers[: len(rows[0])], rows)
 
 
-def jsonl(
-    prompts: Sequence[list[Message]], records: Sequence[Sequence[Record]]
-) -> Iterator[str]:
-    """Yield a line of JSON for each prompt."""
-    for messages, responses in zip(prompts, records, strict=True):
-        row = {"prompt": messages, "answers": list(responses)}
-        yield json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def markdown(
-    prompts: Sequence[list[Message]], records: Sequence[Sequence[Record]]
-) -> Iterator[str]:
-    """Yield a Markdown table for each prompt, with a row for each response."""
+def markdown(prompts: Sequence[list[Message]], records: Sequence[Sequence[Record]]) -> str:
+    """Return a Markdown table for each prompt, with a row for each response."""
+    parts = []
     for number, (messages, responses) in enumerate(zip(prompts, records, strict=True), 1):
         headers = ["model", "response", "tokens", "score"]
         headers = headers if "score" in responses[0] else headers[:3]
@@ -169,7 +166,8 @@ def markdown(
             rows.append([record["model"], _cell(record["reply"]), tokens, *score])
         prompt = "\n\n".join(f"> {_cell(line)}" for line in _turns(messages))
         lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-        yield f"## {number}\n\n{prompt}\n\n{lines}\n"
+        parts.append(f"## {number}\n\n{prompt}\n\n{lines}\n")
+    return "".join(parts)
 
 
 def _cell(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from alpaca_rlhf.evaluation.conversation import printable
+from alpaca_rlhf.evaluation.conversation import fit_context, printable
 from alpaca_rlhf.evaluation.saved import Policy
 from alpaca_rlhf.utils.configs import SamplingConfig
 from alpaca_rlhf.utils.data.tokenizer import Message
@@ -59,11 +59,9 @@ class Job:
 
 
 class ChatModel:
-    """A policy, the thread that uses it, and the queue of responses to generate.
+    """A policy, which nothing else may use from here on, its thread, and the responses to generate.
 
-    Args:
-        policy: used by nothing else from here on.
-        slots: maximum number of responses that are decoded together.
+    At most `slots` responses are decoded together.
     """
 
     def __init__(self, policy: Policy, slots: int = 8) -> None:
@@ -80,19 +78,16 @@ class ChatModel:
     ) -> Job:
         """Queue a response to a dialogue whose last turn is the user's.
 
-        Args:
-            messages: the dialogue.
-            sampling: parameters; `num_generations` is ignored.
-            deliver: called in the model's thread with pieces of text, and last with an `End` or an
-                exception.
-            seed: of the random numbers; None for another one each time.
-            stop: strings before which the text ends.
+        `deliver` is called in the model's thread with pieces of text, and last with an `End` or an
+        exception. The text ends before the first of the `stop` strings. Without a seed, each
+        response has another one.
 
         Raises:
             UserError: the dialogue does not fit, or the template refuses it.
         """
         with self._tokenizer:
-            prompt, dropped = self.policy.prompt_ids(messages, sampling.max_new_tokens)
+            prompt, dropped = fit_context(
+                self.policy.chat, messages, self.policy.context, sampling.max_new_tokens)
         job = Job(
             prompt=prompt, dropped_turns=dropped, sampling=sampling, deliver=deliver, stop=stop,
             seed=secrets.randbits(63) if seed is None else seed,
@@ -176,7 +171,13 @@ class ChatModel:
                 session.cancel(response)
             if response.ended:
                 del jobs[response]
-                job.deliver(self._end(job, response, stopped))
+                at_eos = bool(response.tokens) and response.tokens[-1] in self.policy.eos_ids
+                job.deliver(End(
+                    reason="stop" if stopped or at_eos else
+                    "cancelled" if job.cancelled.is_set() else "length",
+                    prompt_tokens=len(job.prompt), response_tokens=len(response.tokens),
+                    dropped_turns=job.dropped_turns, text=job.text,
+                ))
 
     def _deliver(self, job: Job, response: Response) -> bool:
         """Deliver new text; return whether it has reached a stop string.
@@ -198,13 +199,3 @@ class ChatModel:
             job.text += piece
             job.deliver(piece)
         return bool(found)
-
-    def _end(self, job: Job, response: Response, stopped: bool) -> End:
-        at_eos = bool(response.tokens) and response.tokens[-1] in self.policy.eos_ids
-        unfinished: Literal["cancelled", "length"] = (
-            "cancelled" if job.cancelled.is_set() else "length")
-        return End(
-            reason="stop" if stopped or at_eos else unfinished,
-            prompt_tokens=len(job.prompt), response_tokens=len(response.tokens),
-            dropped_turns=job.dropped_turns, text=job.text,
-        )

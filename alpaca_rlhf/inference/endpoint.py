@@ -96,12 +96,7 @@ class ChatRequest(BaseModel):
 
 
 def application(chats: dict[str, ChatModel], defaults: SamplingConfig) -> FastAPI:
-    """Build the endpoint.
-
-    Args:
-        chats: models by name.
-        defaults: sampling parameters that a request leaves open.
-    """
+    """Build the endpoint of models by name; `defaults` are what a request leaves open."""
     app = FastAPI(title="alpaca-rlhf", docs_url=None, redoc_url=None)
 
     @app.exception_handler(ValidationError)
@@ -131,7 +126,11 @@ def application(chats: dict[str, ChatModel], defaults: SamplingConfig) -> FastAP
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()),
                 "model": request.model}
         if not request.stream:
-            return await _whole(generated, head)
+            *_, end = [piece async for piece in generated]
+            assert isinstance(end, End)
+            choice = {"index": 0, "message": {"role": "assistant", "content": end.text},
+                      "finish_reason": end.reason}
+            return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(end)}
         usage = bool((request.stream_options or {}).get("include_usage"))
         return StreamingResponse(
             _events(generated, head, usage), media_type="text/event-stream",
@@ -180,15 +179,6 @@ async def _generate(
         yield piece
     finally:
         job.cancel()
-
-
-async def _whole(generated: AsyncIterator[Piece], head: Json) -> Json:
-    """Return the response as one record."""
-    *_, end = [piece async for piece in generated]
-    assert isinstance(end, End)
-    message = {"role": "assistant", "content": end.text}
-    choice = {"index": 0, "message": message, "finish_reason": end.reason}
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(end)}
 
 
 async def _events(generated: AsyncIterator[Piece], head: Json, usage: bool) -> AsyncIterator[str]:

@@ -35,13 +35,9 @@ def gold_rule(data_path: Sequence[str]) -> Gold | None:
 def evaluate(
     maker: RolloutMaker, rows: Sequence[dict[str, Any]], seed: int, gold: Gold | None = None
 ) -> list[Record]:
-    """Sample and score a response to each held-out prompt.
+    """Sample and score a response to each of the held-out prompts, which are the same on all ranks.
 
-    Args:
-        maker: generates and scores.
-        rows: held-out prompts, the same on all ranks.
-        seed: of the sampler; the same before and after, so that only the policy differs.
-        gold: the data set's own rule, if it has one.
+    The seed should be the same before and after PPO, so that only the policy differs.
 
     Returns:
         For each prompt `prompt`, `reply`, `score`, `k1`, `k3` (nats), `length` (tokens), `eos`
@@ -49,23 +45,15 @@ def evaluate(
     """
     maker.reseed(seed)
     # The same number of rows on every rank; rows that only fill up are not counted.
-    mine = [
-        (i, counts)
-        for indices, counts in covering_batches(
-            len(rows), 1, distributed.rank(), distributed.world_size()
-        )
-        for i in indices
-    ]
+    batches = covering_batches(len(rows), 1, distributed.rank(), distributed.world_size())
+    mine = [(i, counts) for indices, counts in batches for i in indices]
     if not mine:
         return []
     chosen = [rows[i] for i, _ in mine]
     prompts = collate_prompts(chosen, maker.chat.pad_id).to(distributed.device())
     scored = maker.score(maker.generate(prompts))
-    found = [
-        (i, record)
-        for (i, counts), record in zip(mine, _records(maker, scored, chosen, gold), strict=True)
-        if counts
-    ]
+    records = _records(maker, scored, chosen, gold)
+    found = [(i, record) for (i, counts), record in zip(mine, records, strict=True) if counts]
     found = sorted(distributed.gather_rows(found), key=lambda pair: pair[0])
     records = [record for _, record in found]
     console.say(f"policy: {describe(summarize(records))}")
@@ -141,11 +129,7 @@ def token_records(
 ) -> list[Record]:
     """Return the first rollouts of an iteration, token by token, as samples.jsonl holds them.
 
-    Args:
-        experience: of the iteration.
-        rewards: [B, R].
-        chat: decodes the tokens.
-        rows: number of rollouts.
+    `rewards` are [B, R].
 
     Returns:
         For each rollout `prompt`, `reply`, `score`, `eos`, `padding` (columns of the batch after
