@@ -56,7 +56,7 @@ def opened():
         def open_site(site):
             with server.listen("127.0.0.1", 0) as found:
                 port = found.getsockname()[1]
-            closing.callback(launch(site, "127.0.0.1", port, wait=False).close)
+            closing.callback(launch(site, "127.0.0.1", port).close)
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.set_default_timeout(60_000)
             local = f"http://127.0.0.1:{port}", "data:", "blob:"

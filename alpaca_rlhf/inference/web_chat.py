@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         short_names(args.server.path), [ChatModel(one, args.server.at_once) for one in policies],
         narrowest.resolve(args.sampling), args.chat.system, votes,
     )
-    launch(site, args.server.host, port, args.chat.share)
+    launch(site, args.server.host, port, args.chat.share).block_thread()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import gradio
 
@@ -22,8 +21,8 @@ THREADS = 64  # chats that may wait at the same time; further ones wait in Gradi
 _FONTS = ["system-ui", "sans-serif"]  # the browser's own: none is fetched
 
 
-def launch(site: "Site", host: str, port: int, share: bool = False, wait: bool = True) -> Any:
-    """Serve the page until stopped, or with `wait` false return Gradio's Blocks at once."""
+def launch(site: "Site", host: str, port: int, share: bool = False) -> gradio.Blocks:
+    """Begin to serve the page, in other threads."""
     page = site.page()
     page.queue(default_concurrency_limit=THREADS)
     page.launch(
@@ -34,8 +33,6 @@ def launch(site: "Site", host: str, port: int, share: bool = False, wait: bool =
     say(f"chat with {' and '.join(site.names)} at http://{host}:{port}")
     if share:
         say(f"public link: {page.share_url}")
-    if wait:
-        page.block_thread()
     return page
 
 

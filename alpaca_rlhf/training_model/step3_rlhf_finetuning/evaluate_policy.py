@@ -49,32 +49,26 @@ def evaluate(
     mine = [(i, counts) for indices, counts in batches for i in indices]
     if not mine:
         return []
-    chosen = [rows[i] for i, _ in mine]
-    prompts = collate_prompts(chosen, maker.chat.pad_id).to(distributed.device())
-    scored = maker.score(maker.generate(prompts))
-    records = _records(maker, scored, chosen, gold)
-    found = [(i, record) for (i, counts), record in zip(mine, records, strict=True) if counts]
-    found = sorted(distributed.gather_rows(found), key=lambda pair: pair[0])
-    records = [record for _, record in found]
-    console.say(f"policy: {describe(summarize(records))}")
-    return records
-
-
-def _records(
-    maker: RolloutMaker, scored: ScoredRollout, rows: Sequence[dict[str, Any]], gold: Gold | None
-) -> list[Record]:
+    prompts = collate_prompts([rows[i] for i, _ in mine], maker.chat.pad_id)
+    scored = maker.score(maker.generate(prompts.to(distributed.device())))
     k1, k3 = rl_math.kl_estimates(scored.logprobs, scored.ref_logprobs, scored.response_mask)
     columns = {
         "score": scored.score, "k1": k1, "k3": k3, "length": scored.response_mask.sum(-1),
         "eos": scored.has_eos,
     }
     numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
-    records = []
-    for row, prompt, response, values in zip(rows, *maker.texts(scored), numbers, strict=True):
+    found = []
+    for (i, counts), prompt, response, values in zip(
+        mine, *maker.texts(scored), numbers, strict=True
+    ):
         record = {"prompt": prompt, "reply": response, **dict(zip(columns, values, strict=True))}
         if gold is not None:
-            record["gold"] = gold(row, response)
-        records.append(record)
+            record["gold"] = gold(rows[i], response)
+        if counts:
+            found.append((i, record))
+    found = sorted(distributed.gather_rows(found), key=lambda pair: pair[0])
+    records = [record for _, record in found]
+    console.say(f"policy: {describe(summarize(records))}")
     return records
 
 
@@ -119,14 +113,12 @@ def results(data: dict[str, Any], before: list[Record], after: list[Record]) -> 
 def table(maker: RolloutMaker, scored: ScoredRollout) -> str:
     """Return some rollouts as a table for the console."""
     prompts, responses = maker.texts(scored.rows(range(min(SAMPLES, len(scored)))))
-    rows = zip(prompts, responses, scored.score.tolist(), strict=False)
-    return console.table(["prompt", "response", "score"],
-                         [[p, r, f"{s:.2f}"] for p, r, s in rows])
+    scores = [f"{score:.2f}" for score in scored.score[:SAMPLES].tolist()]
+    rows = [list(row) for row in zip(prompts, responses, scores, strict=True)]
+    return console.table(["prompt", "response", "score"], rows)
 
 
-def token_records(
-    experience: Experience, rewards: Tensor, chat: ChatFormat, rows: int = SAMPLES
-) -> list[Record]:
+def token_records(experience: Experience, rewards: Tensor, chat: ChatFormat) -> list[Record]:
     """Return the first rollouts of an iteration, token by token, as samples.jsonl holds them.
 
     `rewards` are [B, R].
@@ -146,7 +138,7 @@ def token_records(
         "advantage": experience.advantages,
         "reward": rewards,
     }
-    for i in range(min(rows, len(experience))):
+    for i in range(min(SAMPLES, len(experience))):
         ids, real = experience.input_ids[i], experience.attention_mask[i].bool()
         prompt = ids[:start][real[:start]].tolist()
         kept = int(experience.response_mask[i].sum())
