@@ -1,23 +1,19 @@
 """Compare the responses of two policies: win rates by each judge, with intervals over prompts."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from alpaca_rlhf.evaluation import held_out, statistics
 from alpaca_rlhf.evaluation.results import write_output
-from alpaca_rlhf.evaluation.saved import Dialogue, Response, open_policy, open_scorer
+from alpaca_rlhf.evaluation.saved import open_policy, open_scorer
 from alpaca_rlhf.evaluation.statistics import Array, Figures, with_interval
 from alpaca_rlhf.utils.configs import HeldOutConfig, LoadingConfig, SamplingConfig, WinRateConfig
 from alpaca_rlhf.utils.console import say, table
-from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]  # of prompts and responses
-# Dialogues and N responses to each -> a score of each response; higher is better.
-Judge = Callable[[Sequence[Dialogue], Sequence[Sequence[Response]]], list[list[float]]]
 Record = dict[str, Any]  # a response as it stands in the results, with a score from each judge
 
 
@@ -43,18 +39,20 @@ def run(
             policy.respond(dialogues, sampling, chosen.seed, models.max_prompt_seq_len))
         chat = policy.chat
         del policy  # only one model is in memory at a time
-    judges: dict[str, Judge] = {}
-    if models.reward_model:
-        judges["reward model"] = open_scorer(models.reward_model, loading).rate
-    if reward_function is not None:
-        judges["reward function"] = partial(rate_texts, function=reward_function, chat=chat)
-    if chosen.embedded:
-        judges["gold"] = held_out.gold_scores
-    records: list[list[Record]] = [[response.record() for response, in side] for side in sides]
-    for name, judge in judges.items():
-        for side, some in zip(sides, records, strict=True):
-            for record, scores in zip(some, judge(dialogues, side), strict=True):
-                record[name] = scores[0]
+    scorer = open_scorer(models.reward_model, loading) if models.reward_model else None
+    texts = [chat.decode(chat.prompt_ids(messages)) for messages in dialogues]
+    records: list[list[Record]] = []
+    for side in sides:
+        judges = {}
+        if scorer is not None:
+            judges["reward model"] = [score for score, in scorer.rate(dialogues, side)]
+        if reward_function is not None:
+            judges["reward function"] = reward_function(texts, [one.text for one, in side])
+        if chosen.embedded:
+            judges["gold"] = [score for score, in held_out.gold_scores(dialogues, side)]
+        records.append([
+            response.record() | {name: scores[i] for name, scores in judges.items()}
+            for i, (response,) in enumerate(side)])
     results = compare(records[0], records[1], list(judges), seed=chosen.seed)
     results |= {
         "path": models.path, "baseline": models.baseline, "reward_model": models.reward_model,
@@ -66,15 +64,6 @@ def run(
         for messages, mine, theirs in zip(dialogues, *records, strict=True)
     ]
     write_output(models.output, results)
-
-
-def rate_texts(
-    dialogues: Sequence[Dialogue], responses: Sequence[Sequence[Response]],
-    function: RewardFunction, chat: ChatFormat,
-) -> list[list[float]]:
-    """Rate the only response to each dialogue with a reward function, which takes texts."""
-    prompts = [chat.decode(chat.prompt_ids(messages)) for messages in dialogues]
-    return [[score] for score in function(prompts, [some[0].text for some in responses])]
 
 
 def compare(

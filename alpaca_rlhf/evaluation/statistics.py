@@ -11,8 +11,9 @@ Array = NDArray[np.float64]
 Figures = dict[str, Any]
 
 
-def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     """Return the confidence interval of a share (E. B. Wilson, 1927); half a success is a tie."""
+    z = 1.96
     share, spread = successes / trials, z * z / trials
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
@@ -49,18 +50,16 @@ def accuracy(correct: Array) -> Figures:
     return {"share": float(correct.mean()), "low": low, "high": high, "pairs": len(correct)}
 
 
-def accuracy_by_length(
-    correct: Array, tokens: Array, buckets: int = 4
-) -> dict[tuple[int, int], Figures]:
+def accuracy_by_length(correct: Array, tokens: Array) -> dict[tuple[int, int], Figures]:
     """Return the accuracy over pairs of similar length: {(shortest, longest): accuracy}.
 
-    Bucket edges are quantiles, so that buckets hold similar numbers of pairs; pairs of one length
-    always share a bucket, and no bucket is empty. `tokens` [N] is the length of the longer sequence
-    of each pair as the reward model reads it: prompt and response, after truncation.
+    Buckets are quarters of the pairs, or nearly so: pairs of one length always share a bucket, and
+    no bucket is empty. `tokens` [N] is the length of each pair's longer sequence as the reward
+    model reads it: prompt and response, after truncation.
     """
     if not len(tokens):
         return {}
-    edges = np.quantile(tokens, np.arange(1, buckets) / buckets)
+    edges = np.quantile(tokens, [0.25, 0.5, 0.75])
     place = np.searchsorted(edges, tokens, side="left")
     members = [place == i for i in np.unique(place)]
     return {(int(tokens[rows].min()), int(tokens[rows].max())): accuracy(correct[rows])
@@ -77,18 +76,18 @@ def accuracy_by_longer_response(correct: Array, longer_by: Array) -> dict[str, F
             for name, one in (("chosen", 1), ("rejected", -1), ("neither", 0))}
 
 
-def calibration(margins: Array, bins: int = 10) -> tuple[float, list[Figures]]:
+def calibration(margins: Array) -> tuple[float, list[Figures]]:
     """Return the expected calibration error (Guo et al. 2017, eq. 3) and its non-empty bins.
 
     `margins` [N] are scores of the chosen response minus scores of the rejected one; a pair is in
     order where the margin is positive. The confidence in a pair is sigmoid(|margin|), the
-    probability that a Bradley-Terry model gives to the response it scores higher; bins are of equal
-    width, from confidence 0.5 to 1. The error is the sum over bins of
+    probability that a Bradley-Terry model gives to the response it scores higher; ten bins of equal
+    width go from confidence 0.5 to 1. The error is the sum over bins of
     count / N * |accuracy - confidence|.
     """
     confidence, correct = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
-    edges = np.linspace(0.5, 1.0, bins + 1)
-    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    edges = np.linspace(0.5, 1.0, 11)
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, 9)
     filled = [
         {"low": float(edges[i]), "high": float(edges[i + 1]), "count": int((place == i).sum()),
          "confidence": float(confidence[place == i].mean()),

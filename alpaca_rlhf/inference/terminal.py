@@ -116,17 +116,15 @@ class Session:
     def _set(self, rest: str) -> None:
         name, _, value = rest.replace("=", " ").partition(" ")
         if name:
-            self._change(name, value.strip())
+            if name not in SETTINGS:
+                raise UserError(
+                    f"/set {name[:40]}: no such setting; there are {', '.join(SETTINGS)}")
+            # The same checks as on the command line.
+            args = arguments.parse(ChatProgram, ["--path", "-", f"--{name}={value.strip()}"])
+            if name == "seed":
+                self._seed = args.chat.seed
+            else:
+                changed = replace(self._sampling, **{name: getattr(args.sampling, name)})
+                self._sampling = self._model.policy.resolve(changed)
         values = {**vars(self._sampling), "seed": self._seed}
         say("(" + ", ".join(f"{setting} {values[setting]}" for setting in SETTINGS) + ")")
-
-    def _change(self, name: str, value: str) -> None:
-        if name not in SETTINGS:
-            raise UserError(f"/set {name[:40]}: no such setting; there are {', '.join(SETTINGS)}")
-        # The same checks as on the command line.
-        args = arguments.parse(ChatProgram, ["--path", "-", f"--{name}={value}"])
-        if name == "seed":
-            self._seed = args.chat.seed
-        else:
-            changed = replace(self._sampling, **{name: getattr(args.sampling, name)})
-            self._sampling = self._model.policy.resolve(changed)
