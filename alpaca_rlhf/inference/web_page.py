@@ -46,11 +46,6 @@ class Visit:
     better: int | None = None  # side of the last vote; both continue with its response
     jobs: list[Job] = field(default_factory=list)  # responses that are being generated
 
-    def stop(self) -> None:
-        """End the responses where they are."""
-        for job in self.jobs:
-            job.cancel()
-
     def next_round(self) -> None:
         """Give both sides the better response of the last vote, and put them in random order."""
         if self.better is not None:
@@ -113,7 +108,7 @@ class Site:
                 conversation.turns = turns
             yield (text, visit, f"**{error}**", *visit.shown())
         finally:
-            visit.stop()
+            self.stop(visit)
             visit.jobs = []
 
     def _follow(self, visit: Visit, pieces: "queue.SimpleQueue[Piece]") -> Iterator[tuple]:
@@ -158,8 +153,8 @@ class Site:
 
     def stop(self, visit: Visit | None) -> None:
         """End the responses where they are; what there is of them stays."""
-        if visit is not None:
-            visit.stop()
+        for job in visit.jobs if visit is not None else []:
+            job.cancel()
 
     def clear(self, visit: Visit | None) -> tuple:
         """Start new dialogues."""
@@ -177,7 +172,13 @@ class Site:
         with gradio.Blocks(analytics_enabled=False, title="alpaca-rlhf") as page:
             visit = gradio.State(None)
             with gradio.Row():
-                chats = [_chatbot(labels[i], i) for i in range(len(self._models))]
+                # Plain text: Markdown could hide parts of a response, or fetch pictures.
+                chats = [
+                    gradio.Chatbot(
+                        label=label, elem_id=f"chat-{side}", height="60vh", render_markdown=False,
+                        buttons=["copy"], latex_delimiters=[],
+                    ) for side, label in enumerate(labels)
+                ]
             notice = gradio.Markdown(opening, elem_id="notice")
             if self._votes is not None:
                 with gradio.Row():
@@ -215,11 +216,3 @@ class Site:
                 gradio.Slider(1, context - 1, sampling.max_new_tokens, step=1,
                               label="max_new_tokens"),
             ]
-
-
-def _chatbot(label: str, side: int) -> gradio.Chatbot:
-    # Plain text: Markdown could hide parts of a response, or fetch pictures from elsewhere.
-    return gradio.Chatbot(
-        label=label, elem_id=f"chat-{side}", height="60vh", render_markdown=False,
-        buttons=["copy"], latex_delimiters=[],
-    )

@@ -67,22 +67,20 @@ def write(runs: list[Run], target: Path) -> Path:
 
 def _content(runs: list[Run]) -> dict[str, Any]:
     """Return what the template shows of one run, or of several runs side by side."""
-    settings = groups(runs)
-    if len(runs) == 1:
-        steps = [(TITLES[number], step) for number, step in runs[0].steps.items()]
-        title, note, verdict = runs[0].name, "", summary.verdict(runs[0])
+    settings, alone = groups(runs), len(runs) == 1
+    steps = [(TITLES[number] if alone else f"{run.name}, {TITLES[number]}", step)
+             for run in runs for number, step in run.steps.items()]
+    if alone:
         tables = [Table(summary.HEAD, summary.rows(runs[0]))]
-        single, ppo = steps, runs[0].steps.get(3)
     else:
-        steps = [(f"{run.name}, {TITLES[number]}", step) for run in runs
-                 for number, step in run.steps.items()]
-        title, note, verdict = f"{len(runs)} runs", ": mean and range of each setting", ""
         tables = [_comparison(members, setting, colour) for (setting, members), colour
                   in zip(settings.items(), cycle(plots.COLOURS), strict=False)]
-        single, ppo = [], None
+    note = "" if alone else ": mean and range of each setting"
+    single = steps if alone else []
+    ppo = runs[0].steps.get(3) if alone else None
     return {
-        "title": title,
-        "verdict": verdict,
+        "title": runs[0].name if alone else f"{len(runs)} runs",
+        "verdict": summary.verdict(runs[0]) if alone else "",
         "tables": tables,
         "alarms": [(name, event) for name, step in steps for event in step.alarms],
         "sections": [
