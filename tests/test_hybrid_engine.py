@@ -53,6 +53,15 @@ def test_leaving_restores_everything_also_after_an_exception(engine, training, e
     assert not any(layer.merged for layer in lora.lora_layers(model))
 
 
+def test_one_rank_whose_gathered_weights_are_its_shards_restores_them_bit_for_bit(small):
+    engine = small.trained("actor", stage=3, lora=4)
+    model = fill_adapters(engine.module)
+    before = snapshot(model)
+    with hybrid_engine(engine).generation_mode():
+        pass
+    assert moved(before, model) == set()
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_inside_dropout_is_off_and_the_adapter_is_merged_if_the_engine_is_enabled(
     small, engine, enabled

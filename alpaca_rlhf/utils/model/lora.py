@@ -176,8 +176,8 @@ def folded(model: nn.Module) -> Iterator[None]:
 
     In other precisions nothing is merged: rounding would lose most of an adapter that has learned
     little so far. On leaving, every weight is as it was, bit for bit: the old weights are kept
-    beside the merged ones, or, under ZeRO-3, where the weights must be gathered, in the shards.
-    peft skips the adapter's products in layers that are marked as merged.
+    beside the merged ones, or, under ZeRO-3 on several ranks, where the weights must be gathered,
+    in the shards. peft skips the adapter's products in layers that are marked as merged.
     """
     layers = [layer for layer in lora_layers(model)
               if not layer.merged and layer.get_base_layer().weight.dtype == torch.float32]
@@ -188,7 +188,8 @@ def folded(model: nn.Module) -> Iterator[None]:
                 weight = layer.get_base_layer().weight
                 update = layer.get_delta_weight(ADAPTER)
                 layer.merged_adapters.append(ADAPTER)
-                if hasattr(weight, "ds_id"):
+                # With one rank the gathered weight is the shard itself.
+                if hasattr(weight, "ds_id") and weight.data_ptr() != weight.ds_tensor.data_ptr():
                     weight.data.add_(update)
                 else:
                     kept.append((weight, weight.data))
