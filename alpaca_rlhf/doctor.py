@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from alpaca_rlhf.utils import distributed
 
-        machines = distributed.gather_rows(machines if os.environ["LOCAL_RANK"] == "0" else [])
+        machines = distributed.gather_rows(machines if distributed.is_first_on_node() else [])
     statuses = [row.status for _, rows in machines for row in rows]
     if os.environ.get("RANK", "0") == "0":
         for host, rows in machines:

@@ -4,8 +4,11 @@ They have shapes and devices but no numbers, work in a CPU build, and raise wher
 """
 
 import ctypes
+import os
+from argparse import Namespace
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from conftest import small_config, with_adapter
@@ -17,7 +20,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 import alpaca_rlhf
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import rollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
-from alpaca_rlhf.utils import losses, rl_math
+from alpaca_rlhf.utils import distributed, losses, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
@@ -242,6 +245,42 @@ def test_experience_is_made_on_the_device_of_the_rollout(small, fake, monkeypatc
     made, _ = rollout.make_experience(
         experience(R, P), rollout.RewardNormalizer(reward, ""), reward, PPOConfig(), kl_coef=0.05)
     assert on_gpu(*tensors(made))
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(1, 3, 0), (8, 3, 3), (2, 0, 0)])
+def test_a_rank_takes_a_visible_device_and_deepspeed_the_same(
+    monkeypatch, visible, local_rank, index
+):
+    """With one visible device a task (srun) it is device 0, in DeepSpeed's engine too."""
+    taken = []
+
+    def set_device(number):
+        assert number < visible, "CUDA error: invalid device ordinal"
+        taken.append(number)
+
+    accelerator = Namespace(device_count=lambda: visible, device_name=lambda i="": f"cuda:{i}",
+                            set_device=set_device)
+    names = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": str(local_rank), "LOCAL_SIZE": "8",
+             "OMPI_COMM_WORLD_LOCAL_RANK": str(local_rank)}
+    monkeypatch.setattr(os, "environ", {**os.environ, **names})
+    monkeypatch.setattr(distributed, "_place", distributed._Place())
+    monkeypatch.setattr(distributed, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(deepspeed.runtime.engine, "get_accelerator", lambda: accelerator)
+    # It binds NCCL to the device of LOCAL_RANK.
+    monkeypatch.setattr(deepspeed, "init_distributed",
+                        lambda **_: set_device(int(os.environ["LOCAL_RANK"])))
+    distributed.initialize(0)
+    engine = Namespace()
+    deepspeed.DeepSpeedEngine._configure_with_arguments(engine, None, None)
+    for name in ("get_world_size", "get_rank"):
+        monkeypatch.setattr(deepspeed.runtime.engine.dist, name, lambda: 0)
+    deepspeed.DeepSpeedEngine._set_distributed_vars(engine, None)
+    assert taken == [index, index, index]
+    assert distributed.is_first_on_node() == (local_rank == 0)
+    assert distributed._place.local_size == 8
 
 
 def test_nothing_of_the_package_names_the_gpu():

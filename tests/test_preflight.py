@@ -152,7 +152,7 @@ def test_the_flags_that_help_are_named(machine, billion, device, host, ranks, bf
 def test_a_containers_limit_counts_and_ranks_share_the_host(
     tmp_path: Path, monkeypatch, folder, limit, used
 ):
-    monkeypatch.setenv("LOCAL_SIZE", "4")
+    monkeypatch.setattr(distributed, "_place", distributed._Place(local_size=4))
     groups = tmp_path / "groups"
     (groups / folder).mkdir(parents=True)
     (groups / folder / limit).write_text("900000\n")

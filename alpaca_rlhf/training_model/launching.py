@@ -37,7 +37,7 @@ PROGRAMS = {"pdsh": {"pdsh": "pdsh", "ssh": "openssh-client"},
 # Prefixes of the variables that every host gets, besides DeepSpeed's own (PYTHON, NCCL, ...). No
 # token: the process list of every host shows these values.
 FORWARDED = (
-    "OMP_NUM_THREADS", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "GLOO_", "TORCH_NCCL_",
+    "OMP_NUM_THREADS", "DS_ACCELERATOR", "GLOO_", "TORCH_NCCL_",
     "ALPACA_RLHF_", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_", "XDG_CACHE_HOME",
 )
 

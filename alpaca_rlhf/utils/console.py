@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 
+TIMED_OUT = 124  # exit code after a collective that took too long, as of the command `timeout`
 DEBUGGED = "ALPACA_RLHF_DEBUG"  # set to 1 by `my_deepspeed.py --debug`
 
 
@@ -61,9 +62,10 @@ def under_debugger() -> bool:
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; end with exit code 2 and one line on a user's error.
 
-    A full disk and a lost rank are one line as well (exit code 1); any other exception is a bug and
-    keeps its traceback. Rank 0 writes first, and the launcher ends the other ranks as soon as rank
-    0 has ended, so an error that all ranks share is printed once.
+    A full disk and a lost rank are one line as well (exit code 1, or `TIMED_OUT` if it did not
+    answer in time); any other exception is a bug and keeps its traceback. Rank 0 writes first, and
+    the launcher ends the other ranks as soon as rank 0 has ended, so an error that all ranks share
+    is printed once.
     """
     code = 0
     try:
@@ -78,7 +80,7 @@ def run_main(main: Callable[[], None]) -> None:
         if under_debugger():
             raise  # the debugger stops where it was raised
         _write_error(_full_disk(error) or _lost_rank(error) or traceback.format_exc())
-        code = 1
+        code = TIMED_OUT if _is_timeout(error) else 1
     if code == 0 and "torch" in sys.modules:
         from torch import distributed as dist
 
@@ -107,6 +109,11 @@ def _full_disk(error: Exception) -> str | None:
             "--resume_from_checkpoint latest if there are checkpoints")
 
 
+def _is_timeout(error: Exception) -> bool:
+    """Return whether gloo or NCCL has waited for another rank for too long."""
+    return isinstance(error, RuntimeError) and bool(re.search("timed? ?out", str(error), re.I))
+
+
 def _lost_rank(error: Exception) -> str | None:
     """Return the message for an error caused by another rank; None if it is this rank's own."""
     if not isinstance(error, RuntimeError):
@@ -115,7 +122,7 @@ def _lost_rank(error: Exception) -> str | None:
     ours = [frame for frame in traceback.extract_tb(error.__traceback__)
             if "alpaca_rlhf" in frame.filename]
     where = f" (in {ours[-1].name}, {ours[-1].filename}:{ours[-1].lineno})" if ours else ""
-    if re.search("timed ?out", text, re.IGNORECASE):
+    if _is_timeout(error):
         return (f"error: rank {_rank()} waited for another rank until --collective_timeout was "
                 f"over{where}; one is stuck or gone: see what it said last")
     if re.search("connection (was )?(closed|reset|refused)|broken pipe", text, re.IGNORECASE):

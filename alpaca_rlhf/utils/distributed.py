@@ -1,6 +1,12 @@
 """Ranks, devices, seeds, reductions and memory; no other module asks for the kind of device.
 
 A process that no launcher has started becomes rank 0 of a world of size 1.
+
+Tensors are exchanged in the default process group, where a rank that hangs ends the run after
+`--collective_timeout`. Ranks wait for work on the host, such as tokenizing or writing an export,
+in a gloo group whose timeout is a day: there a rank that ends closes its connections, which ends
+the others at once. Host work that only some ranks do is followed by `barrier`, so that no
+collective on tensors waits for it.
 """
 
 import contextlib
@@ -12,12 +18,14 @@ import random
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import TorchBackend
 from torch import Tensor
 
 from alpaca_rlhf.utils import console
@@ -26,6 +34,26 @@ from alpaca_rlhf.utils.errors import UserError
 # Set by `my_deepspeed.py --debug_ranks N,N --debug_port N`; the launcher passes them to each host.
 DEBUG_RANKS, DEBUG_PORT = "ALPACA_RLHF_DEBUG_RANKS", "ALPACA_RLHF_DEBUG_PORT"
 NO_DEBUGPY = "--debug_ranks needs debugpy: pip install debugpy"
+HOST_TIMEOUT = datetime.timedelta(days=1)  # of waiting for another rank's work on the host
+OMPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
+
+
+@dataclass
+class _Place:
+    """Place of this process among the ranks, set by `initialize`.
+
+    Attributes:
+        first_on_node: whether its local rank is 0.
+        local_size: number of ranks on its node.
+        host_group: the group for work on the host; None if this is the only rank.
+    """
+
+    first_on_node: bool = True
+    local_size: int = 1
+    host_group: dist.ProcessGroup | None = None
+
+
+_place = _Place()
 
 
 def initialize(seed: int, timeout: int = 1800) -> None:
@@ -47,22 +75,42 @@ def initialize(seed: int, timeout: int = 1800) -> None:
     import deepspeed
 
     console.quiet_libraries()
+    _place.first_on_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not on_cpu():
-        # srun may show each rank its own device only.
-        local_rank = int(os.environ["LOCAL_RANK"])
-        get_accelerator().set_device(local_rank % get_accelerator().device_count())
+        _choose_device()
     # Only DeepSpeed's own inference uses this extension. On a CPU the first start would compile it,
     # which takes a minute and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout))
+    limit = datetime.timedelta(seconds=timeout)
+    deepspeed.init_distributed(verbose=False, timeout=limit)
+    # ZeRO's own groups would have torch's default, 10 minutes with NCCL.
+    TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=limit)
+    _place.host_group = None
+    if world_size() > 1:
+        _place.host_group = dist.new_group(backend="gloo", timeout=max(limit, HOST_TIMEOUT))
+    hosts = gather_rows([socket.gethostname()])
+    # srun and mpirun do not set LOCAL_SIZE.
+    _place.local_size = int(os.environ.get("LOCAL_SIZE") or hosts.count(socket.gethostname()))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
+def _choose_device() -> None:
+    """Take a device, and make LOCAL_RANK its index, which DeepSpeed reads there.
+
+    They differ where srun shows each rank its own device only.
+    """
+    index = int(os.environ["LOCAL_RANK"]) % get_accelerator().device_count()
+    get_accelerator().set_device(index)
+    os.environ["LOCAL_RANK"] = str(index)
+    if OMPI_LOCAL_RANK in os.environ:  # DeepSpeed refuses two that differ
+        os.environ[OMPI_LOCAL_RANK] = str(index)
+
+
 # RANK, WORLD_SIZE and LOCAL_RANK by the names of mpirun and srun.
 _OTHER_NAMES = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", OMPI_LOCAL_RANK),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
 
@@ -186,10 +234,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_on_node() -> bool:
+    """Return whether this is the first process of its node, which fills the node's caches."""
+    return _place.first_on_node
+
+
 def barrier() -> None:
-    """Wait for every rank."""
+    """Wait for every rank, for as long as its work on the host takes."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(_place.host_group)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -214,18 +267,18 @@ def gather_rows(rows: list) -> list:
     if world_size() == 1:
         return rows
     parts: list = [None] * world_size()
-    dist.all_gather_object(parts, rows)
+    dist.all_gather_object(parts, rows, _place.host_group)
     return [row for part in parts for row in part]
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """Run the body in one process of each node, then in the others, which find its files."""
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if not first:
+    if not is_first_on_node():
         barrier()
     yield
-    if first:
+    barrier()
+    if is_first_on_node():
         barrier()
 
 
@@ -267,7 +320,7 @@ def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
             allowed = (groups / limit).read_text().strip()
             if allowed != "max":
                 free = min(free, int(allowed) - int((groups / used).read_text()))
-    host = max(0, free) / int(os.environ.get("LOCAL_SIZE", "1"))
+    host = max(0, free) / _place.local_size
     return host if on_cpu() else get_accelerator().available_memory(), host
 
 

@@ -36,9 +36,16 @@ class Table(NamedTuple):
 
 
 def write_beside(folder: Path | None) -> None:
-    """Write the report of a finished step into its folder; on failure print a warning."""
-    if folder is None or not distributed.is_main():
-        return
+    """Write the report of a finished step into its folder; on failure print a warning.
+
+    All ranks must call it.
+    """
+    if folder is not None and distributed.is_main():
+        _write_or_warn(folder)
+    distributed.barrier()
+
+
+def _write_or_warn(folder: Path) -> None:
     try:
         target = write([read_run(folder)], folder / REPORT_FILE)
     except Exception as error:  # the training is done and saved: nothing may spoil that

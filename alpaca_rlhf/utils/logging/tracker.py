@@ -71,6 +71,7 @@ class Tracker:
         writes = distributed.is_main()
         self._folder = folder if writes else None
         self._sinks = _started(tracking, arguments or {}, folder) if tracking and writes else []
+        distributed.barrier()
         self._progress = _Progress(total_steps, resume_step, shown)
         self._start = time.perf_counter()
 
@@ -96,6 +97,8 @@ class Tracker:
         self._progress.close()
         for sink in self._sinks:
             sink.call("finish")
+        if kind is None:
+            distributed.barrier()
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Record the metrics of an optimizer step (step 3: PPO iteration), counted from 1.

@@ -346,6 +346,7 @@ class Checkpoints:
         if errors:
             if distributed.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
+            distributed.barrier()
             kept = [path.name for path in complete_checkpoints(self._root)]
             console.say(
                 f"warning: the checkpoint of step {self.progress.step} could not be saved "

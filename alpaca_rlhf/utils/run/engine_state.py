@@ -95,9 +95,20 @@ def save(engine: Engine, folder: Path, files: CheckpointFiles) -> None:
     engine.checkpoint_engine = files
     # DeepSpeed would copy a script that turns shards into weights: exports and `load` do that here.
     engine._copy_recovery_script = lambda _: None
+    # Collectives follow these two, after which rank 0 has written more than the others.
+    engine._save_checkpoint = _then_barrier(Engine._save_checkpoint, engine)
+    engine._save_zero_checkpoint = _then_barrier(Engine._save_zero_checkpoint, engine)
     engine.save_checkpoint(
         str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=_partly_frozen(engine)
     )
+
+
+def _then_barrier(write: Callable[..., None], engine: Engine) -> Callable[..., None]:
+    def together(*arguments: Any, **options: Any) -> None:
+        write(engine, *arguments, **options)
+        distributed.barrier()
+
+    return together
 
 
 def load(engine: Engine, folder: Path, files: CheckpointFiles, *, convert: bool) -> None:
@@ -244,3 +255,4 @@ def _universal(source: Path, files: CheckpointFiles) -> Iterator[ValueOf]:
         if distributed.is_main():
             shutil.rmtree(made, ignore_errors=True)
             made.with_name("latest_universal").unlink(missing_ok=True)
+        distributed.barrier()

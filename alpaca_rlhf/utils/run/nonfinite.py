@@ -74,15 +74,16 @@ class NonFiniteGuard:
             return None
         tensors = [_tensors(batch) for batch in micro_batches]
         ranks = distributed.gather_rows([{"micro_batches": tensors, "random_state": random_state}])
-        path = self._folder / f"step-{step:08d}.pt"
+        path, written = self._folder / f"step-{step:08d}.pt", True
         if distributed.is_main():
             try:
                 path.parent.mkdir(exist_ok=True)
                 write_durably(path, lambda file: torch.save({"step": step, "ranks": ranks}, file))
             except (OSError, RuntimeError) as error:
                 console.say(f"warning: {path} cannot be written: {error}")
-                return None
-        return path
+                written = False
+        distributed.barrier()
+        return path if written else None
 
 
 def _tensors(batch: Any) -> dict[str, Any]:
