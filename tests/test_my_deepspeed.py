@@ -109,15 +109,43 @@ def test_console_holds_one_line_of_ours_and_the_workers_own(two_launches):
     ]
 
 
-def test_a_killed_worker_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(my_deepspeed, "launch", lambda argv: sys.exit(256 - 9))
+def test_devices_may_be_named(tmp_path: Path):
+    (tmp_path / "train.py").write_text(WORKER)
+    launch = start(tmp_path, "--include", "localhost:GPU-8a,GPU-8b", "train.py", "run")
+    assert (launch.communicate(timeout=60)[1], launch.returncode) == ("", 0)
+    for rank in "01":
+        seen = json.loads((tmp_path / f"run{rank}.json").read_text())["env"]
+        assert (seen["CUDA_VISIBLE_DEVICES"], seen["LOCAL_RANK"], seen["WORLD_SIZE"]) == (
+            "GPU-8a,GPU-8b", rank, "2")
+
+
+@pytest.mark.parametrize(("flags", "visible", "message"), [
+    ([], "GPU-8a", "CUDA_VISIBLE_DEVICES=GPU-8a: there is no such device here"),
+    (["--include", "node-a:GPU-8a"], "", "--include node-a:GPU-8a: takes hosts of localhost"),
+])
+def test_named_devices_that_are_not_here_are_one_line(tmp_path: Path, flags, visible, message):
+    (tmp_path / "train.py").write_text(WORKER)
+    launch = start(tmp_path, *flags, "train.py", "run", CUDA_VISIBLE_DEVICES=visible)
+    said = launch.communicate(timeout=60)[1]
+    assert (launch.returncode, said.count("\n")) == (2, 1)
+    assert said.startswith(f"my_deepspeed: {message}")
+
+
+@pytest.mark.parametrize(("code", "line"), [
+    (256 - 9, "a worker was ended by SIGKILL (out of memory?)"),
+    (256 - 6, "a worker was ended by SIGABRT (a collective that took longer than "
+              "--collective_timeout?)"),
+    (124, "a rank waited for another one for longer than --collective_timeout; the lines above "
+          "name the place"),
+])
+def test_the_end_of_a_worker_that_could_not_tell_is_named(monkeypatch, capsys, code, line):
+    monkeypatch.setattr(my_deepspeed, "launch", lambda argv: sys.exit(code))
     monkeypatch.setattr(my_deepspeed, "stop_workers", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         my_deepspeed.main(["train.py"])
-    assert ended.value.code == 247
-    line = "my_deepspeed: a worker was ended by SIGKILL (out of memory?)\n"
-    assert capsys.readouterr().err == line
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"my_deepspeed: {line}\n"
 
 
 @pytest.mark.parametrize("to_all", [False, True])
@@ -154,6 +182,10 @@ def chosen(number: int, available: int, include: str = "") -> tuple[list[str], s
     ("5,3", -1, 2, "", ["--include=localhost:5,3"], "devices localhost:5,3"),
     ("5,3", -1, 2, "localhost:1", [], "devices localhost:1"),
     ("", 2, 8, "", [], "2 of 8 devices"),
+    ("GPU-8a,GPU-8b", -1, 2, "", ["--include=localhost:GPU-8a,GPU-8b"],
+     "devices localhost:GPU-8a,GPU-8b"),
+    ("GPU-8a,GPU-8b", 1, 2, "", ["--include=localhost:GPU-8a"], "devices localhost:GPU-8a"),
+    ("MIG-8a", -1, 1, "", ["--include=localhost:MIG-8a"], "devices localhost:MIG-8a"),
 ])
 def test_devices_are_the_first_visible_ones_unless_named(
     monkeypatch, visible, number, available, include, flags, text
@@ -166,9 +198,40 @@ def test_devices_are_the_first_visible_ones_unless_named(
 
 @pytest.mark.parametrize(("visible", "number", "message"), [
     ("5,3", 4, r"--num_gpus 4: there are 2 devices here \(CUDA_VISIBLE_DEVICES=5,3\)"),
-    ("GPU-8a,GPU-8b", 1, "CUDA_VISIBLE_DEVICES=GPU-8a,GPU-8b: the launcher takes device numbers"),
+    ("GPU-8a,b", 2, "CUDA_VISIBLE_DEVICES=GPU-8a,b: must be numbers of devices, or names "),
+    ("MIG-8a,MIG-8b,MIG-8c", 1, "CUDA_VISIBLE_DEVICES=.*: CUDA finds only 2 of them"),
 ])
 def test_impossible_devices_are_refused(monkeypatch, visible, number, message):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ValueError, match=message):
         chosen(number, 2)
+
+
+HOSTS = {"node-a": 2, "node-b": 2}
+
+
+def named(monkeypatch, visible: str, **changes) -> list[str]:
+    monkeypatch.setattr(distributed, "on_cpu", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    options = {"num_gpus": -1, "num_nodes": -1, "include": "", "exclude": "", "no_ssh": False,
+               "node_rank": -1, "launcher": "pdsh", "force_multi": False, "hostfile": "hosts"}
+    return launching.named_devices(Namespace(**options | changes), HOSTS)
+
+
+def test_each_host_started_by_itself_takes_the_devices_that_are_named_there(monkeypatch):
+    flags = named(monkeypatch, "GPU-1,GPU-2,GPU-3", no_ssh=True, node_rank=1)
+    assert flags == ["--num_gpus=-1", "--num_nodes=-1", "--include=node-a:0,1@node-b:GPU-1,GPU-2"]
+    include = flags[-1].removeprefix("--include=")
+    assert launching.parse_inclusion_exclusion(HOSTS, include, "") == {
+        "node-a": ["0", "1"], "node-b": ["GPU-1", "GPU-2"]}
+    assert named(monkeypatch, "0,1", no_ssh=True, node_rank=1) == []
+    assert named(monkeypatch, "GPU-1", launcher="slurm") == []
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"no_ssh": True, "node_rank": 0}, r"1 device\(s\) for the 2 ranks of node-a"),
+    ({}, "are devices of this host; name those of each with --include HOST:GPU-1"),
+])
+def test_names_that_cannot_be_followed_on_several_hosts_are_refused(monkeypatch, changes, message):
+    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES=GPU-1: {message}"):
+        named(monkeypatch, "GPU-1", **changes)

@@ -28,6 +28,7 @@ from alpaca_rlhf.utils import distributed
 PORTS = range(20_000, 32_000)
 NO_SSH_PORT = 29_500  # hosts that are started one by one must agree without communicating
 DEFAULT_HOSTFILE = "/job/hostfile"  # the runner's; it need not exist
+NAMED = ("GPU-", "MIG-")  # prefixes of devices that are named, not numbered
 
 # Programs that a launcher needs on this host, and their packages in Debian and Ubuntu.
 PROGRAMS = {"pdsh": {"pdsh": "pdsh", "ssh": "openssh-client"},
@@ -78,7 +79,11 @@ def choose(options: Namespace) -> tuple[list[str], str]:
     if options.no_ssh:
         raise ValueError("--no_ssh: needs --hostfile FILE, the same on every node")
     if distributed.on_cpu():
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the runner would read it as a list of CPUs
+        # The runner would read it as a list of CPUs.
+        visible = os.environ.pop("CUDA_VISIBLE_DEVICES", "")
+        if visible.startswith(NAMED) and "DS_ACCELERATOR" not in os.environ:
+            raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: there is no such device here (see "
+                             "nvidia-smi -L); unset it to use the CPU")
         ranks = max(1, options.num_gpus)
         # Left alone, the runner would start one rank per NUMA node.
         flags = [] if options.include or options.exclude else [f"--num_gpus={ranks}"]
@@ -112,9 +117,14 @@ def choose_devices(options: Namespace, available: int) -> tuple[list[str], str]:
         raise ValueError(f"--num_gpus {count}: there are {available} devices here{among}")
     if not visible:
         return [], f"{count} of {available} devices"
-    devices = [name.strip() for name in visible.split(",")][:count]
-    if not all(name.isdigit() for name in devices):
-        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: the launcher takes device numbers only")
+    devices = [name.strip() for name in visible.split(",")]
+    if devices[0].startswith(NAMED) and len(devices) > available:
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: CUDA finds only {available} of them "
+                         "(see nvidia-smi -L); it gives a process one MIG device at most")
+    devices = devices[:count]
+    if not all(name.isdigit() or name.startswith(NAMED) for name in devices):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: must be numbers of devices, or names "
+                         "(GPU-..., MIG-...)")
     del os.environ["CUDA_VISIBLE_DEVICES"]  # the flag holds it now; the runner would warn
     include = "localhost:" + ",".join(devices)
     return ["--num_gpus=-1", "--num_nodes=-1", f"--include={include}"], f"devices {include}"
@@ -150,7 +160,50 @@ def choose_hosts(options: Namespace) -> tuple[list[str], str]:
     if launcher in ("openmpi", "slurm"):
         # The runner would ask the first host for its address by ssh, which these do not need.
         flags += ["--no_ssh_check", f"--master_addr={options.master_addr or next(iter(hosts))}"]
-    return flags, f"{text}, port {port}"
+    return [*flags, *named_devices(options, hosts)], f"{text}, port {port}"
+
+
+def named_devices(options: Namespace, hosts: dict[str, int]) -> list[str]:
+    """Return flags for the devices that CUDA_VISIBLE_DEVICES names, on this host of several.
+
+    Raises:
+        ValueError: it names fewer than this host's ranks, or other hosts are started from here.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible.startswith(NAMED) or distributed.on_cpu() or options.include or options.exclude:
+        return []
+    if not options.no_ssh and (len(hosts) > 1 or options.force_multi):
+        if options.launcher.lower() != "pdsh":
+            return []  # there every process finds the variable of its own host
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: are devices of this host; name those "
+                         f"of each with --include HOST:{visible.split(',')[0]},...@HOST:...")
+    here = list(hosts)[max(0, options.node_rank)]
+    wanted = {host: options.num_gpus if options.num_gpus > 0 else slots
+              for host, slots in list(hosts.items())[: max(0, options.num_nodes) or None]}
+    devices = visible.split(",")
+    if len(devices) < wanted.get(here, 0):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: {len(devices)} device(s) for the "
+                         f"{wanted[here]} ranks of {here} (slots in {options.hostfile})")
+    slots = {host: devices[:count] if host == here else map(str, range(count))
+             for host, count in wanted.items()}
+    include = "@".join(f"{host}:{','.join(names)}" for host, names in slots.items())
+    return ["--num_gpus=-1", "--num_nodes=-1", f"--include={include}"]
+
+
+def parse_inclusion_exclusion(
+    pool: dict[str, int], include: str, exclude: str
+) -> dict[str, list[int]] | dict[str, list[str]]:
+    """Return the devices of each host; --include may name them, which DeepSpeed's parser refuses.
+
+    They become the CUDA_VISIBLE_DEVICES of the workers as they are.
+    """
+    if not any(f"{sign}{prefix}" in include for sign in ":," for prefix in NAMED):
+        return runner.parse_inclusion_exclusion(pool, include, exclude)
+    given = {host: names for host, _, names in (node.partition(":") for node in include.split("@"))}
+    if exclude or not given.keys() <= pool.keys():
+        raise ValueError(f"--include {include}: takes hosts of {', '.join(pool)}, and no --exclude")
+    return {host: (given[host] or ",".join(map(str, range(pool[host])))).split(",")
+            for host in pool if host in given}
 
 
 def runner_for_hosts() -> ModuleType:
@@ -160,7 +213,8 @@ def runner_for_hosts() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     vars(module).update(PDSHRunner=Pdsh, OpenMPIRunner=OpenMpi, SlurmRunner=Slurm,
-                        EXPORT_ENVS=[*runner.EXPORT_ENVS, *FORWARDED])
+                        EXPORT_ENVS=[*runner.EXPORT_ENVS, *FORWARDED],
+                        parse_inclusion_exclusion=parse_inclusion_exclusion)
     return module
 
 

@@ -30,7 +30,7 @@ SECONDS_TO_END = 40  # the launcher itself gives its workers 30 between SIGTERM 
 KILLED = {
     256 - signal.SIGKILL: "SIGKILL (out of memory?)",
     256 - signal.SIGSEGV: "SIGSEGV",
-    256 - signal.SIGABRT: "SIGABRT",
+    256 - signal.SIGABRT: "SIGABRT (a collective that took longer than --collective_timeout?)",
     256 - signal.SIGBUS: "SIGBUS (shared memory full?)",
 }
 
@@ -164,7 +164,7 @@ def launch(argv: list[str]) -> None:
 def main(argv: list[str]) -> int:
     """Run the launcher; return this process's exit code."""
     site.addsitedir(str(REPOSITORY))  # as PYTHONPATH does for the workers
-    from alpaca_rlhf.utils.console import under_debugger
+    from alpaca_rlhf.utils.console import TIMED_OUT, under_debugger
 
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
@@ -173,7 +173,10 @@ def main(argv: list[str]) -> int:
     try:
         launch(argv)
     except SystemExit as ended:
-        if ended.code in KILLED:
+        if ended.code == TIMED_OUT:
+            print("my_deepspeed: a rank waited for another one for longer than "
+                  "--collective_timeout; the lines above name the place", file=sys.stderr)
+        elif ended.code in KILLED:
             print(f"my_deepspeed: a worker was ended by {KILLED[ended.code]}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
