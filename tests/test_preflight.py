@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import types
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from alpaca_rlhf.utils import distributed, optimizer, preflight
@@ -161,6 +164,82 @@ def test_a_containers_limit_counts_and_ranks_share_the_host(
     if limit == "memory.max":
         (groups / limit).write_text("max\n")
         assert distributed.free_memory(groups)[1] > 200_000
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+SMALL = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"}
+HUB = {
+    "org/safe": {*SMALL, "README.md", "modeling.py", "model-00001-of-00001.safetensors",
+                 "model.safetensors.index.json", "pytorch_model.bin", "consolidated.safetensors",
+                 "original/model.safetensors"},
+    "org/pickled": {*SMALL, "pytorch_model-00001-of-00001.bin", "training_args.bin"},
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """A hub that can be reached; the files that are fetched from it."""
+    fetched: dict[str, set[str]] = {}
+
+    def download(path, *, allow_patterns, ignore_patterns):
+        if path not in HUB:
+            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        folder = tmp_path / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in filter_repo_objects(
+            HUB[path], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (folder / name).touch()
+            fetched.setdefault(path, set()).add(name)
+        return str(folder)
+
+    online = types.SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setattr(preflight, "constants", online)
+    monkeypatch.setattr(preflight, "snapshot_download", download)
+    return fetched
+
+
+def of_hub(path, **loading):
+    return Planned(RoleConfig(model_name_or_path=path), LoadingConfig(**loading),
+                   AdapterConfig(), EngineConfig())
+
+
+def test_one_process_of_a_node_fetches_what_loading_will_read(hub, monkeypatch):
+    models = [of_hub("org/safe"), of_hub("org/pickled")]
+    monkeypatch.setattr(distributed, "_place", distributed._Place(first_on_node=False))
+    preflight.fetch(models)
+    assert hub == {}
+    monkeypatch.setattr(distributed, "_place", distributed._Place())
+    preflight.fetch(models)
+    assert hub == {
+        "org/safe": {*SMALL, "model-00001-of-00001.safetensors", "model.safetensors.index.json"},
+        "org/pickled": {*SMALL, "pytorch_model-00001-of-00001.bin"},
+    }
+
+
+def test_of_a_tokenizers_repository_no_weights_are_fetched(small, hub):
+    preflight.check([of_hub(small.actor, tokenizer_name_or_path="org/pickled")])
+    assert hub == {"org/pickled": SMALL}
+
+
+def test_code_is_fetched_if_it_is_trusted(hub):
+    preflight.fetch([of_hub("org/safe", trust_remote_code=True)])
+    assert "modeling.py" in hub["org/safe"]
+
+
+def test_a_repository_that_is_missing_is_one_line(hub):
+    with pytest.raises(UserError, match="no model can be loaded from nobody/nothing: no such f"):
+        preflight.check([of_hub("nobody/nothing")])
+
+
+def test_a_full_disk_is_not_left_to_the_loader(hub, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preflight, "snapshot_download", full)
+    with pytest.raises(OSError, match="No space left"):
+        preflight.fetch([of_hub("org/safe")])
 
 
 # --- a compiler ----------------------------------------------------------------------------------

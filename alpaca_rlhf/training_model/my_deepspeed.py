@@ -26,12 +26,12 @@ from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_TO_END = 40  # the launcher itself gives its workers 30 between SIGTERM and SIGKILL
-# The launcher's exit codes for workers that were ended by a signal and have printed nothing.
-KILLED = {
-    256 - signal.SIGKILL: "SIGKILL (out of memory?)",
-    256 - signal.SIGSEGV: "SIGSEGV",
-    256 - signal.SIGABRT: "SIGABRT (a collective that took longer than --collective_timeout?)",
-    256 - signal.SIGBUS: "SIGBUS (shared memory full?)",
+# Signals that end workers which have printed nothing.
+KILLED: dict[int, str] = {
+    signal.SIGKILL: "SIGKILL (out of memory?)",
+    signal.SIGSEGV: "SIGSEGV",
+    signal.SIGABRT: "SIGABRT (a collective that took longer than --collective_timeout?)",
+    signal.SIGBUS: "SIGBUS (shared memory full?)",
 }
 
 
@@ -173,11 +173,13 @@ def main(argv: list[str]) -> int:
     try:
         launch(argv)
     except SystemExit as ended:
-        if ended.code == TIMED_OUT:
+        code = ended.code if isinstance(ended.code, int) else 0
+        killed = KILLED.get(256 - code) or KILLED.get(code - 128)  # the latter of mpirun and srun
+        if code == TIMED_OUT:
             print("my_deepspeed: a rank waited for another one for longer than "
                   "--collective_timeout; the lines above name the place", file=sys.stderr)
-        elif ended.code in KILLED:
-            print(f"my_deepspeed: a worker was ended by {KILLED[ended.code]}", file=sys.stderr)
+        elif killed:
+            print(f"my_deepspeed: a worker was ended by {killed}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

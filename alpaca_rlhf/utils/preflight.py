@@ -6,6 +6,7 @@ Rajbhandari et al. 2020 (ZeRO), section 3, for the bytes per parameter; Hu et al
 the adapters.
 """
 
+import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alpaca_rlhf.utils import console, distributed, ds_config, optimizer
@@ -26,6 +27,8 @@ from alpaca_rlhf.utils.model.causal_lm import load_config
 GB = 1e9
 # Bytes per trained parameter, in fp32: Adam's moments; master weights; sums of gradients.
 MOMENTS, MASTER_COPY, GRADIENT = 8, 4, 4
+# What is read of a hub id besides weights: configuration, tokenizer and chat template.
+DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
     for path in [*paths, models[0].loading.tokenizer_name_or_path]:
         if path is not None:
             require_cached(path)
+    fetch(models)
     engine = models[0].engine
     if engine.deepspeed_config:
         for line in ds_config.check_overrides(engine.deepspeed_config, engine.offload):
@@ -95,6 +99,32 @@ def require_cached(path: str) -> None:
         f"({constants.HF_HUB_CACHE}) has nothing of that name; give a folder, unset "
         f"HF_HUB_OFFLINE, or fill the cache where there is a network (hf download {path})"
     )
+
+
+def fetch(models: Sequence[Planned]) -> None:
+    """Fetch what loading will read of hub ids, by one process of each node; the others wait."""
+    loading = models[0].loading
+    paths = {m.path: True for m in models}
+    if loading.tokenizer_name_or_path is not None:
+        paths.setdefault(loading.tokenizer_name_or_path, False)
+    if distributed.is_first_on_node() and not constants.HF_HUB_OFFLINE:
+        for path, weights in paths.items():
+            if _is_hub_id(path):
+                _fetch(path, weights, loading.trust_remote_code)
+    distributed.barrier()
+
+
+def _fetch(path: str, weights: bool, code: bool) -> None:
+    wanted = [*DESCRIPTIONS, *["*.py"] * code, *["model*.safetensors"] * weights]
+    in_folders = "*/*"  # other formats, and training states
+    try:
+        folder = snapshot_download(path, allow_patterns=wanted, ignore_patterns=in_folders)
+        if weights and not any(Path(folder).glob("model*.safetensors")):
+            snapshot_download(
+                path, allow_patterns="pytorch_model*.bin", ignore_patterns=in_folders)
+    except Exception as error:  # of the network or the hub: the loaders say what they cannot find
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _is_hub_id(path: str) -> bool:
