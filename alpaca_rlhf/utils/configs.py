@@ -273,7 +273,7 @@ class RunConfig(SeedConfig):
         False, "allow an --output_dir that holds another run", on_resume="free")
     local_rank: int = option(-1, "set by the launcher; -1: a single process")
     collective_timeout: Count = option(
-        1800, "seconds after which a rank that waits for the others ends the run",
+        1800, "seconds after which a rank that waits for another one's tensors ends the run",
         on_resume="free")
 
 

@@ -242,7 +242,8 @@ def is_first_on_node() -> bool:
 def barrier() -> None:
     """Wait for every rank, for as long as its work on the host takes."""
     if world_size() > 1:
-        dist.barrier(_place.host_group)
+        # Unlike dist.barrier, this needs nothing of the device.
+        dist.all_reduce(torch.zeros(1), group=_place.host_group)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

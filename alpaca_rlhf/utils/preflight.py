@@ -104,7 +104,7 @@ def require_cached(path: str) -> None:
 def fetch(models: Sequence[Planned]) -> None:
     """Fetch what loading will read of hub ids, by one process of each node; the others wait."""
     loading = models[0].loading
-    paths = {m.path: True for m in models}
+    paths = {model.role.model_name_or_path: True for model in models}
     if loading.tokenizer_name_or_path is not None:
         paths.setdefault(loading.tokenizer_name_or_path, False)
     if distributed.is_first_on_node() and not constants.HF_HUB_OFFLINE:
