@@ -38,8 +38,8 @@ PROGRAMS = {"pdsh": {"pdsh": "pdsh", "ssh": "openssh-client"},
 # Prefixes of the variables that every host gets, besides DeepSpeed's own (PYTHON, NCCL, ...). No
 # token: the process list of every host shows these values.
 FORWARDED = (
-    "OMP_NUM_THREADS", "DS_ACCELERATOR", "GLOO_", "TORCH_NCCL_",
-    "ALPACA_RLHF_", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_", "XDG_CACHE_HOME",
+    "OMP_NUM_THREADS", "DS_ACCELERATOR", "GLOO_", "TORCH_NCCL_", "ALPACA_RLHF_", "HF_HOME",
+    "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_", "XDG_CACHE_HOME",
 )
 
 
@@ -177,10 +177,10 @@ def named_devices(options: Namespace, hosts: dict[str, int]) -> list[str]:
             return []  # there every process finds the variable of its own host
         raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: are devices of this host; name those "
                          f"of each with --include HOST:{visible.split(',')[0]},...@HOST:...")
-    here = list(hosts)[max(0, options.node_rank)]
+    here = list(hosts)[options.node_rank if options.no_ssh else 0]
     wanted = {host: options.num_gpus if options.num_gpus > 0 else slots
               for host, slots in list(hosts.items())[: max(0, options.num_nodes) or None]}
-    devices = visible.split(",")
+    devices = [name.strip() for name in visible.split(",")]
     if len(devices) < wanted.get(here, 0):
         raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: {len(devices)} device(s) for the "
                          f"{wanted[here]} ranks of {here} (slots in {options.hostfile})")
