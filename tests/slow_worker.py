@@ -43,7 +43,7 @@ def exporting() -> None:
     """Export a model."""
     export._save_model = slowly
     export.unwrapped = export.merged_state_dict = lambda *_: {}
-    export.export(torch.nn.Linear(1, 1), None, FOLDER, "")
+    export.export(torch.nn.Linear(1, 1), None, FOLDER, "", {})
 
 
 def saving(stage: int) -> None:
