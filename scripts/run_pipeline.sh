@@ -71,7 +71,7 @@ run_step() {
     previous_hash=$hash
 
     if $fresh && [[ -f $state ]]; then
-        rm -rf "$output" "$output.partial" "$state"
+        echo fresh >"$state"
     fi
     if $reuse && is_finished && [[ $(cat "$state" 2>/dev/null) == "done $hash" ]]; then
         echo "== $title: reused, finished before: $output"

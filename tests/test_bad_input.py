@@ -53,6 +53,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "no_statistics" / "score_statistics.json").unlink()
     word_tokenizer("Human: Assistant:").save_pretrained(folder / "other_words")
     (folder / "other").mkdir()
+    (folder / "other" / "config.json").touch()
     for name, text in FILES.items():
         (folder / name).write_text(text)
     return folder
@@ -121,8 +122,8 @@ def command(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Com
 
 BROKEN_LINE = ("GIVEN/broken.jsonl, line 17: not JSON (Expecting property name enclosed in double "
                "quotes); mend or remove the line")
-ANOTHER_RUN = ("--output_dir GIVEN/other: is not empty, another run may be in it; give another "
-               "folder, or --overwrite_output_dir to replace it")
+ANOTHER_RUN = ("--output_dir GIVEN/other: holds a run or a model (config.json); give another folder, "
+               "or --overwrite_output_dir to replace it")
 
 
 @pytest.mark.parametrize(("step", "changes", "line"), [

@@ -2,6 +2,7 @@
 
 import json
 
+import golden_curves
 import pytest
 import torch
 from conftest import moved, small_config, snapshot, with_adapter
@@ -12,10 +13,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     LlamaForCausalLM,
 )
 
-from alpaca_rlhf.utils.run.export import export
+from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
+from alpaca_rlhf.utils.errors import TrainingStopped, UserError
+from alpaca_rlhf.utils.run import export as export_module
+from alpaca_rlhf.utils.run.export import export, rehearse
 
 
 def adapted(model):
@@ -108,3 +113,41 @@ def test_an_export_has_tokenizer_template_generation_config_and_card(small, tmp_
 def test_nothing_is_exported_without_a_folder(small, tmp_path):
     export(small.causal_lm(), small.tokenizer, None, "card", {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sampling_parameters_without_do_sample_are_saved_as_sampling(small, tmp_path):
+    model = small.causal_lm()
+    model.generation_config.update(do_sample=False, temperature=0.9, top_p=0.6)
+    rehearse(model, small.tokenizer, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    export(model, small.tokenizer, tmp_path, "card", {})
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+    rehearse(small.reward_model(), small.tokenizer, tmp_path)
+
+
+def test_what_the_libraries_refuse_to_save_is_refused_before_the_training(
+    small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(type(small.tokenizer), "save_pretrained", lambda *_: int("x\ny"))
+    with pytest.raises(UserError, match=r"^the model could not be saved after the training: inv.*; "
+                       r"mend its config.json, generation_config.json or tokenizer$"):
+        rehearse(small.causal_lm(), small.tokenizer, tmp_path)
+
+
+def test_an_export_that_fails_leaves_a_checkpoint_and_is_made_again_by_one_command(
+    small, tmp_path, monkeypatch
+):
+    words = ["--model_name_or_path", small.actor, "--max_steps", 2, "--max_seq_len", 64,
+             "--eval_iters", 1, "--data_output_path", small.folder / "cache"]
+    with monkeypatch.context() as broken, pytest.raises(TrainingStopped) as stopped:
+        broken.setattr(export_module, "_save_model", lambda *_: {}["a name\nand more"])
+        golden_curves.run(step1, tmp_path / "run", *words)
+    kept = tmp_path / "run.partial" / "checkpoints" / "step-00000002"
+    assert str(stopped.value) == (
+        "error: the model could not be exported: 'a name\\nand more'; --resume_from_checkpoint "
+        f"latest resumes from {kept}")
+    # Into another folder: this process still holds the lock of the first.
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl"):  # no step is left to take
+        golden_curves.run(step1, tmp_path / "again", *words, "--resume_from_checkpoint", kept)
+    assert (tmp_path / "again" / "model.safetensors").exists()

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import moved, snapshot
@@ -12,6 +14,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRo
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     AdaptiveKLController,
     RewardNormalizer,
+    apply_reward_function,
     load_reward_function,
     make_experience,
 )
@@ -286,16 +289,35 @@ def test_a_reward_function_receives_prompts_and_responses_as_text(small, engine)
     assert seen[0][1] == small.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("numbers", [[1.0], [1.0, math.nan], [1.0, math.inf]])
-def test_a_reward_function_that_returns_too_few_or_non_finite_numbers_is_refused(
-    small, engine, numbers
-):
+def broken(prompts, responses):
+    return [len(response) / 0 for response in responses]
+
+
+@pytest.mark.parametrize(("function", "found"), [
+    (lambda *_: [1.0], "returned 1 values"),
+    (lambda *_: [1.0, math.nan], "returned nan"),
+    (lambda *_: [1.0, -math.inf], "returned -inf"),
+    (lambda *_: [1e39, 0.0], "returned 1e+39"),
+    (lambda *_: [1.0, None], "returned None"),
+    (lambda *_: ["good", 1.0], "returned 'good'"),
+    (lambda *_: None, "TypeError: 'NoneType' object is not iterable (…)"),
+    (lambda *_: 1.0, "TypeError: 'float' object is not iterable (…)"),
+    (broken, f"ZeroDivisionError: division by zero ({__file__}:…, in <listcomp>)"),
+])
+def test_a_reward_function_that_fails_or_returns_no_numbers_is_one_line(function, found):
     with pytest.raises(UserError) as error:
-        scored_rollout(small, engine, count=2, reward_function=lambda *_: numbers)
-    assert str(error.value) == (
-        f"--reward_function: returned {len(numbers)} numbers for 2 responses, or a non-finite "
-        "one; return one finite float for each"
-    )
+        apply_reward_function(function, ["a", "b"], ["c", "d"])
+    pattern = ".*".join(re.escape(part) for part in found.split("…"))
+    assert re.fullmatch(
+        f"--reward_function: {pattern}; return one finite float for each of the 2 responses",
+        str(error.value))
+
+
+@pytest.mark.parametrize("values", [
+    [True, False], [np.float32(1), np.float64(0)], [torch.tensor(1.0), torch.tensor([0.0])],
+    np.array([1, 0]), torch.tensor([1.0, 0.0], dtype=torch.bfloat16), (1, 0), ["1", "0"]])
+def test_a_reward_function_may_return_any_numbers(values):
+    assert apply_reward_function(lambda *_: values, ["a", "b"], ["c", "d"]) == [1.0, 0.0]
 
 
 def test_a_reward_function_is_found_by_module_and_name(tmp_path, monkeypatch):

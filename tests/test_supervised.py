@@ -103,7 +103,7 @@ def train(small, folder, plan, loss=step1.loss, found=None):
             seen.append([row["input_ids"][1] - 60 for row in rows])
         return made.collate(rows)
 
-    before, after, _ = supervised.train(
+    before, after, _, _ = supervised.train(
         engine, DATA, replace(made, collate=collate, loss=loss), plan,
         folder=RunFolder(str(folder)), found=found,
         checkpoint=CheckpointConfig(save_steps=1, save_total_limit=9),

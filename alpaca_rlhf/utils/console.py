@@ -68,6 +68,9 @@ def run_main(main: Callable[[], None]) -> None:
     is printed once.
     """
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the console lacks ends no run
+            stream.reconfigure(errors="replace")
     try:
         main()
     except TrainingStopped as stop:

@@ -29,7 +29,7 @@ from deepspeed.comm.torch import TorchBackend
 from torch import Tensor
 
 from alpaca_rlhf.utils import console
-from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 
 # Set by `my_deepspeed.py --debug_ranks N,N --debug_port N`; the launcher passes them to each host.
 DEBUG_RANKS, DEBUG_PORT = "ALPACA_RLHF_DEBUG_RANKS", "ALPACA_RLHF_DEBUG_PORT"
@@ -244,6 +244,25 @@ def barrier() -> None:
     if world_size() > 1:
         # Unlike dist.barrier, this needs nothing of the device.
         dist.all_reduce(torch.zeros(1), group=_place.host_group)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Wait for every rank after the body, and raise on all of them if it raises on one.
+
+    Raises:
+        TrainingStopped: on the ranks whose own body did not raise.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = gather_rows([str(failure)] if failure else [])
+    if failure:
+        raise failure
+    if failures:
+        raise TrainingStopped(f"another rank failed: {failures[0]}")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

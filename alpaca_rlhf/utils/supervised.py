@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,15 +86,21 @@ class Plan:
                 yield batches[start : start + accumulation]
 
 
+class Trained(NamedTuple):
+    """Metrics before and after a training, the numbers of `Objective.measure` after it."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    numbers: Numbers
+    checkpoints: Checkpoints
+
+
 def train(
     engine: Engine, data: Prepared, objective: Objective, plan: Plan, *, folder: RunFolder,
     found: Found | None, checkpoint: CheckpointConfig, tracking: TrackingConfig, step: int,
     arguments: dict[str, Any],
-) -> tuple[dict[str, float], dict[str, float], Numbers]:
+) -> Trained:
     """Evaluate, train (or resume training from the checkpoint `found`), evaluate.
-
-    Returns:
-        Metrics before and after the training, and the numbers of `Objective.measure` after it.
 
     Raises:
         FloatingPointError: too many consecutive optimizer steps were non-finite.
@@ -118,7 +124,7 @@ def train(
     numbers = evaluate(engine, data, objective, plan.batches)
     after = objective.summarize(numbers)
     console.say(f"after: {objective.describe(after)}")
-    return progress.before, after, numbers
+    return Trained(progress.before, after, numbers, checkpoints)
 
 
 def _train(

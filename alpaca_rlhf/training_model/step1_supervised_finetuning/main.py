@@ -48,13 +48,15 @@ def main() -> None:
     )
     console.say(f"model: {summary}")
 
-    before, after, _ = supervised.train(
+    export.rehearse(engine.module, chat.tokenizer, folder.path)
+    before, after, _, checkpoint = supervised.train(
         engine, data, objective(chat.pad_id), plan, folder=folder, found=found,
         checkpoint=args.checkpoint, tracking=args.tracking, step=1, arguments=config,
     )
     facts = {"base model": role.model_name_or_path, "held-out perplexity": describe(after)}
     title = "Supervised fine-tuned model"
-    export.export(engine.module, chat.tokenizer, folder.path, title, facts)
+    with checkpoint.saving_on_failure():
+        export.export(engine.module, chat.tokenizer, folder.path, title, facts)
     data.save_record(folder.path)
     folder.finish(config, {"step": 1, "before": before, "after": after, "data": data.report})
     page.write_beside(folder.final)

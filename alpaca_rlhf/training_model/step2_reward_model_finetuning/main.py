@@ -59,12 +59,14 @@ def main() -> None:
     )
     console.say(f"model: {summary}")
 
-    before, after, pairs = supervised.train(
+    export.rehearse(engine.module.model, chat.tokenizer, folder.path)
+    before, after, pairs, checkpoint = supervised.train(
         engine, data, objective(chat.pad_id), plan, folder=folder, found=found,
         checkpoint=args.checkpoint, tracking=args.tracking, step=2, arguments=config,
     )
     facts = {"base model": role.model_name_or_path, "held-out pairs": describe(after)}
-    export.export(engine.module.model, chat.tokenizer, folder.path, "Reward model", facts)
+    with checkpoint.saving_on_failure():
+        export.export(engine.module.model, chat.tokenizer, folder.path, "Reward model", facts)
     save_scores(folder.path, after, pairs)
     data.save_record(folder.path)
     folder.finish(config, {"step": 2, "before": before, "after": after, "data": data.report})

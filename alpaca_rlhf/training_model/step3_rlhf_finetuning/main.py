@@ -90,7 +90,8 @@ def main() -> None:
     with tracker, ppo.checkpoints.deferring_signals():
         ppo.train(tracker)
     after = ppo.evaluate()
-    ppo.export(after)
+    with ppo.checkpoints.saving_on_failure():
+        ppo.export(after)
     folder.finish(config, evaluate_policy.results(data.report, progress.before, after))
     page.write_beside(folder.final)
 
@@ -153,6 +154,8 @@ class PPO:
             needs_reward_model=reward_function is None,
         )
         console.say("\n".join(engine.summary))
+        for model in (engine.actor.module, engine.critic.module.model):
+            export.rehearse(model, chat.tokenizer, folder.path)
         slots = args.rollout.per_device_generation_batch_size
         self.maker = RolloutMaker(
             engine, HybridEngine(engine.actor, args.hybrid, slots), chat, sampling=args.sampling,

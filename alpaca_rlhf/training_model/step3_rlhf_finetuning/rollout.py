@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,14 +49,25 @@ def apply_reward_function(
     """Return the score of each response by a reward function.
 
     Raises:
-        UserError: it does not return one finite number for each response.
+        UserError: it raises, or does not return one number for each response, finite in fp32.
     """
-    scores = [float(score) for score in function(prompts, responses)]
-    if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-        raise UserError(
-            f"--reward_function: returned {len(scores)} numbers for {len(responses)} responses, or "
-            "a non-finite one; return one finite float for each"
-        )
+    expected = f"return one finite float for each of the {len(responses)} responses"
+    try:
+        given = list(function(prompts, responses))
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"--reward_function: {type(error).__name__}: {error} ({frame.filename}:"
+                        f"{frame.lineno}, in {frame.name}); {expected}") from error
+    if len(given) != len(responses):
+        raise UserError(f"--reward_function: returned {len(given)} values; {expected}")
+    scores = []
+    for value in given:
+        try:
+            scores.append(torch.tensor(float(value), dtype=torch.float32).item())
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            scores.append(math.nan)
+        if not math.isfinite(scores[-1]):
+            raise UserError(f"--reward_function: returned {value!r:.80}; {expected}")
     return scores
 
 

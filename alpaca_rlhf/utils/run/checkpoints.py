@@ -324,14 +324,34 @@ class Checkpoints:
         if stop is not None:
             raise TrainingStopped(self._last_words(stop), code=128 + stop)
 
+    @contextlib.contextmanager
+    def saving_on_failure(self) -> Iterator[None]:
+        """Save a checkpoint if the export inside fails, on all ranks: the training is not lost.
+
+        Raises:
+            TrainingStopped: why it failed, and how to export again.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.save()
+            if isinstance(error, OSError | TrainingStopped):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TrainingStopped(
+                f"error: the model could not be exported: {reason}{self._remedy()}") from error
+
+    def _remedy(self) -> str:
+        saved = complete_checkpoints(self._root) if self._root else []
+        if not saved:
+            return "; no checkpoint could be saved"
+        return f"; --resume_from_checkpoint latest resumes from {saved[-1]}"
+
     def _last_words(self, stop: signal.Signals) -> str:
         text = f"{stop.name}: stopped after step {self.progress.step}"
         if self._root is None:
             return f"{text}; nothing is saved: no --output_dir was given"
-        saved = complete_checkpoints(self._root)
-        if not saved:
-            return f"{text}; no checkpoint could be saved"
-        return f"{text}; --resume_from_checkpoint latest resumes from {saved[-1]}"
+        return text + self._remedy()
 
     def save(self, *, mid_iteration: bool = False) -> str | None:
         """Save a checkpoint, unless there is no folder for it or it is there; return its name.

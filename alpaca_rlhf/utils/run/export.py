@@ -4,6 +4,7 @@ An export has safetensors, config, tokenizer with chat template, generation conf
 """
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data.tokenizer import eos_ids
+from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.lora import gathered_state_dict, merged_state_dict, unwrapped
 from alpaca_rlhf.utils.run.run_folder import ARGUMENTS_FILE
 
@@ -38,19 +40,47 @@ def export(
     if folder is None:
         return
     state = gathered_state_dict(model, distributed.is_main())
-    if distributed.is_main():
-        if isinstance(model, PeftModel):
-            model.save_pretrained(
-                str(folder / ADAPTER_FOLDER), state_dict=state, safe_serialization=True
-            )
-        weights, lost = merged_state_dict(model, state)
-        if lost > MERGED_EXACTLY:
-            facts = facts | {"adapter": (
-                f"merged in {unwrapped(model).dtype}, which rounds away {lost:.1%} of its update "
-                f"(norm); exact in {ADAPTER_FOLDER}/")}
-        _save_model(unwrapped(model), weights, tokenizer, folder)
-        (folder / "README.md").write_text(model_card(title, facts))
-    distributed.barrier()
+    with distributed.failing_together():
+        if distributed.is_main():
+            _write(model, tokenizer, folder, title, facts, state)
+
+
+def rehearse(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+    """Write all of an export but its weights, and remove it: what cannot be saved fails early.
+
+    Raises:
+        UserError: the libraries refuse to save the tokenizer or a configuration.
+    """
+    if folder is None or not distributed.is_main():
+        return
+    plain = unwrapped(model)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".rehearsal-") as rehearsal:
+            plain.config.save_pretrained(rehearsal)
+            tokenizer.save_pretrained(rehearsal)
+            if plain.can_generate():
+                _generation_config(plain, tokenizer).save_pretrained(rehearsal)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the model could not be saved after the training: "
+                        f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; mend its "
+                        "config.json, generation_config.json or tokenizer") from error
+
+
+def _write(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, title: str,
+    facts: dict[str, Any], state: dict[str, Tensor],
+) -> None:
+    if isinstance(model, PeftModel):
+        model.save_pretrained(
+            str(folder / ADAPTER_FOLDER), state_dict=state, safe_serialization=True
+        )
+    weights, lost = merged_state_dict(model, state)
+    if lost > MERGED_EXACTLY:
+        facts = facts | {"adapter": (
+            f"merged in {unwrapped(model).dtype}, which rounds away {lost:.1%} of its update "
+            f"(norm); exact in {ADAPTER_FOLDER}/")}
+    _save_model(unwrapped(model), weights, tokenizer, folder)
+    (folder / "README.md").write_text(model_card(title, facts))
 
 
 def _save_model(
@@ -78,6 +108,11 @@ def _generation_config(
     config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = eos_ids(tokenizer, config.eos_token_id)
     config.bos_token_id = tokenizer.bos_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # Vicuna and Llama 2 have sampling parameters without do_sample: they mean sampling.
+        config.do_sample = True
     return config
 
 
