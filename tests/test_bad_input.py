@@ -122,8 +122,8 @@ def command(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Com
 
 BROKEN_LINE = ("GIVEN/broken.jsonl, line 17: not JSON (Expecting property name enclosed in double "
                "quotes); mend or remove the line")
-ANOTHER_RUN = ("--output_dir GIVEN/other: holds a run or a model (config.json); give another folder, "
-               "or --overwrite_output_dir to replace it")
+ANOTHER_RUN = ("--output_dir GIVEN/other: holds a run or a model (config.json); give another "
+               "folder, or --overwrite_output_dir to replace it")
 
 
 @pytest.mark.parametrize(("step", "changes", "line"), [

@@ -169,10 +169,11 @@ def test_a_second_run_repeats_what_has_changed_and_every_step_after_it(tree, cha
 def test_changed_flags_run_all_steps_again_and_fresh_starts_over(tree):
     tree.run("--", "--seed", "1")
     for words in ("--", "--seed", "2"), ("--fresh",):
-        (tree.output / "actor" / "stale").touch()
+        (tree.output / "actor" / "notes").touch()
         tree.run(*words)
         assert tree.started() == ALL
-    assert not (tree.output / "actor" / "stale").exists()
+        assert (tree.output / "actor" / "notes").exists(), "the steps know what is theirs"
+    assert "--resume_from_checkpoint" not in tree.log.read_text()
 
 
 @pytest.mark.parametrize("code", [1, 2, 7])
