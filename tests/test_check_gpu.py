@@ -134,7 +134,10 @@ def test_the_exit_code_the_table_and_the_file(
     assert lines[2].endswith(f"; written to {output}")
     written = json.loads(output.read_text())
     assert written["machine"] == {"n": 1.5}
-    (row,) = written["rows"]
+    assert written["counts"] == {kind: [line.split()[0] for line in lines[:2]].count(kind)
+                                 for kind in ("PASS", "FAIL", "SKIP")}
+    machine, row = written["rows"]
+    assert (machine["name"], machine["figures"]) == ("machine", {})
     assert (row["name"], row["status"]) == ("some row", status)
     assert row.keys() == {"name", "status", "seconds", "message", "figures", "log"}
 
@@ -180,7 +183,8 @@ def test_real_rows_on_a_cpu(check_gpu, tmp_path, capsys):
     written = json.loads(output.read_text())
     found = {row["name"]: row for row in written["rows"]}
     assert {name: row["status"] for name, row in found.items()} == {
-        "logprobs fp32": "PASS", "decoding compiled": "PASS", "decoding graph": "SKIP",
+        "machine": "PASS", "logprobs fp32": "PASS", "decoding compiled": "PASS",
+        "decoding graph": "SKIP",
         "resume moved": "PASS", "one visible device": "SKIP"}
     assert found["decoding graph"]["message"] == "a CUDA graph needs a GPU"
     assert found["logprobs fp32"]["figures"]["first_log_ratio_max"] == 0.0
