@@ -75,7 +75,7 @@ from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
 from alpaca_rlhf.utils.generation.cuda_graph import GraphStep
 from alpaca_rlhf.utils.generation.steps import ForwardStep
 from alpaca_rlhf.utils.logging import records
-from alpaca_rlhf.utils.logging.alarms import Alarms, Limits
+from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, Alarms
 from alpaca_rlhf.utils.logging.tracker import Tracker
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import save_statistics
@@ -292,11 +292,11 @@ def _learns(rows: list[dict[str, Any]], case: str, dtype: str) -> dict[str, floa
 
 def _starts_right(rows: list[dict[str, Any]], case: str, dtype: str) -> dict[str, float]:
     """Check PPO iterations by the limits of the alarms; return what the first one measured."""
-    limits = Limits.of_precision(dtype == "fp32", distributed.world_size())
-    alarms = Alarms(limits)
+    exact = EXACT if distributed.world_size() == 1 else CLOSE
+    alarms = Alarms(exact if dtype == "fp32" else HALF)
     for row in rows:
-        for alarm in alarms.check(row):
-            raise Wrong(f"{case}, iteration {row['step']}: {alarm.message}")
+        for message in alarms.check(row).values():
+            raise Wrong(f"{case}, iteration {row['step']}: {message}")
     names = ("rollout/decoding_difference_mean", "rollout/decoding_difference_max",
              "policy/first_log_ratio_mean", "policy/first_log_ratio_max")
     return {name.partition("/")[2]: rows[0][name] for name in names}
