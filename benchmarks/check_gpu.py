@@ -100,7 +100,9 @@ def work() -> None:
     os.dup2(2, 1)
 
     def write(*values: Any) -> None:
-        results.write(json.dumps(values) + "\n")
+        # The size of the log says where the next row's output begins.
+        sys.stdout.flush()
+        results.write(json.dumps([os.fstat(2).st_size, *values]) + "\n")
         results.flush()
 
     folder, rows = json.load(sys.stdin)
@@ -119,7 +121,6 @@ def work() -> None:
         except BaseException as error:  # SystemExit, too, is the end of a check
             status, message = FAIL, one_line(error)
             traceback.print_exc()
-        sys.stdout.flush()
         write(status, time.perf_counter() - start, message, figures)
         if status == FAIL:
             os._exit(1)  # not the interpreter's end: threads of a broken collective would stay
@@ -149,6 +150,7 @@ class Worker:
         self._log, self._unread = log, b""
         paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("ab") as output:
+            self._start = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "import check_gpu; check_gpu.work()"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
@@ -157,13 +159,15 @@ class Worker:
             )
         given = [str(folder), [(row.check, row.arguments) for row in rows]]
         stdin = self._pipe(self._process.stdin)
-        stdin.write(json.dumps(given).encode())
-        stdin.close()
-        self.start = len(self.lines())
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; `read` says how
+            stdin.write(json.dumps(given).encode())
+            stdin.close()
 
-    def lines(self) -> list[str]:
-        """Return the lines of the log that are not empty."""
-        text = self._log.read_text(encoding="utf-8", errors="replace")
+    def output(self) -> list[str]:
+        """Return what the row that has not been read yet, or has failed, has printed."""
+        with self._log.open("rb") as log:
+            log.seek(self._start)
+            text = log.read().decode(errors="replace")
         return [line.strip() for line in text.splitlines() if line.strip()]
 
     def read(self, seconds: float) -> list[Any] | str:
@@ -179,7 +183,10 @@ class Worker:
                 return self._reason(f"the process ended with {by}")
             self._unread += part
         line, _, self._unread = self._unread.partition(b"\n")
-        return json.loads(line)
+        end_of_log, *values = json.loads(line)
+        if values[0] != FAIL:
+            self._start = end_of_log
+        return values
 
     def end(self) -> None:
         """End the process and every process that it has started.
@@ -193,7 +200,7 @@ class Worker:
         self._pipe(self._process.stdout).close()
 
     def _reason(self, what: str) -> str:
-        last = self.lines()[self.start :][-1:]
+        last = self.output()[-1:]
         return f"{what}; last line: {last[0]}" if last else what
 
     @staticmethod
@@ -226,13 +233,11 @@ def run(rows: dict[str, Row], folder: Path, total: float = TOTAL) -> Iterator[Re
                 given = worker.read(min(rows[left[0]].limit, remaining))
             if isinstance(given, str):
                 given = [FAIL, time.monotonic() - began, given, {}]
-            result, lines = Result(left.pop(0), *given), worker.lines()
+            result = Result(left.pop(0), *given)
             if result.status == FAIL:
-                result = result._replace(log=lines[worker.start :][-LOG_LINES:])
+                result = result._replace(log=worker.output()[-LOG_LINES:])
                 worker.end()
                 worker = None
-            else:
-                worker.start = len(lines)
             yield result
     finally:
         if worker is not None:
