@@ -46,6 +46,7 @@ FLOORS = {
     "utils/configs.py": 0,
     "utils/console.py": 0,
     "utils/errors.py": 0,
+    "utils/files.py": 0,
     "utils/losses.py": 0,
     "utils/rl_math.py": 0,
     "utils/data/chat_template.py": 0,

@@ -1,5 +1,6 @@
 """The command-line contract: what parses to what, and the one line that each mistake ends in."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -516,3 +517,38 @@ def test_a_program_has_its_own_groups_and_defaults():
 def test_a_required_option_must_be_given():
     with pytest.raises(UserError, match="^--path is required: folder of a model$"):
         arguments.parse(Program, [])
+
+
+# --- files and home folders ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [
+    "\ufeffmax_steps: 3\n".encode(), "max_steps: 3\n".encode("utf-16"),
+    gzip.compress(b"max_steps: 3\n")])
+@pytest.mark.parametrize("name", ["run.yaml", "RUN.YML", "run.yaml.gz"])
+def test_a_config_file_is_read_in_any_encoding(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert arguments.parse(Step1Config, ["--config", str(tmp_path / name)]).schedule.max_steps == 3
+
+
+def test_a_json_config_with_a_mark_and_a_suffix_in_capitals_is_read(tmp_path):
+    (tmp_path / "RUN.JSON").write_text('{\n\t"max_steps": 3\n}', encoding="utf-8-sig")
+    args = arguments.parse(Step1Config, ["--config", str(tmp_path / "RUN.JSON")])
+    assert args.schedule.max_steps == 3
+
+
+def test_a_pointer_in_place_of_a_config_file_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match="--config .*: a pointer of git LFS, not the data itself"):
+        arguments.parse(Step1Config, ["--config", str(path)])
+
+
+def test_a_tilde_is_the_home_folder_in_flags_and_config_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: ~/out\ndata_path: [~/a.jsonl, b.jsonl]\nmodel_name_or_path: ~/m\n")
+    args = arguments.parse(Step1Config, ["--config=~/run.yaml", "--data_output_path=~/cache"])
+    assert (args.run.output_dir, args.data.data_path, args.model.model_name_or_path) == (
+        f"{tmp_path}/out", [f"{tmp_path}/a.jsonl", "b.jsonl"], f"{tmp_path}/m")
+    assert args.data.data_output_path == f"{tmp_path}/cache"

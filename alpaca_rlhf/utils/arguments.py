@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -45,6 +46,7 @@ from alpaca_rlhf.utils.configs import (
     options,
 )
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import UNREADABLE, read_text
 
 Record = TypeVar("Record")
 
@@ -179,10 +181,16 @@ def _reader(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any
     return read
 
 
+def _text(text: str) -> str:
+    """Replace a home folder at the start, which the shell leaves in `--flag=~/x`."""
+    return os.path.expanduser(text) if re.match(r"~\w*(/|$)", text) else text
+
+
 _READERS: dict[Any, Callable[[str], Any]] = {
     int: _reader(int, "a whole number"), float: _reader(_finite, "a number"),
-    bool: _reader(_boolean, "true or false"), str: str,
+    bool: _reader(_boolean, "true or false"), str: _text,
 }
+_WORDS = ("prompt", "system")  # flags whose text is never a path
 _KINDS: dict[Any, str] = {
     _READERS[int]: "N", _READERS[float]: "X", _READERS[bool]: "[BOOL]",
 }
@@ -233,6 +241,8 @@ class _Parser(ArgumentParser):
         names = [f"--{name}" for name in dict.fromkeys(names)]
         kind, choices, several = _kind(option.hint)
         settings: dict[str, Any] = {"type": _READERS[kind], "choices": choices}
+        if option.flag in _WORDS:
+            settings["type"] = str
         if several:
             settings["nargs"] = "+"
         if kind is bool:
@@ -501,14 +511,16 @@ def _read_mapping(flag: str, path: str) -> dict[Any, Any]:
     Raises:
         UserError: names the file, the mistake and its line.
     """
-    as_json = flag != "config" or path.endswith(".json")
+    as_json = flag != "config" or ".json" in path.lower()[-9:]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path))
         content = json.loads(text) if as_json else yaml.safe_load(text)
     except FileNotFoundError:
         problem = "no such file"
-    except OSError as error:
-        problem = f"can not be read: {error.strerror}"
+    except UserError as error:
+        raise UserError(f"--{flag} {_one_line(str(error))}") from error
+    except UNREADABLE as error:
+        problem = f"can not be read: {getattr(error, 'strerror', None) or error}"
     except json.JSONDecodeError as error:
         problem = f"line {error.lineno}: not valid JSON: {error.msg}"
     except yaml.MarkedYAMLError as error:

@@ -8,6 +8,7 @@ import torch
 
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import read_text
 
 MAX_GRAD_NORM = 1.0
 
@@ -60,7 +61,7 @@ def make(
         "communication_data_type": "fp32",
     }
     if overrides:
-        _merge(config, json.loads(Path(overrides).read_text()), overrides)
+        _merge(config, json.loads(read_text(Path(overrides))), overrides)
     zero["stage"] = effective_stage(zero_stage, dtype)
     return config
 
@@ -126,7 +127,7 @@ def check_overrides(path: str, offload: bool) -> list[str]:
     Raises:
         UserError: it asks for what this program cannot honour.
     """
-    extra, lines = json.loads(Path(path).read_text()), []
+    extra, lines = json.loads(read_text(Path(path))), []
     zero = extra.get("zero_optimization") or {}
     nested = {f"{section}.{key}": value for section in ("zero_optimization", "bf16", "fp16")
               for key, value in (extra.get(section) or {}).items()}

@@ -20,6 +20,7 @@ from alpaca_rlhf.utils.configs import PPOConfig
 from alpaca_rlhf.utils.data.sources import load_from_hub
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import UNREADABLE, read_text
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
 
 # Fields that run over P + R, padded on both sides; the others run over R, or over B alone.
@@ -285,9 +286,10 @@ def text_rows(
 
 def _file(path: Path, flag: str) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n\n")
-    except OSError as error:
-        raise UserError(f"{flag}: cannot be read ({error.strerror}); give another") from error
+        return read_text(path).split("\n\n")
+    except UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag}: cannot be read ({reason}); give another") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{flag}: not UTF-8 at byte {error.start}; convert the file") from error
 
