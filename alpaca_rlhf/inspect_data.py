@@ -24,7 +24,8 @@ from alpaca_rlhf.utils import arguments, console
 from alpaca_rlhf.utils.configs import InspectStep1, InspectStep2, InspectStep3
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.prepare import Prepared
-from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
+from alpaca_rlhf.utils.data.samples import Tally
+from alpaca_rlhf.utils.data.sources import Source, open_sources
 from alpaca_rlhf.utils.data.split import Split, digest, placed
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat
 from alpaca_rlhf.utils.errors import UserError
@@ -152,8 +153,8 @@ FEWEST_HELD_OUT = 50
 _LANGUAGE_SAMPLES = 500  # of each data set
 _SHORTEST_TEXT = 20  # characters, below which a language is a guess
 # Reasons that are no fault of the data: another flag asks for them, or another step uses the row.
-_NO_FAULTS = ("no rejected response", "prompt occurred before", "prompt is held out", "language ",
-              "beyond the share")
+_NO_FAULTS = ("no rejected response", "no response", "label is", "kto_tag is",
+              "prompt occurred before", "prompt is held out", "language ", "beyond the share")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.sources import HELD_OUT, TRAIN, Source, Tally, open_sources
+from alpaca_rlhf.utils.data.samples import Sample, Tally
+from alpaca_rlhf.utils.data.sources import HELD_OUT, TRAIN, Source, open_sources
 
 
 @dataclass

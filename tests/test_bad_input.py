@@ -132,8 +132,8 @@ ANOTHER_RUN = ("--output_dir GIVEN/other: holds a run or a model (config.json); 
     (2, {"data_path": "GIVEN/broken.jsonl"}, BROKEN_LINE),
     (3, {"data_path": "GIVEN/broken.jsonl"}, BROKEN_LINE),
     (2, {"data_path": "GIVEN/columns.jsonl"},
-     "--data_path GIVEN/columns.jsonl: the columns prompt, chosen fit no known data format; known "
-     "are prompt+chosen+rejected; question+chosen+rejected; chosen+rejected; …"),
+     "--data_path GIVEN/columns.jsonl, row 1: the columns prompt (text), chosen (text) fit no "
+     "known data format; the nearest is prompt + chosen + rejected (missing: rejected); …"),
     (1, {"data_path": "GIVEN/empty.jsonl"},
      "--data_path GIVEN/empty.jsonl: the file is empty; give one with rows"),
     (1, {"sft_only_data_path": "GIVEN/no.json"},

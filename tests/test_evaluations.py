@@ -77,7 +77,7 @@ def test_prompts_are_read_from_many_formats(row, expected):
 
 
 @pytest.mark.parametrize(("content", "line"), [
-    ('{"prompt": "a"}\n{"text": "b"}\n', "row 2: the columns text have no prompt"),
+    ('{"prompt": "a"}\n{"text": "b"}\n', r"row 2: .*columns text \(text\) fit no known"),
     ('{"prompt": ""}\n', "row 1: empty prompt"),
     ("", "has no prompt in it"),
 ])

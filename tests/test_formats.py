@@ -1,7 +1,6 @@
 """Each data format of the table, from rows in its exact schema; what cannot be used is counted."""
 
 import json
-from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from loading import load
 
 from alpaca_rlhf.utils.data import formats
-from alpaca_rlhf.utils.data.samples import Sample, parse_dialogue
+from alpaca_rlhf.utils.data.samples import Sample, Tally, Unusable, parse_dialogue
 
 
 def user(text: str, **more: str) -> dict[str, str]:
@@ -143,6 +142,8 @@ KNOWN = [
     ("seed_tasks", [{"id": "seed_task_0", "instruction": "Add.", "instances": [
         {"input": "1, 2", "output": "3"}, {"input": "", "output": "What?"}]}],
      [Sample(INPUT, "3"), Sample((user("Add."),), "What?")]),
+    ("prompt-only", [{"prompt": list(TALK), "data_source": "x", "reward_model": {"style": "rule"}}],
+     [Sample(TALK, "", lacking="no response")]),
 ]
 # Trees come as JSON alone: each of their levels is a type of its own.
 @pytest.mark.parametrize(("name", "rows", "expected"), [one for one in KNOWN if one[1][0] != TREE])
@@ -155,9 +156,9 @@ def test_a_repository_of_the_hub_is_read_by_its_name(tmp_path, name, rows, expec
 
 def read(rows: list[dict], name: str = "") -> tuple[list[Sample], dict[str, int]]:
     """Return the samples of rows, and the reasons for the others."""
-    unused = Counter[str]()
-    samples = list(formats.choose(name, rows[0], "--data_path x").read(rows, unused))
-    return samples, dict(unused)
+    tally = Tally()
+    samples = list(formats.read(rows, name, tally))
+    return samples, dict(tally.unused)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +179,14 @@ def test_every_format_of_the_table_stands_in_this_file():
 
 @pytest.mark.parametrize(("prompt", "messages"), [
     *[(prompt, (user("Hi\n\nthere"),)) for prompt in (
-        "Hi\n\nthere", "  Hi\n\nthere \n", "Human: Hi\n\nthere",
+        "Hi\n\nthere", "  Hi\n\nthere \n",
         "\n\nHuman: Hi\n\nthere\n\nAssistant:", "Human:Hi\n\nthere\n\nAssistant: ",
         [user(" Hi\n\nthere ")])],
     (TALK_TEXT, TALK),
     (list(TALK), TALK),
-    # A Human that is named later is part of one turn.
+    # Text that does not begin with Human: and end with Assistant: is one turn, whatever it names.
+    ("Human: Hi\n\nthere", (user("Human: Hi\n\nthere"),)),
+    ("Human: Hi\n\nAssistant: Yes", (user("Human: Hi\n\nAssistant: Yes"),)),
     ("Finish this:\n\nHuman: Hi\n\nAssistant:",
      (user("Finish this:\n\nHuman: Hi\n\nAssistant:"),)),
 ])
@@ -240,7 +243,6 @@ TALKING = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "
     ({"history": "Hi", "human_ref_A": "a", "human_ref_B": "b", "labels": None},
      "labels is not 0 or 1"),
     ({"instruction": "Hi", "input": 3, "output": "Good."}, "input is not text"),
-    ({"instruction": "Hi", "input": "", "output": None}, "chosen is not text"),
     ({"instruction": "Hi", "instances": []}, "empty instances"),
     ({"conversations": []}, "no assistant turn"),
     ({"conversations": TALKING["conversations"][1:]}, "dialogue does not end with a user turn"),
@@ -265,10 +267,14 @@ TALKING = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "
     ({**ROW, "prompt": " \n"}, "empty prompt"),
     *[({**ROW, "prompt": prompt}, "prompt is neither text nor messages")
       for prompt in (None, ["Hi"], [{"role": "user"}])],
-    ({**ROW, "prompt": [{"role": "tool", "content": "x"}, user("Hi")]},
-     "role is not system, user or assistant"),
+    *[({**ROW, "prompt": [turn, user("Hi")]}, "tool turns") for turn in (
+        {"role": "tool", "content": "x"}, {"from": "observation", "value": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "user", "content": [{"type": "tool_result", "content": "x"}]})],
+    ({**ROW, "prompt": [{"role": "critic", "content": "x"}, user("Hi")]},
+     'role "critic" is not system, user or assistant'),
     *[({**ROW, "prompt": prompt}, "dialogue does not end with a user turn")
-      for prompt in ([], [user("Hi"), assistant("Yes")], "Human: Hi\n\nAssistant: Yes",
+      for prompt in ([], [user("Hi"), assistant("Yes")],
                      "Human:\n\nAssistant:")],
     ({**ROW, "chosen": ""}, "empty chosen"),
     ({**ROW, "rejected": " "}, "empty rejected"),
@@ -301,7 +307,7 @@ def test_a_row_that_cannot_be_used_is_counted(row, reason):
 
 
 def test_a_row_that_lacks_a_column_of_the_first_is_counted():
-    assert read([ROW, {"prompt": "Hi", "chosen": "Good."}]) == (PAIR, {"rejected is not text": 1})
+    assert read([ROW, {"prompt": "Hi", "chosen": "Good."}]) == (PAIR, {"no known data format": 1})
 
 
 def test_alpaca_eval_names_the_better_output():
@@ -349,17 +355,23 @@ VALUE = TEXT | st.lists(MESSAGE, max_size=3) | ANYTHING | st.integers(0, 3)
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_row_becomes_a_sample_or_is_counted(one, data):
-    row = data.draw(st.fixed_dictionaries({column: VALUE for column in one.columns}))
-    unused = Counter()
-    samples = list(one.read([row], unused))
-    assert not any("\n" in reason for reason in unused)
+    chosen = one
+    columns = [data.draw(st.sampled_from(names)) for names, _ in one.fields()]
+    row = data.draw(st.fixed_dictionaries({column: VALUE for column in columns}, optional={
+        column: VALUE for column in ("system", "history", "label") if column not in columns}))
+    rows = [row] if one.gather is None else one.gather([row])
+    made = [one for row in rows for one in (
+        [row] if isinstance(row, Unusable) else chosen.samples(row))]
+    assert not any("\n" in str(reason) for reason in made if isinstance(reason, Unusable))
+    samples = [sample for sample in made if isinstance(sample, Sample)]
     for sample in samples:
         assert sample.messages[-1]["role"] == "user"
         assert {message["role"] for message in sample.messages} <= {"system", "user", "assistant"}
         for text in (sample.messages[-1]["content"], sample.chosen, sample.rejected):
-            assert text is None or text == text.strip() != ""
+            assert text is None or text == text.strip() != "" or sample.lacking
         sample.prompt_key().encode()
         assert sample.chosen != sample.rejected
+        assert bool(sample.chosen) is not bool(sample.lacking)
 
 
 NODE = st.recursive(

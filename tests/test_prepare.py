@@ -184,7 +184,8 @@ def test_the_report_counts_what_was_used_cut_and_filtered_out(preparation):
     assert report == {
         "filtered_out": {"tie": 2}, "cut": {"cut to --max_seq_len 7": 1}, "train": 3,
         "held_out": 1, "data_sets": [{"data_set": "given", "rows": 4, "samples": 4, "train": 3,
-                                      "held_out": 1, "filtered_out": {"tie": 2}}]}
+                                      "held_out": 1, "filtered_out": {"tie": 2},
+                                      "unread": {}}]}
 
 
 LONGER = data_set([sample("d", "a b c d"), sample("e", "a")], [], label="other")
@@ -331,7 +332,7 @@ def test_the_rows_are_those_of_their_format(preparation):
     ):
         found += encode([Sample(turns, "e a", "b"), *TRAIN], chat_format(), lengths)
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    assert (prepare.FORMAT, digest[:16]) == (1, "189b23648be90f0e")
+    assert (prepare.FORMAT, digest[:16]) == (2, "189b23648be90f0e")
 
 
 def test_an_unfinished_cache_is_not_taken(preparation):

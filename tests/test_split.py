@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from loading import given as data_set
 
 from alpaca_rlhf.utils.data import split as splitting
-from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.sources import Tally
+from alpaca_rlhf.utils.data.samples import Sample, Tally
 from alpaca_rlhf.utils.data.split import Split
 
 

@@ -18,15 +18,16 @@ PROMPT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content":
 MODELS, RESPONSES = ("rlhf", "sft"), ("Frozen water 🙂.", "Ice.\nIce.")
 
 
-def test_a_vote_is_a_pair_and_a_tie_is_filtered_out(tmp_path):
+def test_a_vote_is_a_pair_and_a_tie_is_a_prompt(tmp_path):
     votes = VoteFile(tmp_path / "votes.jsonl")
     votes.add(PROMPT, MODELS, RESPONSES)
     votes.add(PROMPT, MODELS, RESPONSES, tie=True)
     votes.add(PROMPT, MODELS, ("Ice.", "Ice."))
     data = load([str(tmp_path / "votes.jsonl")])
-    (sample,) = data.train
+    sample, *ties = data.train
     assert (list(sample.messages), sample.chosen, sample.rejected) == (PROMPT, *RESPONSES)
-    assert data.filtered_out == {"rejected is not text": 2}
+    assert [tie.lacking for tie in ties] == ["no response"] * 2
+    assert data.filtered_out == {}
 
 
 def test_votes_of_earlier_sessions_count(tmp_path):

@@ -16,8 +16,8 @@ from alpaca_rlhf.utils import console
 from alpaca_rlhf.utils.configs import HeldOutConfig, SeedConfig, SourcesConfig
 from alpaca_rlhf.utils.data import split as splitting
 from alpaca_rlhf.utils.data.formats import EMBEDDED
-from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.sources import Tally, open_sources
+from alpaca_rlhf.utils.data.samples import Sample, Tally
+from alpaca_rlhf.utils.data.sources import open_sources
 from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import Message
 from alpaca_rlhf.utils.errors import UserError

@@ -12,11 +12,12 @@ from alpaca_rlhf.evaluation.results import write_output
 from alpaca_rlhf.evaluation.saved import open_policy, open_scorer, short_names
 from alpaca_rlhf.utils.configs import LoadingConfig, PromptEvalConfig, SamplingConfig
 from alpaca_rlhf.utils.console import say, table
-from alpaca_rlhf.utils.data.formats import instruction_turns
-from alpaca_rlhf.utils.data.samples import Unusable, in_order, messages_of, turns_of, user_turn
+from alpaca_rlhf.utils.data import formats
+from alpaca_rlhf.utils.data.samples import Tally, Unusable, user_turn
 from alpaca_rlhf.utils.data.sources import read_rows
 from alpaca_rlhf.utils.data.tokenizer import Message
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import UNREADABLE, read_text
 
 Record = dict[str, Any]  # of a response: model, path, reply, tokens, ended and, if scored, score
 WIDTH = 100
@@ -82,10 +83,10 @@ def prompts_of_file(path: Path) -> Iterator[list[Message]]:
     Raises:
         UserError: it cannot be read, or a row is no prompt; names the row.
     """
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(path).splitlines()
+        except (UnicodeDecodeError, *UNREADABLE) as error:
             raise UserError(f"--prompts {path}: cannot be read ({error})") from error
         yield from ([user_turn(line.strip())] for line in lines if line.strip())
         return
@@ -99,25 +100,15 @@ def prompts_of_file(path: Path) -> Iterator[list[Message]]:
 
 
 def messages_in(row: dict[str, Any]) -> list[Message]:
-    """Return the prompt in a row; of a whole dialogue, all before its last response.
+    """Return the prompt in a row of any data format; of a dialogue, all before its last response.
 
     Raises:
         Unusable: there is none.
     """
-    for column in ("messages", "conversations"):
-        if column in row:
-            turns = turns_of(row[column], column)
-            while turns and turns[-1]["role"] == "assistant":
-                turns.pop()
-            return in_order(turns)
-    if "prompt" in row:
-        return messages_of(row["prompt"])
-    if "instruction" in row:
-        return instruction_turns(row["instruction"], row.get("input"))
-    if "question" in row:
-        return messages_of(row["question"], "question")
-    raise Unusable(f"the columns {', '.join(row) or '(none)'} have no prompt, messages, "
-                   "instruction or question")
+    tally = Tally()
+    for sample in formats.read([row], "", tally):
+        return list(sample.messages)
+    raise Unusable(tally.unfit or next(iter(tally.unused), "no prompt"))
 
 
 # --- responses -----------------------------------------------------------------------------------

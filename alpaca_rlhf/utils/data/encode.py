@@ -53,7 +53,7 @@ def encode_sft(
     """Encode samples of step 1: `input_ids`, and `labels` that are -100 where nothing is trained.
 
     `train_on` "last" trains the response alone, "all" the assistant's earlier turns too, unless
-    they are the responses of rows of their own.
+    they are the responses of rows of their own, or marked as not trained.
     """
     dialogues = chat.segments([sample.messages for sample in samples])
     responses = chat.responses(sample.chosen for sample in samples)
@@ -61,8 +61,8 @@ def encode_sft(
     for sample, segments, full in zip(samples, dialogues, responses, strict=True):
         whole = list(chain.from_iterable(segments))
         prompt, (response,) = lengths.fit(whole, full)
-        trained = train_on == "all" and sample.history_is_trained
-        labels = whole if train_on_prompt else _labels(segments, trained)
+        earlier = train_on == "all" and sample.history_is_trained
+        labels = _labels(segments, train_on_prompt, earlier, sample.untrained)
         labels = labels[len(whole) - len(prompt) :]
         row = {"input_ids": prompt + response, "labels": labels + response}
         before, after = len(whole) + len(full), len(row["input_ids"])
@@ -70,13 +70,18 @@ def encode_sft(
     return rows
 
 
-def _labels(segments: list[list[int]], trained: bool) -> list[int]:
-    """Return the ids of earlier responses (odd segments) where they are trained, -100 elsewhere.
+def _labels(
+    segments: list[list[int]], contexts: bool, earlier: bool, untrained: Sequence[int]
+) -> list[int]:
+    """Return the ids of a prompt that are trained, and -100 elsewhere.
 
-    A response that is nothing but its eos is not trained.
+    Even segments are contexts, odd ones earlier responses; those of the numbers `untrained` are
+    left out, and so is a response that is nothing but its eos, unless contexts are trained too.
     """
+    left_out = {2 * number + 1 for number in untrained}
     return [
-        token if trained and number % 2 and len(segment) > 1 else IGNORE_INDEX
+        token if number not in left_out
+        and (contexts or (earlier and number % 2 and len(segment) > 1)) else IGNORE_INDEX
         for number, segment in enumerate(segments) for token in segment
     ]
 

@@ -35,13 +35,13 @@ from alpaca_rlhf.utils.data.encode import (
     encode_prompts,
     encode_sft,
 )
-from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.sources import Source, Tally, open_sources
+from alpaca_rlhf.utils.data.samples import Sample, Tally
+from alpaca_rlhf.utils.data.sources import Source, open_sources
 from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key: raise it when this package makes other rows from the same data."""
 
 PROMPT = "prompt"  # column of a row: the digest of its prompt
@@ -58,7 +58,7 @@ class Prepared:
     report: dict[str, Any]
 
     def describe(self) -> str:
-        """Return the report: one line, and one for each data set where there are several."""
+        """Return the report: one line, one for each of several data sets, and what is not read."""
         cut = "".join(f"; {n:,} {what}" for what, n in self.report["cut"].items() if n)
         lines = [f"data: {_counts(self.report, cut)}"]
         if len(self.report["data_sets"]) > 1:
@@ -67,6 +67,9 @@ class Prepared:
                 f"samples; {_counts(one)}"
                 for one in self.report["data_sets"]
             ]
+        for one in self.report["data_sets"]:
+            if unread := ", ".join(f"{what} ({n:,} rows)" for what, n in one["unread"].items()):
+                lines.append(f"warning: {one['data_set']}: nothing reads {unread}")
         return "\n".join(lines)
 
     def lengths(self) -> list[int]:
@@ -255,7 +258,8 @@ def _write(
         rows = _encode(samples, arguments, temporary / "samples", workers)
         report: dict[str, Any] = {"cut": Counter(), "data_sets": [
             {"data_set": source.label, "rows": tally.rows, "samples": tally.samples,
-             "filtered_out": tally.unused} for source, tally in zip(sources, tallies, strict=True)]}
+             "filtered_out": tally.unused, "unread": tally.unread}
+            for source, tally in zip(sources, tallies, strict=True)]}
         for name in ("train", "held_out"):
             _save_part(name, rows, arguments["lengths"], report, temporary)
         report["split"] = {

@@ -1,23 +1,20 @@
 """Data sets: the entries of `--data_path`, opened and read as samples, a row at a time.
 
-An entry is `[NAME=]PLACE[:SHARE]`. PLACE is a file (.json as one list or as lines, .jsonl, both
-also .gz, or .parquet), a folder of such files, a folder that `datasets` saved, or a data set of the
+An entry is `[NAME=]PLACE[:SHARE]`. PLACE is a file (.json, .jsonl, .ndjson or .parquet, also
+compressed), a folder of such files, a folder that `datasets` saved, or a data set of the
 hub. NAME says which data format it has when its columns do not; SHARE, above 0 and at most 1, takes
 that part of it. If the whole text of an entry exists as a path, it is that path, colons and equals
 signs included. A fingerprint of a source never parses it.
 """
 
-import gzip
 import hashlib
 import json
 import os
 import re
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +22,14 @@ from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import console
 from alpaca_rlhf.utils.data import formats
 from alpaca_rlhf.utils.data.formats import EMBEDDED, LOCAL_JSON, Row
-from alpaca_rlhf.utils.data.samples import Sample
+from alpaca_rlhf.utils.data.samples import Sample, Tally
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import SUFFIXES, UNREADABLE, opened
 
 TRAIN, HELD_OUT = "train", "held_out"
 
 Parts = dict[str, list[Callable[[], Iterator[Row]]]]
 Content = tuple[Parts, Callable[[], str]]  # readers of each part, and the fingerprint
-
-
-@dataclass
-class Tally:
-    """Counts of one data set: rows read, samples made of them, and what was filtered out.
-
-    An Open Assistant tree is one row, and so is a message of a flat one.
-    """
-
-    rows: int = 0
-    samples: int = 0
-    unused: Counter[str] = field(default_factory=Counter)  # rows or samples, by reason
 
 
 @dataclass(frozen=True)
@@ -64,17 +50,15 @@ class Source:
         Raises:
             UserError: the rows cannot be read, have no known format, or none of them is usable.
         """
-        rows = self._counted(part, tally)
-        first = next(rows, None)
         before = tally.samples
-        if first is not None:
-            data_format = formats.choose(self.name, first, self.flag)
-            for sample in data_format.read(chain([first], rows), tally.unused):
-                tally.samples += 1
-                yield sample
+        for sample in formats.read(self._counted(part, tally), self.name, tally):
+            tally.samples += 1
+            yield sample
         if part == TRAIN and tally.rows == 0:
             raise UserError(f"{self.flag}: the file is empty; give one with rows")
         if part == TRAIN and tally.samples == before:
+            if tally.unfit:
+                raise UserError(f"{self.flag}, {tally.unfit}")
             reasons = "; ".join(f"{n} {reason}" for reason, n in tally.unused.items())
             raise UserError(f"{self.flag}: no usable row ({reasons}); give other data")
 
@@ -120,6 +104,7 @@ def _open(entry: str, flag: str, whole: bool) -> Source:
 
 def _parts_of(entry: str) -> tuple[str, str, float]:
     """Split an entry into name, place and share; an existing path is not split."""
+    entry = re.sub(r"(?:^|(?<==))~[^/:]*", lambda home: os.path.expanduser(home[0]), entry)
     shared = _SHARE.fullmatch(entry)
     candidates = [(entry, 1.0), *([(shared[1], float(shared[2]))] if shared else [])]
     for text, share in candidates:
@@ -151,7 +136,7 @@ def _content(name: str, place: str, flag: str) -> Content:
     if path.is_file():
         return {TRAIN: [partial(read_rows, path)]}, partial(_hash_of, [path])
     if not name and (place in formats.names() or re.fullmatch(r"[\w.-]+/[\w.-]+", place)):
-        if re.search(r"\.(jsonl?|parquet)(\.gz)?$", place) is None:
+        if _kind(path) not in _KINDS:
             return _hub(place, flag)
     raise UserError(
         f"{flag}: no such file or folder, and no data set of that name is known; known are "
@@ -188,7 +173,7 @@ def _by_part(splits: Iterable[str]) -> dict[str, list[str]]:
 
 # --- folders and the hub -------------------------------------------------------------------------
 
-_KINDS = (".json", ".jsonl", ".parquet")
+_KINDS = (".json", ".jsonl", ".ndjson", ".parquet")
 
 
 def _folder(folder: Path, flag: str) -> Content:
@@ -304,19 +289,24 @@ def load_from_hub(
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Read the rows of a .json (one list, or lines), .jsonl or .parquet file, the first two or .gz.
+    """Read the rows of a .json, .jsonl, .ndjson or .parquet file, also a compressed one.
+
+    JSON is read in any layout: an object on each line, one list, an object around a list, columns
+    instead of rows, and any of them over several lines.
 
     Raises:
         UserError: the file cannot be read; the message names the line.
     """
     kind = _kind(path)
     if kind not in _KINDS:
-        raise UserError(f"{path}: unknown kind of file; known are .json, .jsonl (.gz), .parquet")
-    return _parquet(path) if kind == ".parquet" else _json(path, may_be_list=kind == ".json")
+        raise UserError(f"{path}: unknown kind of file; known are .json, .jsonl, .parquet, also "
+                        f"with {', '.join(SUFFIXES[:-1])}")
+    return _parquet(path) if kind == ".parquet" else _json(path)
 
 
 def _kind(file: Path) -> str:
-    return next((suffix for suffix in reversed(file.suffixes) if suffix != ".gz"), "")
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in SUFFIXES), "")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -324,55 +314,129 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
+        with opened(path) as file, pyarrow.parquet.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, ValueError, *UNREADABLE) as error:
         raise UserError(f"{path}: not a parquet file; write it again") from error
 
 
-def _json(path: Path, may_be_list: bool) -> Iterator[Row]:
-    number = 0
-    opened: Any = gzip.open if path.suffix == ".gz" else open
+def _json(path: Path) -> Iterator[Row]:
+    values = _values(path)
+    some = list(islice(values, 2))
+    if len(some) == 1:
+        yield from _rows_in(some[0][1], path)
+    else:
+        for number, value in chain(some, values):
+            yield _object(value, f"{path}, line {number}")
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the JSON values of a file, each with the number of its first line."""
+    number, found = 0, 0
     try:
-        with opened(path, "rb") as file:
+        with opened(path) as file:
             for number, line in enumerate(file, 1):
                 text = _decoded(line, path, number)
                 if not text.strip():
                     continue
-                if may_be_list and text.lstrip().startswith("["):
-                    text += _decoded(file.read(), path, number + 1)
-                    for entry, row in enumerate(_parsed(text, path, number), 1):
-                        yield _object(row, f"{path}, entry {entry}")
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError):  # goes on in the next line, or is broken
+                    rest = _decoded(file.read(), path, number + 1)
+                    yield from _spread(text, rest, path, number, begun=found > 0)
                     return
-                may_be_list = False
-                yield _object(_parsed(text.rstrip(), path, number), f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:
+                yield number, value
+                found += 1
+    except UNREADABLE as error:
         where = f", after line {number}" if number else ""
         raise UserError(f"{path}{where}: cannot be read ({error}); write it again") from error
+
+
+def _spread(
+    line: str, rest: str, path: Path, number: int, begun: bool
+) -> Iterator[tuple[int, Any]]:
+    """Yield the JSON values of a text whose first line, of this number, holds no whole one.
+
+    If none can be read, and others were read a line each before it, the line is to blame.
+    """
+    text, found, position = (line + rest).lstrip(), False, 0
+    while position < len(text):
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            reason = _error_of(line.rstrip()) if begun and not found else None
+            raise _not_json(text, reason or error, path, number) from error
+        yield number + text.count("\n", 0, position), value
+        found, position = True, end + len(text[end:]) - len(text[end:].lstrip())
+
+
+def _error_of(text: str) -> Exception | None:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
+    return None
+
+
+def _not_json(text: str, error: Exception, path: Path, number: int) -> UserError:
+    """Say why a text that begins with a line of this number is not JSON."""
+    reason = str(error).split(";")[0]  # numbers too long, lists too deep
+    if isinstance(error, json.JSONDecodeError):
+        reason, number = error.msg, number + error.lineno - 1
+    problem = f"not JSON ({reason}); mend or remove the line"
+    if text.startswith("<"):
+        problem = "not JSON but a web page; download the file itself"
+    return UserError(f"{path}, line {number}: {problem}")
+
+
+def _rows_in(value: Any, path: Path) -> Iterator[Row]:
+    """Yield the rows in the only JSON value of a file: a list, or an object in a known layout."""
+    if isinstance(value, dict):
+        several = [name for name, rows in value.items() if _are_rows(rows)]
+        if len(several) > 1:
+            raise UserError(f"{path}: an object with several lists of rows ({', '.join(several)}); "
+                            "write each to a file of that name, and give their folder")
+        value = next(filter(_are_rows, _layouts(value)), [value])
+    elif not isinstance(value, list):
+        value = [value]
+    for entry, row in enumerate(value, 1):
+        yield _object(row, f"{path}, entry {entry}")
+
+
+def _are_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and any(
+        isinstance(row, dict) and formats.fits(row) for row in rows[:10])
+
+
+def _layouts(value: Row) -> Iterator[Any]:
+    """Yield what may be the rows of an object: itself, its columns, or a list somewhere in it."""
+    inner = list(value.values())
+    yield [value]
+    for kind in (list, dict):  # columns, as lists or by the number of the row
+        if inner and all(isinstance(one, kind) and len(one) == len(inner[0]) for one in inner):
+            columns = [one.values() if kind is dict else one for one in inner]
+            yield [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+            yield inner
+    if {"columns", "data"} <= value.keys() and all(isinstance(one, list) for one in inner):
+        yield [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
+    for one in inner:
+        if isinstance(one, list):
+            yield [row.get("row", row) if isinstance(row, dict) else row for row in one]
+            yield one
+        elif isinstance(one, dict):
+            yield from _layouts(one)
 
 
 def _decoded(data: bytes, path: Path, number: int) -> str:
     """Decode data that begins with a line of this number."""
     try:
-        return data.decode("utf-8-sig" if number == 1 else "utf-8")
+        return data.decode()
     except UnicodeDecodeError as error:
         number += data.count(b"\n", 0, error.start)
         raise UserError(f"{path}, line {number}: not UTF-8; convert the file") from error
-
-
-def _parsed(text: str, path: Path, number: int) -> Any:
-    """Parse text that begins with a line of this number."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, numbers too long, lists too deep
-        reason = str(error).split(";")[0]
-        if isinstance(error, json.JSONDecodeError):
-            reason, number = error.msg, number + error.lineno - 1
-        problem = f"not JSON ({reason}); mend or remove the line"
-        if text.lstrip().startswith("<"):
-            problem = "not JSON but a web page; download the file itself"
-        raise UserError(f"{path}, line {number}: {problem}") from error
 
 
 def _object(row: Any, where: str) -> Row:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from alpaca_rlhf.utils.data.samples import Sample
-from alpaca_rlhf.utils.data.sources import HELD_OUT, TRAIN, Source, Tally
+from alpaca_rlhf.utils.data.samples import Sample, Tally
+from alpaca_rlhf.utils.data.sources import HELD_OUT, TRAIN, Source
 
 HELD_OUT_SHARE = 0.05
 RECORD_FILE = "data_split.json"
@@ -111,14 +111,17 @@ def for_step(
 ) -> Iterator[Placed]:
     """Yield the samples that the step at hand trains on or measures on.
 
-    Step 2 uses pairs alone, step 3 each prompt once; the others are counted.
+    Steps 1 and 2 need a response, step 2 pairs; step 3 uses each prompt once. The others are
+    counted.
     """
     seen: set[int] = set()
     for one in placed(sources, split, tallies):
         if one.step not in (0, split.step):
             continue
         unused = tallies[one.source].unused
-        if split.step == 2 and one.sample.rejected is None:
+        if split.step < 3 and one.sample.lacking:
+            unused[one.sample.lacking] += 1
+        elif split.step == 2 and one.sample.rejected is None:
             unused["no rejected response"] += 1
         elif split.step == 3 and one.digest in seen:
             unused["prompt occurred before"] += 1
