@@ -250,6 +250,8 @@ def test_columns_and_keys_that_nothing_reads_are_named_with_their_rows():
     own = [system("Own."), *ICE]
     assert read({"messages": own, "system": "Other."})[2] == {"column system": 1}
     assert read({"messages": own, "system": "Own.", "prompt": ASK[0]["content"]})[2] == {}
+    rendered = "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n3"
+    assert read({"instruction": "Add.", "input": "1, 2", "output": "3", "text": rendered})[2] == {}
 
 
 @pytest.mark.parametrize(("key", "off", "on"), [

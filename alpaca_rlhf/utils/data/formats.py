@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import repeat
 from typing import Any
 
@@ -71,7 +71,9 @@ _HARMLESS = set(
     "topic task type tag tags domain subset split title subject difficulty quality level score "
     "scores rating ratings ratio difference rank margin model models generator annotator author "
     "lang language date time utc timestamp created version metadata meta tokens length len count "
-    "turns state ability synthetic deleted markdown tie replies".split())
+    "turns state ability synthetic deleted markdown tie replies quotes chatgpt_answers "
+    "raw_completion price_per_example time_per_example questions_answers paragraph_answer "
+    "paragraph_sentence sentence_answer name emojis review_result is_classification".split())
 _SIDE_WORDS = {"a", "b", "0", "1", "2", "chosen", "rejected"}  # may follow: score_chosen
 
 
@@ -95,7 +97,6 @@ class _Reading(dict[str, Any]):
 
     def unread(self, sample: Sample) -> Iterator[str]:
         """Yield the columns, and keys of turns, that hold something which the sample leaves out."""
-        texts = {sample.chosen, sample.rejected, *(m["content"] for m in sample.messages)}
         for column, value in self.items():
             if column in self.seen:
                 turns = value if isinstance(value, list) else [value]
@@ -103,7 +104,7 @@ class _Reading(dict[str, Any]):
                             for key, held in turn.items() if not _is_empty(held)
                             and key not in (*ROLE_KEYS, *TEXT_KEYS, *MARK_KEYS)
                             and not _is_harmless(key)}
-            elif not (_is_empty(value) or _is_harmless(column) or _repeats(value, texts)):
+            elif not (_is_empty(value) or _is_harmless(column) or _repeats(value, sample)):
                 yield f"column {column}"
 
 
@@ -116,13 +117,16 @@ def _is_harmless(name: str) -> bool:
     words = re.split(r"[\W_]+", name.lower())
     while len(words) > 1 and words[-1] in _SIDE_WORDS:
         words.pop()
-    return words[-1] in _HARMLESS
+    return words[-1] in _HARMLESS or name.lower() in _HARMLESS
 
 
-def _repeats(value: Any, texts: set[str | None]) -> bool:
-    """Return whether a value is one of the texts of a sample, or a rendering of all of them."""
+def _repeats(value: Any, sample: Sample) -> bool:
+    """Return whether a value is one of the texts of a sample, or a rendering of the sample."""
+    texts = {sample.chosen, sample.rejected, *(m["content"] for m in sample.messages)}
+    last = sample.messages[-1]
     if isinstance(value, str):
-        return value.strip() in texts or all(text in value for text in texts if text)
+        rendered = sample.chosen in value and last.get("instruction", last["content"]) in value
+        return value.strip() in texts or rendered
     return is_turns(value) and all(
         str(first_of(turn, TEXT_KEYS)).strip() in texts
         for turn in (value if isinstance(value, list) else [value]) if turn)
@@ -139,7 +143,6 @@ class DataFormat:
     # Joins rows first, where a sample is spread over several.
     gather: Callable[[Iterable[Row]], Iterator[Row | Unusable]] | None = None
     absent: tuple[str, ...] = ()  # columns that must not hold a text or turns
-    also: tuple[str, ...] = ()  # columns of these data sets that are not needed
 
     def fields(self) -> list[tuple[list[str], str]]:
         """Return the names of each column, and what it holds."""
@@ -200,8 +203,8 @@ def _earlier(history: Any) -> list[Message]:
         turns = turns_of(history, "history")
     else:
         pairs = list_of(history, "history")
-        if all(isinstance(text, str) for text in pairs):
-            pairs = list(zip(pairs[::2], pairs[1::2], strict=len(pairs) % 2 == 0))
+        if all(isinstance(text, str) for text in pairs) and len(pairs) % 2 == 0:
+            pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
         turns = []
         for pair in pairs:
             if isinstance(pair, dict):
@@ -239,7 +242,7 @@ def _chosen_rejected(row: _Reading) -> Sample:
         chosen, rejected = map(parse_dialogue, sides)
     else:
         raise Unusable("chosen or rejected is not text")
-    return whole_pair(chosen, rejected, _in_context(row, chosen[:-1]))
+    return whole_pair(chosen, rejected, partial(_in_context, row))
 
 
 def _prompt_chosen_rejected(row: _Reading) -> Sample:
@@ -248,7 +251,9 @@ def _prompt_chosen_rejected(row: _Reading) -> Sample:
     if all(map(_is_whole, sides)):
         chosen, rejected = (turns_of(side, "dialogue") for side in sides)
         in_order(chosen[:-1])
-        return whole_pair(chosen, rejected, messages)
+        # A prompt that ends in what the dialogues share has more before it.
+        longer = messages[-len(chosen) + 1 :] == chosen[:-1]
+        return whole_pair(chosen, rejected, lambda shared: messages if longer else shared)
     prompt = dict.get(row, "prompt")
     if isinstance(prompt, str) and all(isinstance(side, str) for side in sides):
         is_open = is_open_dialogue(prompt)
@@ -510,13 +515,11 @@ FORMATS = (
                _prompt_chosen_rejected),
     DataFormat(("Anthropic/hh-rlhf", "argilla/dpo-mix-7k"),
                ("chosen:dialogue", "rejected:dialogue"), _chosen_rejected),
-    DataFormat(("stanfordnlp/SHP",), ("history", "human_ref_A", "human_ref_B", "labels"), _shp,
-               also=("upvotes",)),
+    DataFormat(("stanfordnlp/SHP",), ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
     DataFormat(("tatsu-lab/alpaca_eval",), ("instruction", "output_1", "output_2", "preference"),
-               _alpaca_eval, also=("raw_completion", "price_per_example", "time_per_example")),
+               _alpaca_eval),
     DataFormat(("openai/webgpt_comparisons",),
-               ("question:object", "answer_0", "answer_1", "score_0", "score_1"), _webgpt,
-               also=("quotes_0", "quotes_1")),
+               ("question:object", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
     DataFormat(("GPT-4-LLM",), ("user_input", "responses_and_scores"), _scored_responses),
     DataFormat(("OpenAssistant/oasst1",), ("message_id", "parent_id", "role", "text"),
                _tree_samples, _trees_of_messages),
@@ -534,15 +537,12 @@ FORMATS = (
     DataFormat(("wangrui6/Zhihu-KOL",), ("INSTRUCTION", "RESPONSE"),
                _question_answer("INSTRUCTION", "RESPONSE")),
     DataFormat(("Hello-SimpleAI/HC3-Chinese", "Hello-SimpleAI/HC3"), ("question", "human_answers"),
-               _question_answer("question", "human_answers[]"), also=("chatgpt_answers",)),
-    DataFormat(("mkqa", "apple/mkqa"), ("queries", "answers"), _mkqa, also=("query",)),
+               _question_answer("question", "human_answers[]")),
+    DataFormat(("mkqa", "apple/mkqa"), ("queries", "answers"), _mkqa),
     DataFormat(("lmqg/qag_jaquad",), ("questions", "paragraph"),
-               _question_answer("questions[]", "paragraph"),
-               also=("answers", "questions_answers")),
+               _question_answer("questions[]", "paragraph")),
     DataFormat(("lmqg/qg_jaquad",), ("question", "sentence"),
-               _question_answer("question", "sentence"),
-               also=("answer", "paragraph", "paragraph_answer", "paragraph_sentence",
-                     "sentence_answer")),
+               _question_answer("question", "sentence")),
     DataFormat(("prompt-completion",),
                (f"{'|'.join(_PROMPTS)}:asked", f"{'|'.join(_RESPONSES)}:said"), _prompt_response),
     DataFormat(("prompt-only",), (f"{'|'.join(('instruction', *_PROMPTS))}:asked",), _prompt_only,
@@ -574,7 +574,6 @@ def read(rows: Iterable[Row], name: str, tally: Tally) -> Iterator[Sample]:
         else:
             made = list(chosen.samples(row))
             if made and isinstance(made[0], Sample):
-                row.seen |= set(chosen.also)
                 tally.unread.update(row.unread(made[0]))
             yield from _counted(made, tally)
     for one, some in kept.items():

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -317,18 +318,17 @@ def best_and_worst(messages: list[Message], responses: list[tuple[float, Any]]) 
 
 
 def whole_pair(
-    chosen: list[Message], rejected: list[Message], prompt: list[Message] | None = None
+    chosen: list[Message], rejected: list[Message],
+    prompt_of: Callable[[list[Message]], list[Message]],
 ) -> Sample:
     """Make a sample of two whole dialogues that differ in their last response only.
 
-    A prompt that is given beside them stands for what they share if it ends in that.
+    `prompt_of` makes the prompt of the turns that they share.
     """
     shared = chosen[:-1]
     if shared != rejected[:-1]:
         raise Unusable("dialogues differ before the last response")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Unusable("dialogue does not end with an assistant turn")
-    ending_with_user(shared)
-    if prompt and prompt[-len(shared) :] == shared:
-        shared = prompt
-    return pair_of(shared, chosen[-1]["content"], rejected[-1]["content"])
+    messages = prompt_of(ending_with_user(shared))
+    return pair_of(messages, chosen[-1]["content"], rejected[-1]["content"])

@@ -335,7 +335,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _values(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the JSON values of a file, each with the number of its first line."""
-    number, found = 0, 0
+    number, found = 0, False
     try:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
@@ -343,42 +343,38 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
                 if not text.strip():
                     continue
                 try:
-                    value = json.loads(text)
-                except (ValueError, RecursionError):  # goes on in the next line, or is broken
-                    rest = _decoded(file.read(), path, number + 1)
-                    yield from _spread(text, rest, path, number, begun=found > 0)
+                    value = json.loads(text.rstrip())
+                except (ValueError, RecursionError) as error:  # broken, or not the whole value
+                    text += _decoded(file.read(), path, number + 1)
+                    yield from _spread(text, path, number, error if found else None)
                     return
                 yield number, value
-                found += 1
+                found = True
     except UNREADABLE as error:
         where = f", after line {number}" if number else ""
         raise UserError(f"{path}{where}: cannot be read ({error}); write it again") from error
 
 
-def _spread(
-    line: str, rest: str, path: Path, number: int, begun: bool
-) -> Iterator[tuple[int, Any]]:
-    """Yield the JSON values of a text whose first line, of this number, holds no whole one.
+_NOT_SPACE = re.compile(r"\S|\Z")
 
-    If none can be read, and others were read a line each before it, the line is to blame.
+
+def _spread(
+    text: str, path: Path, number: int, error_of_line: Exception | None
+) -> Iterator[tuple[int, Any]]:
+    """Yield the JSON values of a text that begins with a line of this number, spread over lines.
+
+    If it holds none, and the values before it were on a line each, the error is that of the line.
     """
-    text, found, position = (line + rest).lstrip(), False, 0
+    decoder, position, line = json.JSONDecoder(), len(text) - len(text.lstrip()), number
     while position < len(text):
         try:
-            value, end = json.JSONDecoder().raw_decode(text, position)
+            value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            reason = _error_of(line.rstrip()) if begun and not found else None
-            raise _not_json(text, reason or error, path, number) from error
-        yield number + text.count("\n", 0, position), value
-        found, position = True, end + len(text[end:]) - len(text[end:].lstrip())
-
-
-def _error_of(text: str) -> Exception | None:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return error
-    return None
+            raise _not_json(text, error_of_line or error, path, number) from error
+        yield line, value
+        after = _NOT_SPACE.search(text, end)
+        start, position, error_of_line = position, after.start() if after else len(text), None
+        line += text.count("\n", start, position)
 
 
 def _not_json(text: str, error: Exception, path: Path, number: int) -> UserError:
@@ -387,7 +383,7 @@ def _not_json(text: str, error: Exception, path: Path, number: int) -> UserError
     if isinstance(error, json.JSONDecodeError):
         reason, number = error.msg, number + error.lineno - 1
     problem = f"not JSON ({reason}); mend or remove the line"
-    if text.startswith("<"):
+    if text.lstrip().startswith("<"):
         problem = "not JSON but a web page; download the file itself"
     return UserError(f"{path}, line {number}: {problem}")
 
