@@ -332,6 +332,8 @@ def test_a_data_set_saved_with_datasets_is_read(tmp_path):
     (tmp_path / "plain" / "data-00000-of-00001.arrow").write_bytes(b"torn")
     assert refusal(str(tmp_path / "plain")).startswith(
         f"{tmp_path}/plain: datasets cannot read what it saved there (")
+    write(tmp_path / "plain" / "data-00000-of-00001.arrow", LFS)
+    assert "data-00000-of-00001.arrow: a pointer of git LFS" in refusal(str(tmp_path / "plain"))
 
 
 # --- the hub -------------------------------------------------------------------------------------

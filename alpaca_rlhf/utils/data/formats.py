@@ -364,14 +364,6 @@ def _conversation(row: _Reading) -> Sample:
     return sample_of(_in_context(row, in_order(turns)), None, lacking=lacking)
 
 
-def _prompt_response(row: _Reading) -> Sample:
-    return sample_of(_prompt(row), row[row.held(_RESPONSES)])
-
-
-def _prompt_only(row: _Reading) -> Sample:
-    return sample_of(_prompt(row), None, lacking="no response")
-
-
 _USER_ASSISTANT = re.compile(r"(?:^|\s|</s>)(USER|ASSISTANT):")
 
 
@@ -544,8 +536,10 @@ FORMATS = (
     DataFormat(("lmqg/qg_jaquad",), ("question", "sentence"),
                _question_answer("question", "sentence")),
     DataFormat(("prompt-completion",),
-               (f"{'|'.join(_PROMPTS)}:asked", f"{'|'.join(_RESPONSES)}:said"), _prompt_response),
-    DataFormat(("prompt-only",), (f"{'|'.join(('instruction', *_PROMPTS))}:asked",), _prompt_only,
+               (f"{'|'.join(_PROMPTS)}:asked", f"{'|'.join(_RESPONSES)}:said"),
+               lambda row: sample_of(_prompt(row), row[row.held(_RESPONSES)])),
+    DataFormat(("prompt-only",), (f"{'|'.join(('instruction', *_PROMPTS))}:asked",),
+               lambda row: sample_of(_prompt(row), None, lacking="no response"),
                absent=(*_RESPONSES, "chosen", "rejected", "RESPONSE", "answers", "human_answers",
                        "output_1", "answer_0", "human_ref_A", "responses_and_scores")),
 )

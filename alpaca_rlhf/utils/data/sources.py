@@ -232,6 +232,8 @@ def _saved_rows(folder: Path) -> Iterator[Row]:
         for batch in saved.iter(batch_size=1000):
             yield from batch.to_pylist()
     except Exception as error:  # whatever a torn or newer folder makes the library raise
+        for file in _files_below(folder):
+            opened(file).close()  # names a pointer
         raise UserError(
             f"{folder}: datasets cannot read what it saved there ({type(error).__name__}); save it "
             "again"
