@@ -153,7 +153,7 @@ FEWEST_HELD_OUT = 50
 _LANGUAGE_SAMPLES = 500  # of each data set
 _SHORTEST_TEXT = 20  # characters, below which a language is a guess
 # Reasons that are no fault of the data: another flag asks for them, or another step uses the row.
-_NO_FAULTS = ("no rejected response", "no response", "label is", "kto_tag is",
+_NO_FAULTS = ("no rejected response", "no response", "label is false", "kto_tag is false",
               "prompt occurred before", "prompt is held out", "language ", "beyond the share")
 
 

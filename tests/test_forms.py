@@ -205,6 +205,17 @@ def test_each_row_is_read_by_what_it_holds():
         ("Frozen.", None), ("Frozen.", None), ("Frozen.", "No."), ("", None), ("Frozen.", None)]
 
 
+@pytest.mark.parametrize("nothing", [None, "", " "])
+@pytest.mark.parametrize("row", [
+    {"instruction": "Why is ice cold?", "output": "Frozen."}, {"messages": ICE},
+    {"input": "Why is ice cold?", "output": "Frozen."}, {"query": "Why is ice cold?",
+                                                         "answer": "Frozen."}])
+def test_a_column_that_holds_nothing_does_not_count(row, nothing):
+    for column in ("prompt", "instruction", "input", "completion", "system"):
+        row = {column: nothing, **row}
+    assert read(row) == ([Sample(ASK, "Frozen.")], {}, {})
+
+
 @pytest.mark.parametrize(("columns", "nearest"), [
     ({"Prompt": "a", "Chosen": "b", "Rejected": "c"},
      "the columns Prompt (text), Chosen (text), Rejected (text) fit no known data format; the "
@@ -273,7 +284,7 @@ def test_turns_that_are_marked_are_not_trained(key, off, on):
 
 
 @pytest.mark.parametrize("mark", [{"label": False}, {"kto_tag": False}, {"label": 0},
-                                  {"label": "false"}])
+                                  {"label": "false"}, {"weight": 0}, {"train": False}])
 @pytest.mark.parametrize("row", [
     {"messages": ICE}, {"prompt": "Why is ice cold?", "completion": [assistant("Frozen.")]},
     {"instruction": "Why is ice cold?", "input": "", "output": "Frozen."}])

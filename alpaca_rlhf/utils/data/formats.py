@@ -57,7 +57,7 @@ _ANY_PROMPT = ("prompt", "instruction", *_PROMPTS[1:], *_DIALOGUES)
 _RESPONSES = ("completion", "response", "output", "solution", "answer")
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt", "system_message")
-_LABELS = ("label", "kto_tag")
+_LABELS = ("label", "kto_tag", "weight", "train", "trainable")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Columns that may hold JSON in a string: a list or an object; the sides of a pair and the prompt
 # only turns, for their text may be JSON of its own.
@@ -91,9 +91,9 @@ class _Reading(dict[str, Any]):
     get = __getitem__  # type: ignore[assignment]
 
     def held(self, columns: Sequence[str]) -> str:
-        """Return the first of some columns that is not null, or else one that it has."""
+        """Return the first of some columns that is not empty, or else one that it has."""
         there = [column for column in columns if column in self] or columns[:1]
-        return next((c for c in there if super(_Reading, self).get(c) is not None), there[0])
+        return next((c for c in there if not _is_empty(super(_Reading, self).get(c))), there[0])
 
     def unread(self, sample: Sample) -> Iterator[str]:
         """Yield the columns, and keys of turns, that hold something which the sample leaves out."""
@@ -487,10 +487,10 @@ def _trees_of_messages(rows: Iterable[Row]) -> Iterator[Row | Unusable]:
 
 # Shapes of values that a column may hold; by `_shape_of`.
 _HOLDS = {
-    "": ("text", "dialogue", "turns", "list", "object", "number"),
-    "text": ("text", "dialogue"),
+    "": ("empty", "text", "dialogue", "turns", "list", "object", "number"),
+    "text": ("empty", "text", "dialogue"),
     "asked": ("text", "dialogue", "turns"),
-    "said": ("text", "dialogue", "turns", "list"),
+    "said": ("empty", "text", "dialogue", "turns", "list"),
     "dialogue": ("dialogue", "turns"),
     "turns": ("turns",),
     "object": ("object",),
@@ -521,7 +521,7 @@ FORMATS = (
     DataFormat(("seed_tasks",), ("instruction", "instances"), _seed_task),
     DataFormat(("tatsu-lab/alpaca", "yahma/alpaca-cleaned", "vicgalle/alpaca-gpt4", "GPT-4-LLM",
                 "MultiTurnAlpaca"),
-               ("instruction:text", f"{'|'.join(('output', *_RESPONSES))}:said"), _alpaca),
+               ("instruction:asked", f"{'|'.join(('output', *_RESPONSES))}:said"), _alpaca),
     DataFormat(("ShareGPT", "ChatAlpaca", "HuggingFaceH4/ultrachat_200k"),
                (f"{'|'.join(_DIALOGUES)}:turns",), _conversation),
     DataFormat(("pvduy/sharegpt_alpaca_oa_vicuna_format",), ("prompt:text", "label:text"),
@@ -607,7 +607,7 @@ def _shape_of(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return "dialogue" if is_dialogue(value) else "text"
+        return "dialogue" if is_dialogue(value) else "text" if value.strip() else "empty"
     if is_turns(value):
         return "turns"
     return "list" if isinstance(value, list) else "object" if isinstance(value, dict) else "number"
