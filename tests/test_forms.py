@@ -219,7 +219,7 @@ def test_a_column_that_holds_nothing_does_not_count(row, nothing):
 @pytest.mark.parametrize(("columns", "nearest"), [
     ({"Prompt": "a", "Chosen": "b", "Rejected": "c"},
      "the columns Prompt (text), Chosen (text), Rejected (text) fit no known data format; the "
-     "nearest is prompt + chosen + rejected (missing: prompt, chosen, rejected); docs/data.md"),
+     "nearest is prompt + chosen + rejected (missing: prompt, chosen, rejected); rename "),
     ({"conversation_a": [], "conversation_b": []}, "the nearest is messages (missing: messages)"),
     ({"INSTRUCTION": "a", "ANSWER": 3}, "the nearest is INSTRUCTION + RESPONSE"),
 ])

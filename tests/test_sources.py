@@ -249,7 +249,7 @@ def test_without_an_entry_the_embedded_data_is_taken_and_announced(capsys):
     ("PATH:1.5", "the share after the colon must be above 0 and at most 1", ""),
     ("some/set=PATH", "no data format some/set; known are Dahoas/synthetic", "prompt-only"),
     *[(entry, "the columns prompt (text), chosen (text) fit no known data format; the nearest is "
-       "prompt + chosen + rejected (missing: rejected)", "has a row of each format")
+       "prompt + chosen + rejected (missing: rejected)", "see docs/data.md for a row of each")
       for entry in ("local/jsonfile=PATH", "PATH")],
     ("FOLDER/missing.jsonl", "no such file or folder, and no data set of that name is known; known "
      "are Dahoas/synthetic-instruct-gptj-pairwise, ",

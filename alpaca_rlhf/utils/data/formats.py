@@ -629,7 +629,7 @@ def _refusal(name: str, row: Row) -> str:
                          for names, _ in nearest.fields())
     missing = ", ".join(nearest.lacks(row)) or "none"
     return " ".join((f"the columns {held} fit no known data format; the nearest is {columns} "
-                     f"(missing: {missing}); docs/data.md has a row of each format").split())
+                     f"(missing: {missing}); rename columns, or see docs/data.md for a row of each").split())
 
 
 def unpacked(row: Row) -> Row:
