@@ -628,8 +628,9 @@ def _refusal(name: str, row: Row) -> str:
     columns = " + ".join(next((name for name in names if name in row), names[0])
                          for names, _ in nearest.fields())
     missing = ", ".join(nearest.lacks(row)) or "none"
-    return " ".join((f"the columns {held} fit no known data format; the nearest is {columns} "
-                     f"(missing: {missing}); rename columns, or see docs/data.md for a row of each").split())
+    text = (f"the columns {held} fit no known data format; the nearest is {columns} (missing: "
+            f"{missing}); rename columns, or see docs/data.md for a row of each")
+    return " ".join(text.split())
 
 
 def unpacked(row: Row) -> Row:
