@@ -32,9 +32,9 @@ class Ids:
     """A tokenizer whose text is the ids, so that texts are equal where all ids are."""
 
     def __init__(self, chat):
-        self.tokenizer, self.prompt_ids = self, chat.prompt_ids
+        self.prompt_ids = chat.prompt_ids
 
-    def decode(self, ids, skip_special_tokens):
+    def text(self, ids):
         return " ".join(map(str, ids))
 
 
@@ -159,11 +159,13 @@ def test_characters_and_spaces_come_out_whole(policy):
             return type("Output", (), {"logits": logits})()
 
     class Bytes:
-        def decode(self, ids, skip_special_tokens):
+        def text(self, ids):
             return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    form = type("Form", (), {"tokenizer": Bytes(), "prompt_ids": lambda self, messages: [1]})()
-    chat = ChatModel(replace(policy, model=Writing(), chat=form, eos_ids=[eos]))
+        def prompt_ids(self, messages):
+            return [1]
+
+    chat = ChatModel(replace(policy, model=Writing(), chat=Bytes(), eos_ids=[eos]))
     pieces, end = streamed(chat, [user_turn("x")], replace(GREEDY, max_new_tokens=50))
     chat.close()
     assert pieces == ["a", "  🙂", " b"]

@@ -89,9 +89,9 @@ def test_what_fits_is_whole_and_what_does_not_is_cut_to_the_maximum(prompt, resp
     (encode_sft, sample("a", "b c d e"), Lengths.of_sequence(8, "truncate"),
      {"input_ids": [1, 4, 6, 5, 7, 8, 9, 10], "labels": [-100, -100, -100, -100, 7, 8, 9, 10],
       "cut": True, "prompt_cut": False, "filtered_out": "", "length": 8}),
-    # A prompt that was cut still ends with the generation prompt.
+    # A prompt that was cut still begins with bos and ends with the generation prompt.
     (encode_sft, sample("a b c d", "e"), Lengths.of_sequence(6, "truncate"),
-     {"input_ids": [7, 8, 9, 5, 10, 2], "cut": True, "prompt_cut": True, "length": 6}),
+     {"input_ids": [1, 8, 9, 5, 10, 2], "cut": True, "prompt_cut": True, "length": 6}),
     (encode_sft, sample("a", "b"), Lengths.of_sequence(6, "truncate"),
      {"input_ids": [1, 4, 6, 5, 7, 2], "cut": False, "prompt_cut": False}),
     (encode_sft, sample("a", "b c d e"), Lengths.of_sequence(6, "drop"),
@@ -102,7 +102,7 @@ def test_what_fits_is_whole_and_what_does_not_is_cut_to_the_maximum(prompt, resp
      {"filtered_out": "responses are identical after truncation"}),
     (encode_pairs, sample("a", "b", "c d e"), Lengths.of_sequence(8, "truncate"), {"length": 8}),
     (encode_prompts, sample("a b c d"), Lengths.of_prompt(3, "truncate"),
-     {"prompt_ids": [8, 9, 5], "cut": True, "prompt_cut": True, "length": 3}),
+     {"prompt_ids": [1, 9, 5], "cut": True, "prompt_cut": True, "length": 3}),
 ])
 def test_a_row_that_is_too_long_is_cut_or_marked(encode, one, lengths, expected):
     (row,) = encode([one], chat_format(), lengths)
@@ -332,7 +332,7 @@ def test_the_rows_are_those_of_their_format(preparation):
     ):
         found += encode([Sample(turns, "e a", "b"), *TRAIN], chat_format(), lengths)
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    assert (prepare.FORMAT, digest[:16]) == (2, "189b23648be90f0e")
+    assert (prepare.FORMAT, digest[:16]) == (3, "8fb3c1afbfdf50e2")
 
 
 def test_an_unfinished_cache_is_not_taken(preparation):

@@ -84,8 +84,8 @@ TWO_TURNS_IDS = [1, 4, 6, 5, 8, 2, 4, 7, 5, 9, 2]
     # An earlier response without a word is not trained.
     (Sample((user("hi"), assistant(""), user("you")), "no"), {}, [1, 4, 6, 5, 2, 4, 7, 5, 9, 2],
      [-100] * 8 + [9, 2]),
-    # Labels are cut with the prompt.
-    (TWO_TURNS, {"lengths": Lengths.of_sequence(8, "truncate")}, TWO_TURNS_IDS[-8:],
+    # Labels are cut with the prompt, which keeps bos.
+    (TWO_TURNS, {"lengths": Lengths.of_sequence(8, "truncate")}, [1, *TWO_TURNS_IDS[-7:]],
      [-100, 8, 2, -100, -100, -100, 9, 2]),
     # Two responses in a row are both trained.
     (Sample((user("hi"), assistant("yes"), assistant("no"), user("you")), "no"), {},

@@ -169,6 +169,7 @@ def open_policy(path: str, loading: LoadingConfig) -> Policy:
     """
     model, chat, context = _open(path, loading, scorer=False)
     ends = eos_ids(chat.tokenizer, model.generation_config.eos_token_id)
+    chat.hide(ends)
     return Policy(name=path, model=model, chat=chat, context=context, eos_ids=ends)
 
 

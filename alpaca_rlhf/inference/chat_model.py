@@ -185,7 +185,7 @@ class ChatModel:
         Incomplete characters, spaces, and what may begin a stop string wait for the next token.
         """
         with self._tokenizer:
-            text = self.policy.chat.tokenizer.decode(response.tokens, skip_special_tokens=True)
+            text = self.policy.chat.text(response.tokens)
         if text.endswith(_INCOMPLETE) and not response.ended:
             return False
         text = printable(text).strip()

@@ -89,6 +89,7 @@ class RolloutMaker:
         reward_function: RewardFunction | None = None,
     ) -> None:
         self.engine, self.chat, self.sampling = engine, chat, sampling
+        chat.hide(engine.eos_ids.tolist())
         self._hybrid = hybrid
         self._micro_batch_size = micro_batch_size
         self._reward_function = reward_function

@@ -13,6 +13,7 @@ from alpaca_rlhf.utils.losses import IGNORE_INDEX
 # Columns of a row.
 FILTERED_OUT = "filtered_out"  # reason why the row is not used, or ""
 LENGTH = "length"  # in tokens; of a pair, of the longer sequence
+_EMPTY = "empty response"  # also one of nothing but special tokens, spelled out
 
 Rows = list[dict[str, Any]]
 
@@ -21,7 +22,7 @@ Rows = list[dict[str, Any]]
 class Lengths:
     """Maximum lengths in tokens, and the treatment of rows that are longer."""
 
-    prompt: int  # a longer one keeps its end
+    prompt: int  # a longer one keeps bos, the system's text and its end
     response: int  # eos included; a longer one keeps its start
     overlong: str  # "truncate", "drop" or "error"
     flag: str  # where the lengths come from, for messages
@@ -37,13 +38,36 @@ class Lengths:
         """Give everything to the prompt."""
         return cls(max_prompt_seq_len, 0, overlong, f"--max_prompt_seq_len {max_prompt_seq_len}")
 
-    def fit(self, prompt: list[int], *responses: list[int]) -> tuple[list[int], list[list[int]]]:
-        """Cut a prompt and its responses so that each sequence fits; a cut response has no eos."""
+    def fit(
+        self, prompt: list[int], *responses: list[int], head: int = 0
+    ) -> tuple[list[int], list[list[int]]]:
+        """Cut a prompt and its responses so that each sequence fits; a cut response has no eos.
+
+        A cut prompt keeps its end, and of its first `head` ids (bos and the system's text) as many
+        as half of its length.
+        """
+        room = self._for_prompt(*responses)
+        if len(prompt) > room:
+            head = min(head, max(1, room // 2), room)
+            prompt = prompt[:head] + prompt[len(prompt) - room + head :]
+        total = self.prompt + self.response
+        return prompt, [response[: total - len(prompt)] for response in responses]
+
+    def cut(self, prompt: list[int], *responses: list[int]) -> bool:
+        """Return whether the prompt would be cut."""
+        return len(prompt) > self._for_prompt(*responses)
+
+    def _for_prompt(self, *responses: list[int]) -> int:
         total = self.prompt + self.response
         longest = max((len(response) for response in responses), default=self.response)
-        for_prompt = max(self.prompt, total - longest)
-        prompt = prompt[max(0, len(prompt) - for_prompt) :]
-        return prompt, [response[: total - len(prompt)] for response in responses]
+        return max(self.prompt, total - longest)
+
+
+def _head(
+    chat: ChatFormat, lengths: Lengths, sample: Sample, prompt: list[int], *responses: list[int]
+) -> int:
+    """Return how many ids a prompt keeps at its start if it is cut: bos and the system's text."""
+    return chat.head_length(sample.messages, prompt) if lengths.cut(prompt, *responses) else 0
 
 
 def encode_sft(
@@ -60,13 +84,17 @@ def encode_sft(
     rows = []
     for sample, segments, full in zip(samples, dialogues, responses, strict=True):
         whole = list(chain.from_iterable(segments))
-        prompt, (response,) = lengths.fit(whole, full)
+        head = _head(chat, lengths, sample, whole, full)
+        prompt, (response,) = lengths.fit(whole, full, head=head)
         earlier = train_on == "all" and sample.history_is_trained
         labels = _labels(segments, train_on_prompt, earlier, sample.untrained)
-        labels = labels[len(whole) - len(prompt) :]
-        row = {"input_ids": prompt + response, "labels": labels + response}
+        labels, _ = lengths.fit(labels, full, head=head)
+        row: dict[str, Any] = {"input_ids": prompt + response, "labels": labels + response}
         before, after = len(whole) + len(full), len(row["input_ids"])
-        rows.append(row | _outcome(segments, before, after, len(whole) - len(prompt), lengths))
+        row |= _outcome(segments, before, after, len(whole) - len(prompt), lengths)
+        if chat.is_empty(sample.chosen):
+            row[FILTERED_OUT] = _EMPTY
+        rows.append(row)
     return rows
 
 
@@ -92,9 +120,10 @@ def encode_pairs(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths) 
     better = chat.responses(sample.chosen for sample in samples)
     worse = chat.responses(sample.rejected or "" for sample in samples)
     rows = []
-    for segments, *full in zip(dialogues, better, worse, strict=True):
+    for sample, segments, *full in zip(samples, dialogues, better, worse, strict=True):
         whole = list(chain.from_iterable(segments))
-        prompt, (chosen, rejected) = lengths.fit(whole, *full)
+        head = _head(chat, lengths, sample, whole, *full)
+        prompt, (chosen, rejected) = lengths.fit(whole, *full, head=head)
         row: dict[str, Any] = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
         before = sum(map(len, full)) + len(whole)
         after = len(chosen) + len(rejected) + len(prompt)
@@ -102,6 +131,8 @@ def encode_pairs(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths) 
         row[LENGTH] = len(prompt) + max(len(chosen), len(rejected))
         if chosen == rejected:
             row[FILTERED_OUT] = "responses are identical after truncation"
+        if chat.is_empty(sample.chosen) or chat.is_empty(sample.rejected or ""):
+            row[FILTERED_OUT] = _EMPTY
         rows.append(row)
     return rows
 
@@ -112,7 +143,7 @@ def encode_prompts(samples: Sequence[Sample], chat: ChatFormat, lengths: Lengths
     dialogues = chat.segments([sample.messages for sample in samples])
     for sample, segments in zip(samples, dialogues, strict=True):
         whole = list(chain.from_iterable(segments))
-        prompt, _ = lengths.fit(whole)
+        prompt, _ = lengths.fit(whole, head=_head(chat, lengths, sample, whole))
         row = {"prompt_ids": prompt, "messages": json.dumps(sample.messages, ensure_ascii=False)}
         cut = len(whole) - len(prompt)
         rows.append(row | _outcome(segments, len(whole), len(prompt), cut, lengths))

@@ -5,7 +5,9 @@ same way, so that the ids the actor samples from, the ids the reward model is tr
 it scores are the same. eos is appended as an id, never as text, and pad is never eos.
 """
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
@@ -26,6 +28,10 @@ _PAD = "<pad>"
 _PROBE = "probe"
 # Stands for a response while a dialogue is rendered; the text between two of them is context.
 _RESPONSE = "\u27e6alpaca-rlhf response\u27e7"
+# A pad that a vocabulary may have though its tokenizer does not name it.
+_SPARE_PADS = (_PAD, "<|padding|>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+# Written by Meta's converter for LLaMA 1: names without text, of tokens that are there.
+_EMPTY_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 # Key in tokenizer_config.json: the --chat_template that the model was trained with.
 _TEMPLATE_NAME = "chat_template_name"
 
@@ -49,10 +55,11 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
-        # The named ones, and those that only the vocabulary marks as special (<|eot_id|>).
-        added = tokenizer.added_tokens_decoder.values()
-        specials = {*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
-        self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len)[::-1])))
+        controls = _control_tokens(tokenizer)
+        self._control_ids = frozenset(controls.values())
+        self._special = re.compile("|".join(map(re.escape, sorted(controls, key=len)[::-1])))
+        # Our own templates render a response in one way wherever it stands.
+        self._is_ours = chat_template.name_of(tokenizer.chat_template) is not None
         question: list[Message] = [{"role": "user", "content": _PROBE}]
         prompt = self.prompt_text(question)
         answer: Message = {"role": "assistant", "content": _PROBE}
@@ -63,7 +70,13 @@ class ChatFormat:
                 "--chat_template tokenizer: the template's generation prompt is not the text that "
                 "precedes a response; choose human_assistant"
             )
-        self._separator, ending = after.split(_PROBE, 1)
+        self._separator, ending = after.rsplit(_PROBE, 1)
+        # Qwen3's template puts a thinking block before the last response only.
+        self._earlier_separator = self._separator
+        with contextlib.suppress(TemplateRefusal):
+            earlier = self.prompt_text([*question, answer, *question])
+            if earlier.startswith(prompt):
+                self._earlier_separator = earlier[len(prompt) :].split(_PROBE, 1)[0]
         if not ending.startswith(tokenizer.eos_token):
             raise UserError(
                 f"--chat_template tokenizer: an assistant turn ends with {ending!r}, not with "
@@ -100,16 +113,14 @@ class ChatFormat:
         the odd ones the assistant's earlier responses with their eos. A dialogue that the template
         refuses has no segments.
         """
-        contexts = [self._contexts(messages) for messages in dialogues]
+        parts = [self._parts(messages) for messages in dialogues]
+        contexts = [texts for texts, _ in parts]
         # All contexts but the first follow an eos: they are encoded after one, which is cut off.
         first = self._encode([texts[0] for texts in contexts if texts])
         later = self._encode(
             [self.tokenizer.eos_token + text for texts in contexts for text in texts[1:]]
         )
-        responses = self.responses(
-            m["content"] for messages, texts in zip(dialogues, contexts, strict=True) if texts
-            for m in messages if m["role"] == "assistant"
-        )
+        responses = self._encode_responses([text for _, rendered in parts for text in rendered])
         beginnings, rest = iter(first), iter(zip(responses, later, strict=True))
         made = []
         for texts in contexts:
@@ -119,24 +130,33 @@ class ChatFormat:
             made.append(found)
         return made
 
-    def _contexts(self, messages: Sequence[Message]) -> list[str]:
-        """Return the texts before the responses of a dialogue; none if the template refuses it."""
+    def _parts(self, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+        """Return texts before responses, and responses as rendered; none if refused or changed."""
         hidden = [
             {**m, "content": _RESPONSE} if m["role"] == "assistant" else m for m in messages
         ]
         try:
             parts = self.prompt_text(hidden).split(_RESPONSE)
+            whole = parts[0] if len(parts) == 1 else self.prompt_text(messages)
         except TemplateRefusal:
-            return []
-        eos, separator = self.tokenizer.eos_token, self._separator
+            return [], []
+        eos, separator = self.tokenizer.eos_token, self._earlier_separator
         responses = sum(m["role"] == "assistant" for m in messages)
-        if len(parts) != responses + 1 or not (
+        if len(parts) != responses + 1 or not whole.startswith(parts[0]) or not (
             all(part.endswith(separator) for part in parts[:-1])
             and all(part.startswith(eos) for part in parts[1:])
         ):
-            return []
+            return [], []
+        rendered, at = [], len(parts[0])
+        for part in parts[1:]:  # no response has an eos, with which each part begins
+            end = whole.find(part, at)
+            if end < 0:
+                return [], []
+            rendered.append(separator + whole[at:end])
+            at = end + len(part)
         parts = [parts[0], *(part[len(eos) :] for part in parts[1:])]
-        return [*(part[: len(part) - len(separator)] for part in parts[:-1]), parts[-1]]
+        contexts = [*(part[: len(part) - len(separator)] for part in parts[:-1]), parts[-1]]
+        return (contexts, rendered) if at == len(whole) else ([], [])
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Encode a dialogue up to where the next response begins, bos included.
@@ -155,7 +175,20 @@ class ChatFormat:
 
     def responses(self, texts: Iterable[str]) -> list[list[int]]:
         """Encode responses, eos last."""
-        rendered = [self._separator + self._without_specials(text).strip() for text in texts]
+        return self._encode_responses([self._rendered(text) for text in texts])
+
+    def _rendered(self, text: str) -> str:
+        """Return what the template makes of a last response, from the end of the prompt to eos."""
+        text = self._without_specials(text).strip()
+        if self._is_ours or not text:
+            return self._separator + text
+        question: list[Message] = [{"role": "user", "content": _PROBE}]
+        whole = self.tokenizer.apply_chat_template(
+            [*question, {"role": "assistant", "content": text}], tokenize=False)
+        rendered = whole[len(self.prompt_text(question)) :]
+        return rendered[: rendered.rindex(self.tokenizer.eos_token)]
+
+    def _encode_responses(self, rendered: list[str]) -> list[list[int]]:
         n = len(self._anchor_ids)
         made = self._encode([self._anchor + text for text in rendered])
         for i, ids in enumerate(made):
@@ -173,8 +206,31 @@ class ChatFormat:
         return [*self._encode([self._without_specials(text)])[0], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """Return the text of generated ids, without control tokens."""
+        return self.text(ids).strip()
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of ids without control tokens, with the spaces around it."""
+        return self.tokenizer.decode([i for i in ids if i not in self._control_ids])
+
+    def hide(self, ids: Iterable[int]) -> None:
+        """Leave more special ids out of texts: those that end a response beside eos."""
+        self._control_ids |= self.tokenizer.added_tokens_decoder.keys() & set(ids)
+
+    def is_empty(self, text: str) -> bool:
+        """Return whether a response has no text but spelled-out special tokens."""
+        return not self._without_specials(text).strip()
+
+    def head_length(self, messages: Sequence[Message], ids: Sequence[int]) -> int:
+        """Return how many of a dialogue's first ids are bos and the system's text."""
+        bos = int(ids[:1] == [self.tokenizer.bos_token_id])
+        if not messages or messages[0]["role"] != "system":
+            return bos
+        system = self._without_specials(messages[0]["content"]).strip()
+        text = self.prompt_text(messages)
+        end = text.find(system) + len(system)
+        shared = os.path.commonprefix([self._encode([text[:end]])[0], list(ids)])
+        return max(bos, len(shared))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -207,12 +263,45 @@ def load_tokenizer(
             of the template that the tokenizer lacks, or another template when `fixed`.
     """
     tokenizer = _load(path, trust_remote_code)
-    if not tokenizer.eos_token or tokenizer.eos_token_id == tokenizer.unk_token_id:
+    _name_empty(tokenizer)
+    if not _is_real(tokenizer, "eos"):
         raise UserError(f"{path}: the tokenizer has no eos token; set eos_token in its config")
     _set_template(tokenizer, path, template, fixed)
-    if not tokenizer.pad_token or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if not _is_real(tokenizer, "pad") or tokenizer.pad_token_id == tokenizer.eos_token_id:
         _give_pad(tokenizer)
     return tokenizer
+
+
+def _is_real(tokenizer: PreTrainedTokenizerBase, kind: str) -> bool:
+    """Return whether a special token is in the vocabulary, by its text and by its id.
+
+    An id alone says little: a token that is missing has the id of unk, and eos may be unk.
+    """
+    text, number = getattr(tokenizer, f"{kind}_token"), getattr(tokenizer, f"{kind}_token_id")
+    return bool(text) and number is not None and tokenizer.convert_ids_to_tokens(number) == text
+
+
+def _name_empty(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give special tokens that have a name without a text their usual ones, or no name."""
+    for kind, usual in _EMPTY_NAMES.items():
+        if getattr(tokenizer, f"{kind}_token") == "":
+            found = usual if usual in tokenizer.get_vocab() else None
+            setattr(tokenizer, f"{kind}_token", found)
+            console.say(f"tokenizer: {kind}_token is empty in its config; {kind} is {found!r}")
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the special tokens that structure a dialogue: they are no part of any text.
+
+    These are the named ones, those of the chat template, and all of the form <|…|>. Others that
+    the vocabulary marks as special are markup that a user has added, and stay in the text.
+    """
+    kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    named = {str(t) for kind in kinds if (t := getattr(tokenizer, f"{kind}_token", None))}
+    specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    template = tokenizer.chat_template or ""
+    controls = named | {t for t in specials if t in template or re.fullmatch(r"<[|｜].*[|｜]>", t)}
+    return {text: tokenizer.convert_tokens_to_ids(text) for text in controls}
 
 
 def load_chat(
@@ -295,11 +384,13 @@ def _set_template(
             f"--chat_template {name}: {path} was trained with {saved}; from here on it is {name}"
         )
     if name in (saved, chat_template.OWN_TEMPLATE):
+        if name == chat_template.OWN_TEMPLATE:
+            _end_turns_as(tokenizer)
         tokenizer.init_kwargs[_TEMPLATE_NAME] = saved or name
         return
     if name == "chatml":
         _take_chatml_tokens(tokenizer, path)
-    adds_bos = tokenizer.bos_token_id is not None and (
+    adds_bos = _is_real(tokenizer, "bos") and (
         tokenizer.encode(_PROBE)[:1] == [tokenizer.bos_token_id]
     )
     tokenizer.chat_template = chat_template.jinja(name, adds_bos)
@@ -320,13 +411,33 @@ def _take_chatml_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         console.say(f"--chat_template chatml: {end} is eos from here on")
 
 
+def _end_turns_as(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make eos of the special token with which the tokenizer's own template ends a response."""
+    dialogue = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
+    try:
+        ending = tokenizer.apply_chat_template(dialogue, tokenize=False).rpartition(_PROBE)[2]
+    except TemplateError:
+        return
+    specials = sorted(_control_tokens(tokenizer), key=len)
+    end = next((text for text in specials[::-1] if ending.startswith(text)), None)
+    if end not in (None, tokenizer.eos_token):
+        tokenizer.eos_token = end
+        console.say(f"--chat_template tokenizer: it ends a response with {end}, which is eos from "
+                    "here on")
+
+
 def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set a pad that is not eos: unk where it is a token of its own, else a new token."""
-    unk = tokenizer.unk_token
-    if unk and tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        tokenizer.pad_token = unk
+    """Set a pad that is not eos: unk or a spare token of the vocabulary, else a new token."""
+    taken = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    vocabulary = tokenizer.get_vocab()
+    if _is_real(tokenizer, "unk") and tokenizer.unk_token_id not in taken:
+        tokenizer.pad_token = tokenizer.unk_token
     else:
-        tokenizer.add_special_tokens({"pad_token": _PAD})
+        spare = (text for text in _SPARE_PADS if vocabulary.get(text, taken[0]) not in taken)
+        tokenizer.add_special_tokens({"pad_token": next(spare, _PAD)})
+    pad = tokenizer.pad_token
+    is_new = "" if pad in vocabulary else ", a new token"
+    console.say(f"tokenizer: there is no pad beside eos; pad is {pad!r} from here on{is_new}")
 
 
 def eos_ids(
