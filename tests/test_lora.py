@@ -82,8 +82,8 @@ def test_the_description_counts_matched_and_trainable_parameters(small):
     model, targets = with_adapter(small.causal_lm(), "q_proj"), matches(small.causal_lm(), "q_proj")
     total = sum(p.numel() for p in model.parameters())
     assert lora.describe_training(model, targets) == (
-        f"LoRA matched 2 modules with 2,048 parameters; trains 512 of {total:,} parameters "
-        "(lora 512)"
+        "LoRA matched 2 modules (q_proj) with 2,048 parameters; "
+        f"trains 512 of {total:,} parameters (lora 512)"
     )
     model = small.reward_model()
     total = sum(p.numel() for p in model.parameters())

@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto import modeling_auto
 
 from alpaca_rlhf.utils import console, distributed, ds_config, optimizer
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.causal_lm import load_config
+from alpaca_rlhf.utils.model.causal_lm import attention, load_config
 
 GB = 1e9
 # Bytes per trained parameter, in fp32: Adam's moments; master weights; sums of gradients.
@@ -42,6 +44,10 @@ class Planned:
     scores: bool = False  # a sequence classifier with one label instead of a causal LM
     # The model as it was loaded is needed too (the reference model, the reward model).
     needs_frozen_copy: bool = False
+    # Longest sequence in tokens, and the flags that it comes from.
+    length: int = 0
+    length_flags: str = ""
+    decodes: bool = False  # rows of different lengths, padded left, as step 3 does
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +69,8 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
     Raises:
         UserError: a hub model is not in the cache and there is no network; a compiler or a
             tracker's package is missing; --deepspeed_config asks for what is not supported; the
-            weights do not fit. A folder that is no model is left to its loader.
+            weights do not fit; a model is of a kind that is not served. A folder that is no model
+            is left to its loader.
     """
     tracker.require_packages(trackers)
     paths = [model.role.model_name_or_path for model in models]
@@ -78,6 +85,8 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
     if engine.offload:
         optimizer.require_offloading()
     if all(_is_hub_id(path) or (Path(path) / "config.json").exists() for path in paths):
+        for line in dict.fromkeys(line for model in models for line in require_served(model)):
+            console.say(line)
         warning = memory_warning(models)
         if warning:
             console.say(warning)
@@ -131,6 +140,80 @@ def _is_hub_id(path: str) -> bool:
     return not Path(path).exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
 
 
+# --- architectures -------------------------------------------------------------------------------
+
+# Models that see what comes after a token, though some have a class for causal LMs.
+_ENCODERS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
+
+
+def require_served(model: Planned) -> list[str]:
+    """Check that a model is a decoder of text which can do what the step asks of it.
+
+    Returns:
+        Lines to say.
+
+    Raises:
+        UserError: it is of another kind, its positions end too early, or LoRA does not cover it.
+    """
+    role, made = model.role, _empty(model)
+    config = made.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 0)
+    relative = any(name.startswith("rope") and value for name, value in vars(config).items())
+    if limit and not relative and model.length > limit:
+        raise UserError(f"{model.length_flags}: {role.model_name_or_path} has {limit} positions, "
+                        f"and a sequence may have {model.length} tokens; give at most {limit}")
+    recurrent = made._is_stateful or any(
+        "attention" not in kind or "linear" in kind
+        for kind in getattr(config, "layer_types", None) or ()
+    )
+    if model.decodes and recurrent:
+        raise UserError(
+            f"{role.flag('model_name_or_path')} {role.model_name_or_path}: {config.model_type} has "
+            "recurrent layers, and the hybrid engine decodes rows of different lengths with a KV "
+            "cache; give a model with attention in every layer")
+    if model.scores and not isinstance(getattr(made, "score", None), nn.Linear):
+        raise UserError(f"{role.model_name_or_path}: {type(made).__name__} has no score layer to "
+                        "make a reward model of; give a causal decoder, as LLaMA")
+    if role.lora_dim:
+        lora.require_coverage(made, lora.match_modules(made, role), role, model.adapters)
+    if model.loading.attn_implementation == "sdpa" != made.config._attn_implementation:
+        return [f"{config.model_type} has no SDPA; --attn_implementation eager is taken"]
+    return []
+
+
+def _empty(model: Planned) -> Any:
+    """Build a model without weights.
+
+    Raises:
+        UserError: it is no causal decoder of text, or transformers has no class for it.
+    """
+    path, config = model.role.model_name_or_path, load_config(model.role, model.loading)
+    kind = config.model_type
+    if config.is_encoder_decoder or kind in _ENCODERS:
+        raise UserError(f"{path}: {kind} is an encoder, not a causal decoder, which predicts the "
+                        "next token; give a model such as LLaMA or Qwen")
+    if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or (
+        config.get_text_config() is not config and len(config.sub_configs) > 1
+    ):
+        raise UserError(f"{path}: {kind} is a multimodal model, with parts for vision or audio; "
+                        "give a model of text alone (its text part saved by itself)")
+    auto_class: Any = AutoModelForCausalLM
+    if model.scores:
+        auto_class, config.num_labels = AutoModelForSequenceClassification, 1
+    try:
+        with torch.device("meta"):
+            return auto_class.from_config(
+                config, trust_remote_code=model.loading.trust_remote_code,
+                attn_implementation=attention(
+                    auto_class, config, model.loading.attn_implementation),
+            )
+    except (ValueError, ImportError) as error:
+        what = "reward model" if model.scores else "causal LM"
+        remedy = "--attn_implementation eager" if "attn_impl" in str(error) else "another model"
+        raise UserError(f"{path}: {kind} cannot be built as a {what} "
+                        f"({str(error).strip().splitlines()[0][:200]}); take {remedy}") from error
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 
@@ -140,18 +223,15 @@ def size(model: Planned) -> tuple[int, int]:
     Raises:
         UserError: there is no such model, or `--lora_module_name` matches nothing in it.
     """
-    config = load_config(model.role, model.loading)
-    auto_class: Any = AutoModelForCausalLM
-    if model.scores:
-        auto_class, config.num_labels = AutoModelForSequenceClassification, 1
-    with torch.device("meta"):
-        made = auto_class.from_config(config, trust_remote_code=model.loading.trust_remote_code)
+    made = _empty(model)
     total = sum(weight.numel() for weight in made.parameters())
     if not model.role.lora_dim:
         return total, total
-    targets = lora.match_modules(made, model.role)
-    sides = (made.get_submodule(name).weight.shape for name in targets)
-    adapter = sum(model.role.lora_dim * sum(side) for side in sides)
+    weights = (lora.target_weight(made, name) for name in lora.match_modules(made, model.role))
+    adapter = sum(
+        model.role.lora_dim * sum(weight.shape[-2:]) * (len(weight) if weight.dim() == 3 else 1)
+        for weight in weights
+    )
     return total + adapter, adapter if model.adapters.only_optimize_lora else total + adapter
 
 

@@ -41,9 +41,10 @@ def main() -> None:
         console.say(notice)
     folder, found = checkpoints.open_run(args.run, args.checkpoint, step=2, arguments=config)
     role = tiny_llama.or_embedded(args.model, prepare.cache_home(args.data.data_output_path))
-    preflight.check(
-        [Planned(role, args.loading, args.lora, args.engine, scores=True)], args.tracking.trackers
-    )
+    length = args.batches.max_seq_len
+    model = Planned(role, args.loading, args.lora, args.engine, scores=True, length=length,
+                    length_flags=f"--max_seq_len {length}")
+    preflight.check([model], args.tracking.trackers)
 
     chat = load_chat(role.model_name_or_path, args.loading, args.data.chat_template)
     data = prepare.prepare_pairs(

@@ -83,7 +83,7 @@ class HybridEngine:
         if base.config._attn_implementation.startswith("flash"):
             # Flash attention finds the lengths of padded rows on the host, in every layer.
             leaving.callback(base.set_attn_implementation, base.config._attn_implementation)
-            base.set_attn_implementation("sdpa")
+            base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
         try:
             with decoder.timed("enter"):
                 if self._config.enable_hybrid_engine and not self.decodes_in_step:

@@ -98,7 +98,12 @@ def main() -> None:
 
 def planned(args: Step3Config) -> list[Planned]:
     """Return actor and critic for the memory plan."""
-    actor = Planned(args.actor, args.loading, args.lora, args.engine, needs_frozen_copy=True)
+    prompt, response = args.rollout.max_prompt_seq_len, args.sampling.max_new_tokens
+    actor = Planned(
+        args.actor, args.loading, args.lora, args.engine, needs_frozen_copy=True, decodes=True,
+        length=prompt + response,
+        length_flags=f"--max_prompt_seq_len {prompt} and --max_answer_seq_len {response}",
+    )
     scored = args.reward.reward_function is None
     return [actor, replace(actor, role=args.critic, scores=True, needs_frozen_copy=scored)]
 

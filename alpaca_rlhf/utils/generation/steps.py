@@ -117,7 +117,8 @@ def agrees(model: Any, step: DecodingStep) -> bool:
     Two arbitrary prompts of different lengths are continued greedily by a few tokens.
     """
     width, steps = 6, 3
-    ids = torch.arange(2 * width, device=model.device).view(2, width) * 7 % model.config.vocab_size
+    words = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(2 * width, device=model.device).view(2, width) * 7 % words
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     logits, prompts = prefill(model, ids, mask)

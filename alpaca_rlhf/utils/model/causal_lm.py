@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -15,19 +16,13 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils import console, distributed, rl_math
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 
-# Names of dropout rates in the configurations of the model families.
-_DROPOUT = (
-    "dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "resid_pdrop",
-    "embd_pdrop", "attn_pdrop", "classifier_dropout",
-)
-
 
 def load_config(role: RoleConfig, loading: LoadingConfig) -> Any:
-    """Load the model's configuration, with the role's dropout.
+    """Load the model's configuration, with the role's dropout, and without a pad it has no row for.
 
     Raises:
         UserError: there is none at the role's path.
@@ -35,6 +30,7 @@ def load_config(role: RoleConfig, loading: LoadingConfig) -> Any:
     path = role.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
+        parts = (config, config.get_text_config(decoder=True))
     except (OSError, ValueError) as error:
         if Path(path).is_dir() and not (Path(path) / "config.json").exists():
             reason = "the folder has no config.json; give a Hugging Face model folder"
@@ -43,10 +39,21 @@ def load_config(role: RoleConfig, loading: LoadingConfig) -> Any:
         else:
             reason = "no such folder, and no model of that name can be had; check the name"
         raise UserError(f"no model can be loaded from {path}: {reason}") from error
-    for name in _DROPOUT:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, role.dropout)
+    for part in parts:
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, int | float):
+                setattr(part, name, role.dropout)
+        pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if pad is not None and rows and not 0 <= pad < rows:
+            part.pad_token_id = None
     return config
+
+
+def attention(auto_class: Any, config: Any, wanted: str) -> str:
+    """Return the attention implementation: eager where the model family has no SDPA."""
+    family = getattr(auto_class, "_model_mapping", {}).get(type(config), None)
+    family = family[0] if isinstance(family, tuple) else family
+    return "eager" if wanted == "sdpa" and family and not family._supports_sdpa else wanted
 
 
 def load_model(
@@ -76,7 +83,7 @@ def load_model(
         try:
             model = auto_class.from_pretrained(
                 path, config=config, dtype=distributed.resolve_dtype(loading.dtype),
-                attn_implementation=loading.attn_implementation,
+                attn_implementation=attention(auto_class, config, loading.attn_implementation),
                 trust_remote_code=loading.trust_remote_code, device_map=device_map,
             )
         except (OSError, SafetensorError) as error:
@@ -85,8 +92,7 @@ def load_model(
             ) from error
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"no model can be loaded from {path}: {_first_line(error)}") from error
-        if len(tokenizer) > config.vocab_size:
-            model.resize_token_embeddings(len(tokenizer))
+        _enlarge_embeddings(model, 1 + max(tokenizer.get_vocab().values()))
     if role.gradient_checkpointing:
         # Inputs must require grad, or no layer after a frozen embedding is trained.
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -100,6 +106,18 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal LM; see `load_model`."""
     return load_model(AutoModelForCausalLM, role, loading, ds_config, tokenizer)
+
+
+def _enlarge_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Give the embeddings a row for every token, the same new ones in every model and rank."""
+    before = model.config.get_text_config().vocab_size
+    if rows > before:
+        on = [] if distributed.on_cpu() else [distributed.device()]
+        with torch.random.fork_rng(devices=on):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(rows)
+        console.say(f"model: {rows - before} rows are added to its {before:,} embeddings, for "
+                    "tokens that only the tokenizer has")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """LoRA through peft: target modules, trainable parameters, merging.
 
-Modules that match nothing raise an error; heads are always trained.
+Modules that match nothing raise an error; heads are always trained. Beside linear layers, GPT-2's
+Conv1D among them, peft adapts weights that a module holds itself: the experts of an MoE layer.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from alpaca_rlhf.utils.configs import AdapterConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
@@ -21,7 +23,7 @@ ADAPTER = "default"  # peft's name for the only adapter there is
 
 
 def match_modules(model: PreTrainedModel, role: RoleConfig) -> list[str]:
-    """Return the full names of the linear layers that get an adapter.
+    """Return the full names of the linear layers, and of the experts' weights, that get an adapter.
 
     Without `lora_module_name` these are all projections of the decoder (attention and MLP in the
     LLaMA family), never the output head.
@@ -31,10 +33,19 @@ def match_modules(model: PreTrainedModel, role: RoleConfig) -> list[str]:
     """
     wanted = role.lora_module_name
     heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
-    linear = [
-        name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in heads
-    ]
+    linear: list[str] = []
+    for name, module in model.named_modules():
+        if id(module) in heads:
+            continue
+        grouped = "grouped" in type(module).__name__.lower()
+        if isinstance(module, nn.Linear | Conv1D) and not grouped:
+            linear.append(name)
+        elif not type(module).__module__.startswith("torch.nn."):
+            # A layer that is no matrix product of its whole input is adapted through its weights.
+            linear += [f"{name}.{own}" for own, weight in module.named_parameters(recurse=False)
+                       if "bias" not in own and (
+                           len(_shape(weight)) == 3
+                           or (len(_shape(weight)) == 2 and (grouped or "expert" in name)))]
     if not wanted:
         return linear
     parts = [part.strip() for part in wanted.split(",") if part.strip()]
@@ -46,6 +57,56 @@ def match_modules(model: PreTrainedModel, role: RoleConfig) -> list[str]:
     return [name for name in linear if any(part in name for part in parts)]
 
 
+def _shape(weight: nn.Parameter) -> torch.Size:
+    """Return the whole shape, also of a weight that ZeRO-3 has sharded."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def _holds_module(model: nn.Module, target: str) -> bool:
+    parent, _, name = target.rpartition(".")
+    return isinstance(getattr(model.get_submodule(parent), name), nn.Module)
+
+
+def target_weight(model: nn.Module, target: str) -> nn.Parameter:
+    """Return the weight of a name from `match_modules`: [out, in], or [experts, …, …]."""
+    return model.get_parameter(f"{target}.weight" if _holds_module(model, target) else target)
+
+
+def require_coverage(
+    model: PreTrainedModel, targets: Sequence[str], role: RoleConfig, adapters: AdapterConfig
+) -> None:
+    """Refuse adapters that would leave the larger part frozen, or that peft cannot train.
+
+    Raises:
+        UserError: names what would be left out, or the flag that experts do not go with.
+    """
+    inside = [target for target in targets if not _holds_module(model, target)]
+    if inside and (adapters.lora_dropout or role.zero_stage == 3):
+        flag = (f"--lora_dropout {adapters.lora_dropout}" if adapters.lora_dropout
+                else f"{role.flag('zero_stage')} 3")
+        raise UserError(f"{flag}: adapters on weights such as {inside[0]} do not work with it; "
+                        f"leave it out, or name other layers by {role.flag('lora_module_name')}")
+    if role.lora_module_name or adapters.only_optimize_lora is False:
+        return
+    covered = {id(target_weight(model, target)) for target in targets}
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    outside = {id(weight) for module in model.modules()
+               if isinstance(module, nn.Embedding) or module in heads
+               for weight in module.parameters()}
+    left: dict[str, int] = {}
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and id(weight) not in covered | outside:
+            kind = ".".join(part for part in name.split(".")[-3:] if not part.isdigit())
+            left[kind] = left.get(kind, 0) + weight.numel()
+    total = sum(target_weight(model, target).numel() for target in targets)
+    if sum(left.values()) > total:
+        named = ", ".join(f"{kind} ({count:,})" for kind, count in left.items())
+        raise UserError(
+            f"{role.flag('lora_dim')}: adapters would leave the larger part frozen: they cover "
+            f"{total:,} parameters, and not {named}; train without LoRA, or name what to adapt by "
+            f"{role.flag('lora_module_name')}")
+
+
 def add_lora(
     model: nn.Module, targets: Sequence[str], role: RoleConfig, adapters: AdapterConfig
 ) -> PeftModel:
@@ -54,9 +115,13 @@ def add_lora(
     `targets` are names from `match_modules`.
     """
     head = ["score"] if hasattr(model, "score") else None
+    modules = [target for target in targets if _holds_module(model, target)]
+    inside = [target for target in targets if target not in modules]
     config = LoraConfig(
         r=role.lora_dim, lora_alpha=adapters.lora_alpha or 2 * role.lora_dim,
-        lora_dropout=adapters.lora_dropout, target_modules=list(targets), modules_to_save=head,
+        lora_dropout=adapters.lora_dropout, target_modules=modules, modules_to_save=head,
+        target_parameters=inside or None,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in modules),
     )
     # Adapters in the model's precision (peft would make them fp32): DeepSpeed wants only one.
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -87,7 +152,6 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
     """Return one line: parameters that LoRA matched, and trainable parameters by kind."""
-    base = unwrapped(model)
     counts = {"lora": 0, "head": 0, "base": 0}
     total = 0
     for name, parameter in model.named_parameters():
@@ -101,9 +165,9 @@ def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
     trains = ", ".join(f"{kind} {n:,}" for kind, n in counts.items() if n)
     matched = "LoRA off"
     if targets is not None:
-        weights = [base.get_submodule(name).get_base_layer().weight for name in targets]
-        covered = sum(getattr(w, "ds_numel", w.numel()) for w in weights)
-        matched = f"LoRA matched {len(targets)} modules with {covered:,} parameters"
+        covered = sum(_shape(base_weight(layer)).numel() for layer in lora_layers(model))
+        kinds = ", ".join(sorted({target.rsplit(".", 1)[-1] for target in targets}))
+        matched = f"LoRA matched {len(targets)} modules ({kinds}) with {covered:,} parameters"
     return f"{matched}; trains {sum(counts.values()):,} of {total:,} parameters ({trains})"
 
 
@@ -132,7 +196,7 @@ def merged_state_dict(
     """Return the plain model's weights with the adapter merged (Hu et al. 2021, eq. 3).
 
     Each is W + (alpha / r) B A, with W [out, in], A [r, in], B [out, r], summed in fp32 and rounded
-    once.
+    once; Conv1D has W transposed, and experts have a stack of them.
 
     Args:
         model: has the scaling; it is not changed.
@@ -144,25 +208,42 @@ def merged_state_dict(
     if not isinstance(model, PeftModel):
         return state, 0.0
     prefix = "base_model.model."
-    plain = {name.removeprefix(prefix): state.pop(name) for name in list(state)}
+    plain: dict[str, Tensor] = {}
+    for name in list(state):
+        inside = "" if ".lora_" in name else "base_layer."
+        plain[name.removeprefix(prefix).replace(inside, "")] = state.pop(name)
     lost = updated = 0.0
     for name, layer in unwrapped(model).named_modules():
         if isinstance(layer, LoraLayer):
             a = plain.pop(f"{name}.lora_A.{ADAPTER}.weight").float()
             b = plain.pop(f"{name}.lora_B.{ADAPTER}.weight").float()
-            weight = plain.pop(f"{name}.base_layer.weight")
-            update = layer.scaling[ADAPTER] * (b @ a)
-            exact = weight.float() + update
-            merged = plain[f"{name}.weight"] = exact.to(weight.dtype)
+            key = f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
+            update = _update(layer, a, b)
+            exact = plain[key].float() + update
+            merged = plain[key] = exact.to(plain[key].dtype)
             lost += (merged.float() - exact).square().sum().item()
             updated += update.square().sum().item()
-            if f"{name}.base_layer.bias" in plain:
-                plain[f"{name}.bias"] = plain.pop(f"{name}.base_layer.bias")
     trained_head = f".modules_to_save.{ADAPTER}."
     for name in [name for name in plain if trained_head in name]:
         plain[name.replace(trained_head, ".")] = plain.pop(name)
     kept = {name: tensor for name, tensor in plain.items() if ".original_module." not in name}
     return kept, (lost / updated) ** 0.5 if updated else 0.0
+
+
+def _update(layer: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Return what an adapter adds to its weight, of the weight's shape, as peft lays it out."""
+    scaling = layer.scaling[ADAPTER]
+    experts = getattr(layer, "num_experts", 1)
+    if experts == 1:
+        return scaling * (b @ a).T if layer.fan_in_fan_out else scaling * (b @ a)
+    b, a = b.view(len(b), -1, experts).permute(2, 0, 1), a.view(experts, -1, a.shape[-1])
+    update = scaling * (b @ a)  # [experts, out, in]
+    return update if layer._did_swap_in_out_features else update.transpose(1, 2)
+
+
+def base_weight(layer: LoraLayer) -> Any:
+    """Return the weight that an adapter is for."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -180,12 +261,12 @@ def folded(model: nn.Module) -> Iterator[None]:
     in the shards. peft skips the adapter's products in layers that are marked as merged.
     """
     layers = [layer for layer in lora_layers(model)
-              if not layer.merged and layer.get_base_layer().weight.dtype == torch.float32]
+              if not layer.merged and base_weight(layer).dtype == torch.float32]
     kept: list[tuple[Any, Tensor]] = []
     try:
         with torch.no_grad():
             for layer in layers:
-                weight = layer.get_base_layer().weight
+                weight = base_weight(layer)
                 update = layer.get_delta_weight(ADAPTER)
                 layer.merged_adapters.append(ADAPTER)
                 # With one rank the gathered weight is the shard itself.

@@ -89,17 +89,20 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """Load a sequence classifier with one label; see `load_model`.
 
-    From a causal LM the head is new, drawn from N(0, 1 / (d + 1)) with d the hidden size (Stiennon
+    From a causal LM the head is new, drawn from N(0, 1 / (d + 1)) with d its input size (Stiennon
     et al. 2020; "N implementation details", 2023); from a reward model it is the saved one.
     """
     new_head = not is_reward_model(role, loading)
     model = load_model(
         AutoModelForSequenceClassification, role, loading, ds_config, tokenizer,
-        num_labels=1, pad_token_id=tokenizer.pad_token_id,
+        num_labels=1,
     )
+    # Only now, for the embeddings may have got a row for it.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
     if new_head:
         weight = model.score.weight
-        std = 1.0 / math.sqrt(model.config.hidden_size + 1)
+        std = 1.0 / math.sqrt(model.score.in_features + 1)
         with deepspeed.zero.GatheredParameters([weight], modifier_rank=0), torch.no_grad():
             if weight.numel():
                 nn.init.normal_(weight, std=std)
