@@ -19,8 +19,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_model import word_tokenizer
 from tokenizers import AddedToken
+from transformers.convert_slow_tokenizer import generate_merges
 
-from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.data.encode import Lengths, encode_pairs, encode_prompts, encode_sft
@@ -270,7 +270,9 @@ def test_chatml_makes_its_end_of_turn_eos_where_the_tokenizer_has_it(tmp_path, c
     tokenizer = load_tokenizer(folder, "chatml")
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 11)
     assert tokenizer.pad_token_id not in (2, 11, None)
-    assert capsys.readouterr().out == "--chat_template chatml: <|im_end|> is eos from here on\n"
+    assert capsys.readouterr().out == (
+        "--chat_template chatml: <|im_end|> is eos from here on\n"
+        "tokenizer: there is no pad beside eos; pad is '<unk>' from here on\n")
     tokenizer.save_pretrained(tmp_path / "sft")
     chat = ChatFormat(load_tokenizer(str(tmp_path / "sft")))
     assert chat.eos_id == chat.response_ids("yes")[-1] == 11
@@ -380,7 +382,7 @@ def folder_of(name: str) -> str:
     tokenizer = small_tokenizer()
     if name == "small-space":
         tokenizer = type(tokenizer)(
-            vocab=tokenizer.get_vocab(), merges=tiny_llama._merges(tokenizer.get_vocab()),
+            vocab=tokenizer.get_vocab(), merges=generate_merges(tokenizer.get_vocab(), None),
             add_bos_token=True, add_prefix_space=True, pad_token="<pad>")
         assert tokenizer.tokenize("a") == ["▁a"]
     if name == "small-im":

@@ -207,7 +207,7 @@ def _empty(model: Planned) -> Any:
                 attn_implementation=attention(
                     auto_class, config, model.loading.attn_implementation),
             )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, AttributeError) as error:
         what = "reward model" if model.scores else "causal LM"
         remedy = "--attn_implementation eager" if "attn_impl" in str(error) else "another model"
         raise UserError(f"{path}: {kind} cannot be built as a {what} "
