@@ -12,6 +12,7 @@ that changes learning leaves a band; rounding, which differs between processors,
 import contextlib
 import io
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -35,8 +36,9 @@ PPO = ["--max_steps", 32, "--per_device_generation_batch_size", 32, "--ppo_epoch
 
 def run(main: Any, output: Path, *words: Any) -> list[dict[str, float]]:
     """Run a step in this process, and return its metrics, a row for each step or iteration."""
-    with mock.patch.object(sys, "argv", ["main.py", *map(str, words), "--output_dir", str(output)]
-                           ), contextlib.redirect_stdout(io.StringIO()):
+    command = ["main.py", *map(str, words), "--output_dir", str(output)]
+    with mock.patch.object(sys, "argv", command), mock.patch.dict(os.environ), \
+            contextlib.redirect_stdout(io.StringIO()):
         main.main()
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 

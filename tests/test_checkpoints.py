@@ -1,6 +1,7 @@
 """Checkpoints: what one holds, how one is chosen, refused and saved, and how a run is resumed."""
 
 import contextlib
+import enum
 import errno
 import hashlib
 import io
@@ -623,3 +624,14 @@ def test_a_signal_without_an_output_dir_says_that_nothing_is_saved():
             checkpoints.step_boundary(3, Recorder())
     assert (stopped.value.code, str(stopped.value)) == (
         143, "SIGTERM: stopped after step 3; nothing is saved: no --output_dir was given")
+
+
+def test_enums_are_saved_as_plain_values_which_every_python_reads(tmp_path):
+    class Stage(int, enum.Enum):
+        two = 2
+
+    files = CheckpointFiles()
+    files.save({"zero": {"stage": Stage.two}, "groups": [1]}, str(tmp_path / "state.pt"))
+    state = files.load(str(tmp_path / "state.pt"))
+    assert state == {"zero": {"stage": 2}, "groups": [1]}
+    assert type(state["zero"]["stage"]) is int

@@ -256,7 +256,7 @@ def old_scripts(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return Chain(folder, base, printed)
 
 
-LORA = "LoRA matched 14 modules with 15,360 parameters; trains 118,784 of "
+LORA = "LoRA matched 14 modules (*) with 15,360 parameters; trains 118,784 of "
 
 
 @pytest.mark.parametrize(("name", "line"), [

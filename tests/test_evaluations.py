@@ -78,7 +78,7 @@ def test_prompts_are_read_from_many_formats(row, expected):
 
 @pytest.mark.parametrize(("content", "line"), [
     ('{"prompt": "a"}\n{"text": "b"}\n', r"row 2: .*columns text \(text\) fit no known"),
-    ('{"prompt": ""}\n', "row 1: empty prompt"),
+    ('{"prompt": ""}\n', r"row 1: .*columns prompt \(empty\) fit no known"),
     ("", "has no prompt in it"),
 ])
 def test_a_file_without_prompts_is_refused(tmp_path, content, line):

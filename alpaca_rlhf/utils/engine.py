@@ -19,6 +19,8 @@ from alpaca_rlhf.utils.configs import (
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.optimizer import create_optimizer, create_scheduler, parameter_groups
 
+LARGEST_BUCKET = 500_000_000  # DeepSpeed's default, in elements
+
 # Role, loading and DeepSpeed's configuration -> a Hugging Face model.
 Load = Callable[[RoleConfig, LoadingConfig, dict[str, Any]], Any]
 
@@ -52,6 +54,9 @@ def build_trained(
     if targets is not None:
         model = lora.add_lora(model, targets, role, adapters)
     summary = lora.describe_training(model, targets)
+    # DeepSpeed's buffers for gradients need not be larger than all of them.
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
+    config["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, sum(sizes)))
     groups = parameter_groups(
         model, role.learning_rate, role.lora_learning_rate or 0.0, role.weight_decay
     )

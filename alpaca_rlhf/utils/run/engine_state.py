@@ -12,6 +12,7 @@ import io
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
@@ -35,7 +35,7 @@ TAG = "engine"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ValueOf = Callable[[str, str], Tensor | None]  # name, "fp32" or a moment -> the whole tensor
 # In DeepSpeed's files besides tensors and plain values.
-DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, fragment_address]
 
 
 class CheckpointFiles(CheckpointEngine):
@@ -68,9 +68,9 @@ class CheckpointFiles(CheckpointEngine):
         """Prepare nothing."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write a file."""
+        """Write a file, of tensors and plain values."""
         with self.noting_errors(path):
-            write_durably(Path(path), lambda file: torch.save(state_dict, file))
+            write_durably(Path(path), lambda file: torch.save(_plain(state_dict), file))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file.
@@ -88,6 +88,15 @@ class CheckpointFiles(CheckpointEngine):
     def commit(self, info: Any) -> bool:
         """Leave the manifest to `Checkpoints`."""
         return True
+
+
+def _plain(state: Any) -> Any:
+    """Return a state with the values of enums in their place: some Pythons pickle those as code."""
+    if isinstance(state, Enum):
+        return state.value
+    if type(state) is dict:
+        return {name: _plain(value) for name, value in state.items()}
+    return state
 
 
 def save(engine: Engine, folder: Path, files: CheckpointFiles) -> None:
