@@ -63,6 +63,8 @@ class Result(NamedTuple):
     log: list[str] = []
 
 
+# Of a process among ranks; the worker is none of them.
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PRECISIONS = ("fp32", "bf16", "fp16")
 FIRST = "machine"  # in every selection: it describes the machine for the JSON file
 ROWS = {
@@ -149,13 +151,14 @@ class Worker:
     def __init__(self, rows: Sequence[Row], folder: Path, log: Path) -> None:
         self._log, self._unread = log, b""
         paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        kept = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
         with log.open("ab") as output:
             self._start = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "import check_gpu; check_gpu.work()"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**kept, "PYTHONPATH": os.pathsep.join(paths)},
             )
         given = [str(folder), [(row.check, row.arguments) for row in rows]]
         stdin = self._pipe(self._process.stdin)

@@ -32,7 +32,7 @@ from unittest import mock
 
 import deepspeed
 import torch
-from check_gpu import PRECISIONS, Skip, Wrong
+from check_gpu import OF_RANKS, PRECISIONS, Skip, Wrong
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from torch import nn
@@ -86,7 +86,6 @@ STEPS = {1: step1, 2: step2, 3: step3}
 STAGES, LORA_DIM = (0, 1, 2, 3), 8
 STEP_NAMES = {"eager": ForwardStep.name, "compiled": LlamaStep.name, "graph": GraphStep.name}
 BOOTSTRAP = Path(step1.__file__).parents[1] / "my_deepspeed.py"
-OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Sixteen rows of each step, in batches of eight.
 DATA_FLAGS = ["--data_split", "1,1,1", "--preprocessing_num_workers", "1"]
 SUPERVISED = ["--max_seq_len", "64", "--per_device_train_batch_size", "8", "--learning_rate",
