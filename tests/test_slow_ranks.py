@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """How each pair of ranks has ended."""
+    """Return the end of each pair of ranks, by the name of its work."""
     folder = tmp_path_factory.mktemp("slow")
     worker = REPOSITORY / "tests" / "slow_worker.py"
     subprocess.run([sys.executable, str(worker), str(folder)], env=environment(), check=True,

@@ -80,7 +80,7 @@ class Found:
 
     folder: Path
     convert: bool
-    """Whether another number of ranks or another ZeRO stage wrote it."""
+    """True if another number of ranks or another ZeRO stage wrote it."""
 
 
 # --- finding a checkpoint ------------------------------------------------------------------------
