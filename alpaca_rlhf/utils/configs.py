@@ -357,8 +357,8 @@ class HybridEngineConfig(Group, title="hybrid engine"):
     """Generation by the actor."""
 
     enable_hybrid_engine: bool = option(
-        False, "generate faster: with gathered weights and, in fp32, merged adapters and a CPU's compiled "
-        "decoding step")
+        False, "generate faster: with gathered weights and, in fp32, merged adapters and a CPU's "
+        "compiled decoding step")
     hybrid_engine_backend: Literal["native", "deepspeed"] = option(
         "native", "native: the only one; DeepSpeed's own kernels are no longer offered")
     enable_cuda_graph: bool = option(
