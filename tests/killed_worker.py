@@ -51,15 +51,23 @@ def main() -> None:
 
 
 def two_ranks(work: Callable[[], None], folder: Path) -> Callable[[], dict[str, Any]]:
-    """Start two ranks that do something together; what waits for them returns how they ended."""
-    log, start = folder / f"{work.__name__}.log", time.perf_counter()
+    """Start two ranks that do something together; what waits for them returns how they ended.
+
+    Returns once they have met: with many pairs that start at once, one could miss the other for
+    longer than the timeout of this test.
+    """
+    log, met = folder / f"{work.__name__}.log", folder / f"{work.__name__}.met"
 
     def train() -> None:
         distributed.initialize(0, TIMEOUT)
         distributed.barrier()
+        met.touch()
         work()
 
     ranks = soak.fork_ranks(lambda: console.run_main(train), 2, log)
+    while not (met.exists() or any(map(soak.ended, ranks))):
+        time.sleep(0.02)
+    start = time.perf_counter()
     return lambda: {"codes": soak.exit_codes(ranks), "said": log.read_text(),
                     "seconds": time.perf_counter() - start}
 

@@ -80,19 +80,19 @@ def fork_ranks(work: Callable[[], object], count: int = 2) -> int:
     Returns:
         The highest exit code of the ranks.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(WORLD_SIZE=str(count), LOCAL_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=port)
     ranks = []
-    for rank in map(str, range(count)):
-        child = os.fork()
-        if not child:
-            os.environ.update(RANK=rank, LOCAL_RANK=rank)
-            work()
-            os._exit(0)
-        ranks.append(child)
+    with socket.socket() as kept:  # the forks keep the port from others until rank 0 listens there
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        os.environ.update(WORLD_SIZE=str(count), LOCAL_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(kept.getsockname()[1]))
+        for rank in map(str, range(count)):
+            child = os.fork()
+            if not child:
+                os.environ.update(RANK=rank, LOCAL_RANK=rank)
+                work()
+                os._exit(0)
+            ranks.append(child)
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks)
 
 

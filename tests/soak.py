@@ -301,14 +301,15 @@ def fork(work: Callable[[], Any], log: Path, **environment: str) -> int:
 
 def fork_ranks(work: Callable[[], Any], ranks: int, log: Path) -> list[int]:
     """Do something in forks that are the ranks of one world; their process ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [
-        fork(work, log, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-             LOCAL_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for rank in range(ranks)
-    ]
+    with socket.socket() as kept:  # the forks keep the port from others until rank 0 listens there
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        return [
+            fork(work, log, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                 LOCAL_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+                 MASTER_PORT=str(kept.getsockname()[1]))
+            for rank in range(ranks)
+        ]
 
 
 def ended(process: int) -> bool:

@@ -27,7 +27,7 @@ def ends(tmp_path_factory):
     "starting", "finishing", "reporting"])
 def test_the_others_wait_for_rank_0s_work_and_collectives_follow_it(ends, work):
     assert ends[work]["codes"] == [0, 0], ends[work]["said"]
-    assert ends[work]["seconds"] > 1.2 * TIMEOUT
+    assert ends[work]["seconds"] > TIMEOUT
 
 
 def test_deepspeeds_own_groups_have_the_collective_timeout(ends):
@@ -37,7 +37,7 @@ def test_deepspeeds_own_groups_have_the_collective_timeout(ends):
 
 def test_a_rank_that_dies_ends_those_that_wait_for_its_work_on_the_host(ends):
     died = ends["dies_while_others_wait"]
-    assert died["codes"] == [-9, 1]
+    assert died["codes"] == [-9, 1], died["said"]
     assert "another rank has ended" in died["said"]
 
 
