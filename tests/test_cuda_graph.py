@@ -7,8 +7,11 @@ import pytest
 import torch
 from conftest import hybrid_engine, small_config
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -16,6 +19,7 @@ from transformers import (
 
 from alpaca_rlhf.utils.configs import SamplingConfig
 from alpaca_rlhf.utils.generation import cuda_graph, steps
+from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
 from alpaca_rlhf.utils.generation.cuda_graph import GraphStep
 from alpaca_rlhf.utils.generation.decoder import Decoder
 from alpaca_rlhf.utils.generation.steps import agrees
@@ -180,14 +184,43 @@ def test_without_a_gpu_one_line_says_so_and_the_compiled_step_is_used(small, cap
 
 
 @pytest.mark.parametrize(("device", "window", "reason"), [
-    ("cpu", None, "it needs a GPU"),
-    ("cuda", 8, "the model attends to a sliding window"),
-    ("cuda", None, None),
+    ("cpu", {}, "it needs a GPU"),
+    ("cuda", {}, None),
+    ("cuda", {"sliding_window": 8}, "some layers attend to a window"),
+    ("cuda", {"attention_chunk_size": 8}, "some layers attend to a window"),
+    ("cuda", {"layer_types": ["full_attention"] * 2}, None),
+    ("cuda", {"layer_types": ["full_attention", "sliding_attention"]},
+     "some layers attend to a window"),
 ])
 def test_reasons_against_a_graph(device, window, reason):
-    model = SimpleNamespace(
-        device=torch.device(device), config=SimpleNamespace(sliding_window=window))
+    config = LlamaConfig(num_hidden_layers=2, **window)
+    model = SimpleNamespace(device=torch.device(device), config=config)
     assert GraphStep.objection(model) == reason
+
+
+def bloom():
+    return BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=2))
+
+
+@pytest.mark.parametrize(("build", "chosen"), [
+    *((build, steps.MaskedStep) for kind, build in FAMILY.items() if kind != "LLaMA"),
+    (lambda small: bloom(), steps.ForwardStep),  # its bias is made of a mask [N, W]
+    (lambda small: LlamaForCausalLM(small_config(small.tokenizer, attention_chunk_size=3)),
+     steps.ForwardStep),
+])
+def test_the_mask_is_made_once_a_token_where_all_layers_attend_to_all_columns(
+    small, monkeypatch, build, chosen
+):
+    monkeypatch.setattr(LlamaStep, "objection", lambda model: "not this one")
+    torch.manual_seed(0)
+    model = build(small).eval()
+    step = steps.fastest(model, use_cuda_graph=False)
+    assert type(step) is chosen
+    prompts, sampling = small.prompts(6), SamplingConfig(12, 0)
+    prompts.input_ids.clamp_(max=59)
+    made = [generated(Decoder(model, slots=4, step=step), prompts, small, sampling)
+            for step in (step, None)]
+    assert made[0].input_ids.equal(made[1].input_ids)
 
 
 def test_recording_warms_up_on_another_stream_and_then_records_one_pass(monkeypatch):

@@ -92,7 +92,8 @@ def test_200_prompts_get_the_tokens_that_transformers_gives_however_they_are_bat
     expected = by_transformers(model, whole, ends, 12)
     assert len(expected) == 200
     assert len({len(response) for response in expected}) > 5
-    for how in ({}, {"slots": 16}, {"slots": 16, "step": compiled}, {"step": compiled}):
+    for how in ({}, {"slots": 16}, {"slots": 16, "step": compiled}, {"step": compiled},
+                {"slots": 16, "step": compiled, "look_every": 5}):
         assert responses(model, whole, sampling, ends, **how) == expected
     for row, response in islice(zip(rows, expected, strict=True), 40):
         assert responses(model, collate_prompts([row], PAD), sampling, ends) == [response]
@@ -120,6 +121,26 @@ def test_a_model_with_a_sliding_window_generates_what_transformers_generates(sma
     prompts = small.prompts(8)
     assert prompts.input_ids.shape[1] > 8
     assert responses(model, prompts, slots=3) == by_transformers(model, prompts, NEVER, 10)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_how_often_the_tokens_are_looked_at_changes_transfers_only(
+    small, model, ends, monkeypatch, penalty
+):
+    looks, right = [], DecodingSession._append
+    monkeypatch.setattr(DecodingSession, "_append",
+                        lambda *given: looks.append(1) or right(*given))
+    sampling = SamplingConfig(20, num_generations=2, repetition_penalty=penalty)
+    expected = generate(model, small.prompts(8), sampling, ends, slots=5)
+    often, found = len(looks), []
+    for every in (2, 7, 100):
+        looks.clear()
+        rollout = generate(model, small.prompts(8), sampling, ends, slots=5, look_every=every)
+        assert rollout.input_ids.equal(expected.input_ids)
+        torch.testing.assert_close(
+            rollout.decoded_logprobs, expected.decoded_logprobs, rtol=0, atol=1e-5)
+        found.append(len(looks))
+    assert often > 1.5 * found[0] > 1.5 * found[1] > 1.5 * found[2]
 
 
 @pytest.mark.parametrize("copies", [1, 3])

@@ -82,10 +82,10 @@ def test_rows_with_parameters_of_their_own_are_drawn_as_each_alone():
     even = torch.arange(9) % 2 == 0
     seen = [even if s.repetition_penalty != 1 else None for s in samplings]
     tokens, logprobs = draw(logits, samplings, uniform, seen)
-    for i, token in enumerate(tokens):
+    for i in range(len(tokens)):
         mine = slice(i, i + 1)
-        assert draw(logits[mine], samplings[mine], uniform[mine], seen[mine])[0] == [token]
-    assert_close(torch.tensor(logprobs), logits.log_softmax(-1)[range(len(tokens)), tokens])
+        assert draw(logits[mine], samplings[mine], uniform[mine], seen[mine])[0].equal(tokens[mine])
+    assert_close(logprobs, logits.log_softmax(-1)[range(len(tokens)), tokens])
 
 
 @pytest.mark.parametrize("vocabulary", [4096, 4097, 10_000, 12 * 1024])

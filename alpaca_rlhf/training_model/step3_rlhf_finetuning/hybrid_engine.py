@@ -31,6 +31,7 @@ from alpaca_rlhf.utils.model.lora import folded, unwrapped
 
 # Parameters of up to this many elements cost more to gather one by one than to copy together.
 GATHERED_TOGETHER = 2**17
+LOOK_EVERY = 4  # decoding steps; an accelerator goes on meanwhile
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -48,7 +49,9 @@ class HybridEngine:
     ) -> None:
         self._engine, self._config = engine, config
         self._fast_step: DecodingStep | None = None  # chosen at the first visit, filled at each
-        self._decoder = Decoder(engine.module, slots, in_step=self.decodes_in_step)
+        waits = distributed.on_cpu() or self.decodes_in_step
+        self._decoder = Decoder(engine.module, slots, in_step=self.decodes_in_step,
+                                look_every=1 if waits else LOOK_EVERY)
 
     @property
     def decodes_in_step(self) -> bool:

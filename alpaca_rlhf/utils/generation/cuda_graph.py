@@ -45,6 +45,14 @@ def record(run: Callable[[], Tensor], pool: Any = None) -> tuple[Callable[[], No
     return partial(device.replay_graph, graph), result, pool or graph.pool()
 
 
+def attends_in_windows(model: PreTrainedModel) -> bool:
+    """Return whether some layers see only a part of what is before a token."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return kinds != {"full_attention"} or any(windows)
+
+
 class _AllColumns(DynamicLayer):
     """Keys and values of one layer [rows, heads, columns, head size], all of which are seen.
 
@@ -90,8 +98,8 @@ class GraphStep:
         """Return the reason why there is no graph for a model, or None."""
         if model.device.type == "cpu":
             return "it needs a GPU"
-        if getattr(model.config, "sliding_window", None) is not None:
-            return "the model attends to a sliding window"
+        if attends_in_windows(model):
+            return "some layers attend to a window"
         return None
 
     def fill(self) -> None:

@@ -46,6 +46,8 @@ class Decoder:
         cache: its buffers are used again.
         in_step: every forward pass is a collective (ZeRO-3 without gathered weights), so every
             rank makes as many as the rank that needs most.
+        look_every: decoding steps between two looks at the tokens, each of which waits for the
+            device. What follows eos until then is dropped.
         seconds: time spent on each part of the work is added here.
     """
 
@@ -54,6 +56,7 @@ class Decoder:
     step: DecodingStep | None = None
     cache: SlotCache = field(default_factory=SlotCache)
     in_step: bool = False
+    look_every: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -202,7 +205,7 @@ class DecodingSession:
 
     @torch.no_grad()
     def step(self) -> list[Response]:
-        """Make one forward pass: prefill prompts if slots are free, else decode.
+        """Prefill prompts if slots are free, else make `look_every` decoding steps.
 
         Returns:
             The responses that got a token.
@@ -234,7 +237,9 @@ class DecodingSession:
                     response.seen = torch.zeros_like(logits[0], dtype=torch.bool)
                     response.seen[response.prompt] = True
             logits = logits[torch.tensor([row for row, _ in self._waiting], device=self._device)]
-            return self._draw(logits, [response for _, response in self._waiting])
+            responses = [response for _, response in self._waiting]
+            self._append(responses, [self._draw(logits, responses, 0)])
+            return responses
 
     def _add_rows(self) -> None:
         """Let as many slots take part as there are responses for them."""
@@ -261,34 +266,60 @@ class DecodingSession:
         return head[:cut]
 
     def _decode(self) -> list[Response]:
-        """Add a token to the response in every slot."""
-        cache = self._decoder.cache
-        with self._decoder.timed("decode"):
-            cache.make_room()
-            tokens = [0 if response is None else response.tokens[-1] for response in self._rows]
-            logits = self._next_logits(torch.tensor(tokens, device=self._device), cache)
-            cache.advance()
-        with self._decoder.timed("sampling"):
-            return self._draw(logits, self._rows)
+        """Add tokens to the response in every slot."""
+        cache, decoder = self._decoder.cache, self._decoder
+        slots = [slot for slot, row in enumerate(self._rows) if row is not None]
+        responses = [row for row in self._rows if row is not None]
+        living = torch.tensor(slots, device=self._device)
+        tokens = torch.zeros(len(self._rows), dtype=torch.long, device=self._device)
+        tokens[living] = torch.tensor([r.tokens[-1] for r in responses], device=self._device)
+        left = min(r.sampling.max_new_tokens - len(r.tokens) for r in responses)
+        drawn = []
+        for ahead in range(min(left, decoder.look_every)):
+            with decoder.timed("decode"):
+                cache.make_room()
+                logits = self._next_logits(tokens, cache)
+                cache.advance()
+            with decoder.timed("sampling"):
+                if len(slots) < len(self._rows):
+                    logits = logits[living]
+                drawn.append(self._draw(logits, responses, ahead))
+                tokens[living] = drawn[-1][0]
+        with decoder.timed("sampling"):
+            self._append(responses, drawn)
+        return responses
 
-    def _draw(self, logits: Tensor, rows: Sequence[Response | None]) -> list[Response]:
-        """Draw the next token of each response from logits [N, V]; rows of None are vacant."""
-        responses = [response for response in rows if response is not None]
-        if len(responses) < len(rows):
-            logits = logits[[row for row, response in enumerate(rows) if response is not None]]
+    def _draw(
+        self, logits: Tensor, responses: Sequence[Response], ahead: int
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a token [N] of each response and its log-probability [N] from logits [N, V].
+
+        `ahead` tokens of each are drawn, but not appended yet.
+        """
         tokens, logprobs = draw(
             logits, [r.sampling for r in responses],
-            [r.uniform[len(r.tokens)] if r.uniform else 0.0 for r in responses],
+            [r.uniform[len(r.tokens) + ahead] if r.uniform else 0.0 for r in responses],
             [r.seen for r in responses],
         )
-        for response, token, logprob in zip(responses, tokens, logprobs, strict=True):
-            response.tokens.append(token)
-            response.logprobs.append(logprob)
+        for i, response in enumerate(responses):
             if response.seen is not None:
-                response.seen[token] = True
-            full = len(response.tokens) == response.sampling.max_new_tokens
-            response.ended = full or token in self._eos_ids
-        return responses
+                response.seen[tokens[i]] = True
+        return tokens, logprobs
+
+    def _append(
+        self, responses: Sequence[Response], drawn: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Append what was drawn, up to each response's end."""
+        # One transfer, for which all work is waited; fp64 holds tokens and numbers exactly.
+        steps = torch.stack([torch.stack([t.double(), p.double()]) for t, p in drawn]).tolist()
+        for i, response in enumerate(responses):
+            for tokens, logprobs in steps:
+                response.tokens.append(int(tokens[i]))
+                response.logprobs.append(logprobs[i])
+                full = len(response.tokens) == response.sampling.max_new_tokens
+                response.ended = full or response.tokens[-1] in self._eos_ids
+                if response.ended:
+                    break
 
     # ---------------------------------------------------------------- slots
 

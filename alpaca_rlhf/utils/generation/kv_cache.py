@@ -115,6 +115,11 @@ class SlotCache(Cache):
         columns = torch.arange(self.first, self.front + 1, device=self.starts.device)
         return columns >= self.starts.unsqueeze(-1)
 
+    def additive_mask(self, dtype: torch.dtype) -> Tensor:
+        """Return `visible` as [rows, 1, 1, W]: 0 where it is true, else the lowest number."""
+        hidden = ~self.visible[:, None, None]
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+
     def add_rows(self, count: int) -> None:
         """Let more slots take part."""
         self._starts += [self.front] * count

@@ -21,7 +21,7 @@ BELOW_ONE = 1 - 2**-53  # the largest fp64 below 1
 def draw(
     logits: Tensor, samplings: Sequence[SamplingConfig], uniform: Sequence[float],
     seen: Sequence[Tensor | None],
-) -> tuple[list[int], list[float]]:
+) -> tuple[Tensor, Tensor]:
     """Draw one token for each row, each with sampling parameters of its own.
 
     Args:
@@ -31,13 +31,14 @@ def draw(
         seen: [V] bool for each row with a repetition penalty, the tokens that it applies to.
 
     Returns:
-        Tokens, and their log-probabilities in nats, logits over temperature.
+        Tokens [B], and their log-probabilities [B] in nats, logits over temperature.
     """
     alike: dict[tuple[float, ...], list[int]] = {}
     for row, by in enumerate(samplings):
         key = by.temperature, by.top_p, by.top_k, by.repetition_penalty
         alike.setdefault(key, []).append(row)
-    tokens, logprobs = [0] * len(logits), [0.0] * len(logits)
+    tokens = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    logprobs = torch.zeros(len(logits), device=logits.device)
     for rows in alike.values():
         sampling = samplings[rows[0]]
         some = logits if len(alike) == 1 else logits[rows]
@@ -48,10 +49,7 @@ def draw(
         of_drawn = rl_math.token_logprobs(
             some.unsqueeze(1), drawn.unsqueeze(1), sampling.temperature or 1.0
         ).squeeze(1)
-        # fp64 holds both exactly; each transfer from a GPU waits for all work before it.
-        pairs = torch.stack([drawn.double(), of_drawn.double()]).T.tolist()
-        for row, (token, logprob) in zip(rows, pairs, strict=True):
-            tokens[row], logprobs[row] = int(token), logprob
+        tokens[rows], logprobs[rows] = drawn, of_drawn
     return tokens, logprobs
 
 

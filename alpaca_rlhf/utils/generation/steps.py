@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from alpaca_rlhf.utils import console, rl_math
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
-from alpaca_rlhf.utils.generation.cuda_graph import GraphStep
+from alpaca_rlhf.utils.generation.cuda_graph import GraphStep, attends_in_windows
 from alpaca_rlhf.utils.generation.kv_cache import SlotCache
 
 # Largest difference of logits, relative to the largest logit: sums are taken in another order.
@@ -57,15 +57,28 @@ class ForwardStep(DecodingStep):
 
     name = "the model's forward pass"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
+
+    def _mask(self, cache: SlotCache) -> Tensor:
+        return cache.visible.long()
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
         """Return logits [N, V] after tokens [N]."""
         return self._model(
-            input_ids=tokens.unsqueeze(-1), attention_mask=cache.visible.long(),
+            input_ids=tokens.unsqueeze(-1), attention_mask=self._mask(cache),
             position_ids=cache.positions, past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]
+
+
+class MaskedStep(ForwardStep):
+    """The forward pass with a mask that is made here; transformers would wait for the device.
+
+    For models whose layers attend to all columns, and that need no mask [N, W] for other ends.
+    """
+
+    def _mask(self, cache: SlotCache) -> Tensor:
+        return cache.additive_mask(self._model.dtype)
 
 
 @torch.no_grad()
@@ -99,15 +112,23 @@ def fastest(model: Any, use_cuda_graph: bool) -> DecodingStep:
         reason, level = kind.objection(model), ""
         if reason is None:
             step = kind(model)
-            level, reason = "warning: ", "it does not give the logits of the model's forward pass"
-            try:
-                step.fill()
-                if agrees(model, step):
-                    return step
-            except Exception as error:  # whatever a library raises for what a graph cannot hold
-                reason = f"it fails ({(str(error) or type(error).__name__).splitlines()[0]})"
+            level, reason = "warning: ", _failure(model, step)
+            if reason is None:
+                return step
         console.say(f"{level}{kind.name} is not used: {reason}")
-    return ForwardStep(model)
+    masked = MaskedStep(model)
+    return ForwardStep(model) if attends_in_windows(model) or _failure(model, masked) else masked
+
+
+def _failure(model: Any, step: DecodingStep) -> str | None:
+    """Fill a step; return the reason why it cannot be used, or None."""
+    try:
+        step.fill()
+        if agrees(model, step):
+            return None
+    except Exception as error:  # whatever a library raises for what a graph cannot hold
+        return f"it fails ({(str(error) or type(error).__name__).splitlines()[0]})"
+    return "it does not give the logits of the model's forward pass"
 
 
 @torch.no_grad()
