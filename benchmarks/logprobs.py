@@ -12,9 +12,11 @@ from rollout import NEVER, PAD, build, say, some_prompts
 from torch import Tensor
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
-from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import HybridEngineConfig, SamplingConfig
-from alpaca_rlhf.utils.model.causal_lm import response_logits
+from alpaca_rlhf.utils.data.batches import Rollout
+from alpaca_rlhf.utils.losses import chosen_logprobs
+from alpaca_rlhf.utils.model.causal_lm import at_labels
 
 
 @torch.no_grad()
@@ -30,16 +32,11 @@ def main() -> None:
     )
     model = engine.module.eval()
 
-    def whole(ids: Tensor, mask: Tensor) -> Tensor:
-        return rl_math.token_logprobs(
-            response_logits(model, ids, mask, tokens), ids[:, -tokens:]
-        )
+    def whole(some: Rollout) -> Tensor:
+        return some.spread(at_labels(model, *some.aligned(), chosen_logprobs)[:, 0])
 
-    together = whole(rollout.input_ids, rollout.attention_mask)
-    alone = torch.cat([
-        whole(ids[mask.bool()].unsqueeze(0), mask[mask.bool()].unsqueeze(0))
-        for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
-    ])
+    together = whole(rollout)
+    alone = torch.cat([whole(rollout.rows([row])) for row in range(len(rollout))])
     say(f"decoding and a whole pass: {(rollout.decoded_logprobs - together).abs().max():.1e}; "
         f"a whole pass batched and alone: {(together - alone).abs().max():.1e}")
 

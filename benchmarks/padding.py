@@ -3,14 +3,15 @@
     python benchmarks/padding.py PAIRS.jsonl.gz [--batch_size 8] [--tokenizer FOLDER] [--step 1]
 
 Batches are grouped by length (as in steps 1 and 2), shuffled, or shuffled with every row padded to
-`--max_seq_len`. The last column is for batches of one row, a lower bound for any order: the two
-sequences of a pair differ in length.
+`--max_seq_len`. The last column is for batches of one row. Pairs are padded in groups of sequences
+of similar length, as step 2 computes them.
 """
 
 import argparse
 import tempfile
 
 from alpaca_rlhf.demo import tiny_llama
+from alpaca_rlhf.training_model.step2_reward_model_finetuning.main import LENGTH_GROUPS
 from alpaca_rlhf.utils.configs import DataConfig, SFTConfig
 from alpaca_rlhf.utils.data import batches, prepare, tokenizer
 
@@ -66,7 +67,9 @@ def padding(rows: list[list[int]], order: list[int], size: int, longest: int | N
     for batch in batches.rank_batches(order, size, rank=0, world_size=1):
         lengths = [length for row in batch for length in rows[row]]
         real += sum(lengths)
-        total += len(lengths) * (longest or max(lengths))
+        groups = LENGTH_GROUPS if len(rows[batch[0]]) == 2 and len(batch) > 1 else 1
+        for group in batches.length_groups(lengths, groups):
+            total += len(group) * (longest or lengths[group[-1]])
     return 1 - real / total
 
 

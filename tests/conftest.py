@@ -213,9 +213,12 @@ class Small:
 
     def experience(
         self, maker: Any, count: int = 4, *, prompts: Any = None, generations: int = 1,
-        order: Any = None, **reward: Any,
+        trainer: Any = None, number: int = 0, **reward: Any,
     ) -> tuple[Any, Any]:
-        """The experience of one PPO iteration, and its metrics; scores are not normalized."""
+        """The experience of one PPO iteration, and its metrics; scores are not normalized.
+
+        It is scored in the micro-batches of the trainer's iteration `number`, if one is given.
+        """
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
             RewardNormalizer,
             make_experience,
@@ -223,14 +226,16 @@ class Small:
 
         prompts = prompts or self.prompts(count)
         config = RewardConfig(**{"reward_normalization": "none", **reward})
-        scored = maker.score(maker.generate(prompts, generations), order)
+        rollout = maker.generate(prompts, generations)
+        cuts = sum(trainer.plan(rollout, number), []) if trainer else None
+        scored, _ = maker.score(rollout, cuts)
         return make_experience(
             scored, RewardNormalizer(config, ""), config, PPOConfig(), config.kl_coef
         )
 
     def trainer(
         self, engine: Any, most: int = 10, accumulation: int = 1, temperature: float = 1.0,
-        micro: int = 2, folder: Path | None = None, **ppo: Any,
+        micro: int = 2, max_tokens: int | None = None, folder: Path | None = None, **ppo: Any,
     ) -> Any:
         """A trainer with micro-batches of `micro` rows.
 
@@ -243,7 +248,9 @@ class Small:
         return PPOTrainer(
             engine, PPOConfig(per_device_training_batch_size=micro, **ppo),
             normalizer=RewardNormalizer(RewardConfig(reward_normalization="none"), ""),
-            accumulation_steps=accumulation, temperature=temperature, seed=3,
+            schedule=ScheduleConfig(
+                gradient_accumulation_steps=accumulation, max_tokens_per_micro_batch=max_tokens),
+            temperature=temperature, seed=3,
             guard=NonFiniteGuard(folder, most, "lower the learning rate"),
         )
 

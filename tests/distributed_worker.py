@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch._dynamo  # DeepSpeed would import it in each rank
 from conftest import Small, fill_adapters, hybrid_engine, learn, moved, snapshot
+from plain import forward_logits
 from programs import fork_ranks
 
 from alpaca_rlhf.demo import assistant_world
@@ -42,7 +43,6 @@ from alpaca_rlhf.utils.data.batches import (
     rank_batches,
 )
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.causal_lm import forward_logits
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.run import export
 
@@ -135,7 +135,7 @@ def iterations(
     before, tokens, records = snapshot(engine.actor.module), [], []
     for number in range(2):
         experience, metrics = small.experience(
-            maker, prompts=of_this_rank(small.prompts(8)), order=trainer.row_order(4, number))
+            maker, prompts=of_this_rank(small.prompts(8)), trainer=trainer, number=number)
         metrics |= learn(trainer, experience, number)
         tokens.append(distributed.gather_rows(
             [row[kept.bool()].tolist()

@@ -405,7 +405,7 @@ def test_saved_arguments_give_back_equal_arguments(step, words, suffix, tmp_path
 def test_saved_arguments_hold_resolved_values_and_nothing_of_the_launch():
     config = to_config(parse(1, "--lora_dim 8 --local_rank 0"))
     assert (config["learning_rate"], config["only_optimize_lora"]) == (3e-4, True)
-    assert not config.keys() & {"local_rank", "config", "max_tokens_per_micro_batch", "deepspeed"}
+    assert not config.keys() & {"local_rank", "config", "deepspeed"}
 
 
 # --- notices and help ----------------------------------------------------------------------------

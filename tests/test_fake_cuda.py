@@ -6,6 +6,7 @@ They have shapes and devices but no numbers, work in a CPU build, and raise wher
 import ctypes
 import os
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -31,14 +32,15 @@ from alpaca_rlhf.utils.data.batches import (
 )
 from alpaca_rlhf.utils.generation import decoder
 from alpaca_rlhf.utils.generation.sampling import sample
+from alpaca_rlhf.utils.losses import Head
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
+from alpaca_rlhf.utils.model.causal_lm import at_labels
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
 
 GPU = "cuda"
 CUDA, META = 1, 14  # c10::DeviceType
-B, P, R, V = 4, 6, 5, 420
+B, P, R, V, D = 4, 6, 5, 420, 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +96,9 @@ def test_mixed_devices_raise(fake):
 # --- the maths -----------------------------------------------------------------------------------
 
 FUNCTIONS = {
-    "token_loss": lambda: losses.token_loss(floats(B, R, V), ids(B, R)),
+    "token_loss": lambda: losses.token_loss(floats(B, D), Head(floats(V, D)), ids(B)),
+    "chosen_logprobs": lambda: losses.chosen_logprobs(
+        floats(B, D), Head(floats(V, D)), ids(B), 0.7, entropy=True),
     "pairwise_loss": lambda: losses.pairwise_loss(floats(B), floats(B)),
     "policy_loss": lambda: losses.policy_loss(*floats(3, B, R), ids(B, R), 0.2),
     "value_loss": lambda: losses.value_loss(*floats(3, B, R), ids(B, R), 0.2),
@@ -102,7 +106,6 @@ FUNCTIONS = {
     "gather_last": lambda: rl_math.gather_last(floats(B, P), ids(B, P)),
     "response_mask": lambda: rl_math.response_mask(ids(B, R), ids(2)),
     "token_logprobs": lambda: rl_math.token_logprobs(floats(B, R, V), ids(B, R), 0.7),
-    "entropy": lambda: rl_math.entropy(floats(B, R, V), 0.7),
     "kl_estimates": lambda: rl_math.kl_estimates(*floats(2, B, R), ids(B, R)),
     "token_rewards": lambda: rl_math.token_rewards(
         *floats(2, B, R), floats(B), ids(B, R), 0.05),
@@ -191,20 +194,20 @@ def make(small):
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_the_actors_forward(make, fake, with_lora):
     model = make(LlamaForCausalLM, with_lora)
-    logits = response_logits(model, ids(B, P + R), ids(B, P + R), R)
-    assert logits.shape == (B, R, V)
-    logprobs = rl_math.token_logprobs(logits, ids(B, R))
-    loss, _ = losses.policy_loss(logprobs, floats(B, R), floats(B, R), ids(B, R), 0.2)
-    assert on_gpu(loss)
-    assert on_gpu(losses.token_loss(
-        forward_logits(model, ids(B, P), ids(B, P)), ids(B, P)
-    ))
+
+    def compute(loss, hidden, head, targets):
+        assert on_gpu(hidden, head.weight, targets)
+        return loss(floats(B, hidden.shape[1]), head, ids(B))  # numbers tell how many there are
+
+    for loss in (losses.chosen_logprobs, losses.token_loss):
+        assert on_gpu(at_labels(model, ids(B, P), ids(B, P), partial(compute, loss)))
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
-def test_the_critics_forward(make, fake, with_lora):
+def test_the_critics_forward(make, fake, with_lora, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: P)
     scorer = TokenScorer(make(LlamaForSequenceClassification, with_lora, num_labels=1))
-    values = scorer(ids(B, P + R), ids(B, P + R))
+    values = scorer(ids(B, P + R))
     assert values.shape == (B, P + R)
     loss, _ = losses.value_loss(
         values[:, -R - 1 : -1], floats(B, R), floats(B, R), ids(B, R), 0.2

@@ -98,7 +98,7 @@ def test_every_layer_of_the_adapter_has_a_gradient_under_gradient_checkpointing(
     if role == "actor":
         output = model.train()(input_ids=batch.input_ids).logits
     else:
-        output = TokenScorer(model).train()(batch.input_ids, batch.attention_mask)
+        output = TokenScorer(model).train()(batch.input_ids)
     output.square().mean().backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert len(gradients) == 28 + (role == "critic")
@@ -108,13 +108,13 @@ def test_every_layer_of_the_adapter_has_a_gradient_under_gradient_checkpointing(
 def test_the_critics_head_is_trained_and_with_the_adapter_disabled_the_saved_one_is_used(small):
     engine, batch = small.trained("critic", lora=4), small.prompts(2)
     before = snapshot(engine.module)
-    engine.backward(engine(batch.input_ids, batch.attention_mask).square().sum())
+    engine.backward(engine(batch.input_ids).square().sum())
     engine.step()
     heads = [name for name in moved(before, engine.module) if "score" in name]
     assert heads == ["model.base_model.model.score.modules_to_save.default.weight"]
     with torch.no_grad(), lora.adapter_disabled(engine.module.model):
-        disabled = engine.module(batch.input_ids, batch.attention_mask)
-        expected = TokenScorer(small.reward_model())(batch.input_ids, batch.attention_mask)
+        disabled = engine.module(batch.input_ids)
+        expected = TokenScorer(small.reward_model())(batch.input_ids)
     assert disabled.equal(expected)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fill_adapters, learn, moved, snapshot
+from plain import token_loss
 from torch.testing import assert_close
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
@@ -14,16 +15,22 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
     Plan,
     PPOTrainer,
 )
-from alpaca_rlhf.utils import distributed, losses
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
+    RewardNormalizer,
+    make_experience,
+)
+from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import (
     PPOConfig,
     ReportConfig,
+    RewardConfig,
     RolloutConfig,
     SamplingConfig,
     ScheduleConfig,
 )
 from alpaca_rlhf.utils.data.batches import collate_tokens
 from alpaca_rlhf.utils.logging.alarms import Alarms
+from alpaca_rlhf.utils.model import lora
 
 NOTHING = SimpleNamespace(train=lambda mode: None)  # the roles, where no update is computed
 ROLES = {"whole": {}, "lora": {"lora": 4}}
@@ -101,9 +108,90 @@ def test_the_plan_counts_iterations_and_optimizer_steps(options, iterations, ste
 # --- the first update ----------------------------------------------------------------------------
 
 
+def iteration(small, engine, trainer, number=0, reuse=True):
+    """An iteration of 8 rollouts, scored as a run does."""
+    maker = small.maker(engine)
+    rollout = maker.generate(small.prompts(8))
+    plan = trainer.plan(rollout, number)
+    takes_over = reuse and trainer.takes_over(plan)
+    scored, forward = maker.score(
+        rollout, sum(plan, []), keep_for=trainer._ppo if takes_over else None)
+    config = RewardConfig(reward_normalization="none")
+    experience, metrics = make_experience(
+        scored, RewardNormalizer(config, ""), config, trainer._ppo, config.kl_coef)
+    return Iteration(experience, metrics, forward)
+
+
+@pytest.mark.parametrize("kind", [*ROLES, "bf16"])
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_the_only_step_of_an_iteration_takes_over_the_forward_passes_of_scoring(
+    small, kind, entropy
+):
+    """The step is the same, with two forward passes instead of four."""
+    dtype = kind if kind == "bf16" else "fp32"
+    made, passes = [], []
+    for reuse in (True, False):
+        torch.manual_seed(1)
+        engine = small.roles(
+            dtype=dtype, lora=4 if kind == "lora" else 0, eos_every=9, **small.comparable)
+        counted = [0]
+        for role in (engine.actor.module, engine.critic.module):
+            lora.unwrapped(getattr(role, "model", role)).base_model.register_forward_pre_hook(
+                lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
+        trainer = small.trainer(engine, micro=8, entropy_coef=entropy)
+        one = iteration(small, engine, trainer, reuse=reuse)
+        assert (one.forward is not None) is reuse
+        counted[0] = 0
+        metrics = trainer.update(one, 0)
+        passes.append(counted[0])
+        assert one.forward is None
+        made.append((snapshot(engine.actor.module), snapshot(engine.critic.module), metrics))
+    assert passes == [0, 2]
+    for ours, plain in zip(made[0][:2], made[1][:2], strict=True):
+        assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+    for name, value in made[1][2].items():
+        if not name.startswith(("time", "throughput")):
+            assert made[0][2][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize(("roles", "trainer", "taken"), [
+    ({}, {"micro": 8}, True),
+    ({}, {"micro": 4}, False), ({}, {"micro": 4, "accumulation": 2}, False),
+    ({}, {"micro": 8, "ppo_epochs": 2}, False),
+    ({}, {"micro": 8, "critic_warmup_steps": 1}, False),
+    ({}, {"micro": 8, "max_tokens": 10**6}, True), ({}, {"micro": 8, "max_tokens": 20}, False),
+    ({"dropout": 0.1}, {"micro": 8}, False),
+    ({"lora": 4, "lora_dropout": 0.1}, {"micro": 8}, False), ({"stage": 2}, {"micro": 8}, True),
+    ({"stage": 3}, {"micro": 8}, False),
+])
+def test_forward_passes_are_taken_over_where_an_iteration_has_one_step_and_nothing_is_drawn(
+    small, roles, trainer, taken
+):
+    engine = small.roles(eos_every=9, **roles)
+    trainer = small.trainer(engine, **trainer)
+    rollout = small.maker(engine).generate(small.prompts(8))
+    assert trainer.takes_over(trainer.plan(rollout, 0)) is taken
+
+
+@pytest.mark.parametrize("how", [{"micro": 4}, {"micro": 2}, {"micro": 8, "max_tokens": 60}])
+def test_micro_batches_of_similar_length_make_the_step_of_one_batch(small, experience, how):
+    after = []
+    for one in ({"micro": 8}, {"accumulation": 8 // how["micro"], **how}):
+        engine = build(small, **small.comparable)
+        trainer = small.trainer(engine, **one)
+        [step] = trainer.plan(experience, 0)
+        assert sorted(sum(step, [])) == list(range(8))
+        after.append([learn(trainer, experience), snapshot(engine.actor.module)])
+    assert len(step) > 1
+    lengths = [[experience.lengths()[row] for row in cut] for cut in step]
+    assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
+    if "max_tokens" in how:
+        assert all(len(cut) * max(cut) <= 60 or len(cut) == 1 for cut in lengths)
+    assert_close(after[1][1], after[0][1], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "stages"), [("fp32", (0, 1, 2, 3)), ("bf16", (2, 3))])
 def test_the_ptx_loss_gives_the_same_step_at_every_stage(small, experience, dtype, stages):
-    # Two graphs meet in one backward pass: DeepSpeed 0.18.3 to 0.19.3 lost a part of the gradient.
     rows = [{"input_ids": row, "labels": row} for row in ([1, *range(50, 60)], [1, 70, 71])]
     after = []
     for stage in stages:
@@ -195,7 +283,7 @@ def test_the_policy_moves_toward_tokens_with_an_advantage(small, experience):
     learn(small.trainer(engine, micro=8), changed)
     engine.train(False)
     with torch.no_grad():
-        after = engine.logprobs(engine.actor, changed, 1.0)
+        after = changed.spread(engine.logprobs(engine.actor, changed, 1.0)[:, 0])
     assert ((after - changed.logprobs) * changed.advantages).sum() > 0.01
 
 
@@ -224,7 +312,7 @@ def test_the_ptx_loss_is_a_token_mean_of_its_own_times_its_weight(small, experie
 
     @torch.no_grad()
     def total(model):
-        return sum(losses.token_loss(model(input_ids=b.input_ids).logits, b.labels).item()
+        return sum(token_loss(model(input_ids=b.input_ids).logits, b.labels).item()
                    for b in batches)
 
     engine = build(small, **small.comparable)

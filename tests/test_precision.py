@@ -83,7 +83,7 @@ def test_step_3_starts_at_ratio_1_and_learns(small, dtype, stage, rank):
     engine = small.roles(stage, rank, dtype=dtype, eos_every=9)
     trainer = small.trainer(engine)
     experience, metrics = small.experience(
-        small.maker(engine, hybrid=True, tokens=8), count=8, order=trainer.row_order(8, number=0))
+        small.maker(engine, hybrid=True, tokens=8), count=8, trainer=trainer)
     assert metrics["kl/k1"] == 0.0
     record = learn(trainer, experience, 0)
     # Old log-probabilities come from the micro-batches of the update itself.

@@ -51,14 +51,16 @@ def test_a_text_has_one_score_padded_left_or_right_with_whatever_ids(model, requ
             assert_close(scores(scorer, ids, mask), alone, rtol=1e-5, atol=1e-5)
             other = ids.masked_fill(mask == 0, 77)
             assert_close(scores(scorer, other, mask), alone, rtol=1e-5, atol=1e-5)
+            for groups in ([([1], 4), ([2, 0], 9)], [([2], 6), ([1], 4), ([0], 9)]):
+                assert_close(scores(scorer, ids, mask, groups), alone, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_value_depends_only_on_the_tokens_up_to_it(scorer):
-    ids, mask = pad(ROWS[:1], 3)
+    ids, _ = pad(ROWS[:1], 3)
     changed = ids.clone()
     changed[0, 6:] = 200
-    first, second = scorer(ids, mask), scorer(changed, mask)
+    first, second = scorer(ids), scorer(changed)
     assert_close(first[:, :6], second[:, :6], rtol=1e-6, atol=1e-6)
     assert (first[:, 6:] - second[:, 6:]).abs().min() > 1e-3
 
@@ -73,7 +75,7 @@ def test_the_score_is_the_one_that_transformers_pools(small, scorer):
 
 @torch.no_grad()
 def test_values_of_a_half_precision_model_are_fp32(small):
-    assert TokenScorer(small.reward_model(dtype="bf16"))(*pad(ROWS, 3)).dtype == torch.float32
+    assert TokenScorer(small.reward_model(dtype="bf16"))(pad(ROWS, 3)[0]).dtype == torch.float32
 
 
 def test_a_new_head_has_std_1_over_root_of_hidden_size_plus_1(small):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import moved, snapshot
+from plain import response_logits
 from torch.testing import assert_close
 
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRollout
@@ -23,7 +24,6 @@ from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig
 from alpaca_rlhf.utils.data.batches import Rollout, pad
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.causal_lm import response_logits
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
 
 
@@ -45,7 +45,7 @@ def engine(engines):
 
 def scored_rollout(small, engine, count=8, tokens=8, **options):
     maker = small.maker(engine, tokens=tokens, **options)
-    return maker.score(maker.generate(small.prompts(count)))
+    return maker.score(maker.generate(small.prompts(count)))[0]
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +158,6 @@ def test_a_text_has_the_same_logprobs_padded_left_or_not(small):
     assert_close(logprobs([*rows, [1] * 11])[:2], alone, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_only_response_positions_go_through_the_vocabulary_projection(small):
-    model, seen = small.causal_lm(), []
-    model.lm_head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
-    batch = small.prompts(2)
-    response_logits(model, batch.input_ids, batch.attention_mask, 3)
-    assert seen == [4]
-
-
 def test_before_the_first_update_the_kl_to_the_reference_is_0(small, roles):
     _, metrics = small.experience(small.maker(roles), count=8)
     assert abs(metrics["kl/k1"]) < 1e-5
@@ -176,7 +167,7 @@ def test_before_the_first_update_the_kl_to_the_reference_is_0(small, roles):
 def test_reference_and_reward_model_stay_when_actor_and_critic_move(small, roles):
     maker = small.maker(roles)
     rollout = maker.generate(small.prompts(4))
-    before, models = maker.score(rollout), (roles.actor.module, roles.critic.module)
+    before, models = maker.score(rollout)[0], (roles.actor.module, roles.critic.module)
     kept = [snapshot(model) for model in models]
     torch.manual_seed(9)
     with torch.no_grad():
@@ -184,7 +175,7 @@ def test_reference_and_reward_model_stay_when_actor_and_critic_move(small, roles
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-        after = maker.score(rollout)
+        after = maker.score(rollout)[0]
         for model, weights in zip(models, kept, strict=True):
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])
@@ -199,7 +190,7 @@ def test_dropout_is_off_while_a_rollout_is_scored(small):
     engine.train(True)
     maker = small.maker(engine)
     rollout = maker.generate(small.prompts(4))
-    assert_equal(maker.score(rollout), maker.score(rollout))
+    assert_equal(*(maker.score(rollout)[0] for _ in range(2)))
 
 
 # --- values and scores ---------------------------------------------------------------------------
@@ -210,7 +201,7 @@ def test_values_are_of_the_states_before_each_token_and_the_score_of_the_whole(s
     scored, scorer = scored_rollout(small, roles), TokenScorer(small.reward_model())
     for row, (ids, n) in enumerate(sequences(scored)):
         mask = torch.ones_like(ids)
-        expected = scorer(ids, mask)[0, -n - 1 : -1]
+        expected = scorer(ids)[0, -n - 1 : -1]
         assert_close(scored.values[row, :n], expected, rtol=1e-4, atol=1e-4)
         assert scored.values[row, n:].eq(0).all()
         expected = scores(scorer, ids, mask)
@@ -233,7 +224,7 @@ def test_padding_whose_id_is_an_eos_id_is_no_end(small, engine):
     ids[:, -rollout.response_length :] = 0  # an eos id
     ids[:, -rollout.response_length] = 1  # and one that is none
     mask = torch.cat([rollout.attention_mask[:, : -rollout.response_length], cut], dim=-1)
-    assert not maker.score(Rollout(ids, mask, cut, cut * 0.0)).has_eos.any()
+    assert not maker.score(Rollout(ids, mask, cut, cut * 0.0))[0].has_eos.any()
 
 
 # --- micro-batches -------------------------------------------------------------------------------
@@ -244,9 +235,8 @@ def test_the_micro_batches_change_no_result_beyond_rounding_and_rows_keep_their_
 ):
     maker = small.maker(engine, tokens=8)
     rollout = maker.generate(small.prompts(8))
-    by_length, shuffled = maker.score(rollout), maker.score(rollout, [5, 2, 7, 0, 1, 6, 3, 4])
-    maker._micro_batch_size = 8
-    together = maker.score(rollout, range(8))
+    cuts = (None, [[5, 2], [7, 0, 1], [6], [3, 4]], [range(8)])
+    by_length, shuffled, together = (maker.score(rollout, cut)[0] for cut in cuts)
     for other in (by_length, shuffled):
         for field in dataclasses.fields(ScoredRollout):
             one, all_rows = getattr(other, field.name), getattr(together, field.name)
@@ -268,7 +258,7 @@ def test_each_model_scores_all_micro_batches_before_the_next_one_does(small, eng
     maker.score(rollout)
     for hook in hooks:
         hook.remove()
-    assert seen == [(role, on) for role in ("actor", "critic") for on in (True, False)
+    assert seen == [(role, on) for on in (True, False) for role in ("actor", "critic")
                     for _ in range(3)]
 
 

@@ -78,6 +78,17 @@ def test_a_resumed_plan_yields_the_steps_that_are_left(first):
     assert list(plan().micro_batches(first)) == list(plan().micro_batches(0))[first:]
 
 
+def test_micro_batches_by_tokens_keep_the_rows_of_each_optimizer_step():
+    lengths = [3, 50, 20, 7, 30, 11, 40, 5, 9, 60]
+    plain = list(plan(lengths, rows=2, accumulation=2, epochs=1).micro_batches(0))
+    filled = list(plan(lengths, rows=2, accumulation=2, epochs=1,
+                       max_tokens_per_micro_batch=60).micro_batches(0))
+    assert [sorted(sum(step, [])) for step in filled] == [sorted(sum(step, [])) for step in plain]
+    tokens = [len(cut) * max(lengths[row] for row in cut) for step in filled for cut in step]
+    assert max(tokens) <= 60
+    assert max(len(cut) for step in filled for cut in step) > 2
+
+
 def test_two_ranks_take_the_rows_that_one_rank_takes_with_twice_the_batch_size(monkeypatch):
     lengths = [(37 * i * i) % 101 + 1 for i in range(24)]
     alone = [sorted(flat([step])) for step in plan(lengths, rows=4).micro_batches(0)]

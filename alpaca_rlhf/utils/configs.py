@@ -219,8 +219,9 @@ class ScheduleConfig(Group, title="schedule"):
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
         "constant_with_warmup"] = option("cosine", "learning-rate schedule")
     num_warmup_steps: Whole = option(0, "optimizer steps from 0 to the full learning rate")
-    max_tokens_per_micro_batch: Count | None = _unavailable(
-        None, "micro-batches are counted in rows, grouped by length")
+    max_tokens_per_micro_batch: Count | None = option(
+        None, "fill micro-batches up to this many tokens, padding included, in place of a number "
+        "of rows; an optimizer step keeps its rows")
     max_skipped_steps: Count = option(
         10, "abort after this many consecutive non-finite optimizer steps", on_resume="free")
 

@@ -282,6 +282,15 @@ def _reduced(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     return values
 
 
+def gather(values: Tensor) -> Tensor:
+    """Return the tensors of all ranks, of one shape [...], as [ranks, ...] on every rank."""
+    if world_size() == 1:
+        return values.unsqueeze(0)
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts)
+
+
 def gather_rows(rows: list) -> list:
     """Concatenate lists of picklable rows in the order of the ranks, on every rank."""
     if world_size() == 1:

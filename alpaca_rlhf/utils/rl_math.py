@@ -13,6 +13,17 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def align(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the padding of rows [B, T], on either side, to their right.
+
+    Returns:
+        ids [B, T'] of the longest row's length, and the rows' lengths [B].
+    """
+    lengths = mask.sum(-1)
+    order = (mask == 0).long().argsort(dim=-1, stable=True)[:, : max(1, int(lengths.max()))]
+    return ids.gather(1, order), lengths
+
+
 def last_token_index(attention_mask: Tensor) -> Tensor:
     """Index [B] of the last real token of each row of a mask [B, T], padding on either side."""
     index = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
@@ -44,12 +55,6 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
-
-
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy [B, R], nats, of the distributions of logits [B, R, V] / temperature."""
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.configs import BatchConfig, CheckpointConfig, ScheduleConfig, TrackingConfig
-from alpaca_rlhf.utils.data.batches import covering_batches, length_grouped, rank_batches
+from alpaca_rlhf.utils.data.batches import (
+    covering_batches,
+    length_grouped,
+    micro_batches,
+    rank_batches,
+)
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.engine import Engine
 from alpaca_rlhf.utils.logging.tracker import Tracker
@@ -56,7 +62,7 @@ class Plan:
     batches: BatchConfig
     seed: int
     lengths: Sequence[int]
-    """Number of tokens of each row; rows of similar length share a batch."""
+    """Number of tokens of each row (pair: both); rows of similar length share a batch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -78,12 +84,17 @@ class Plan:
         """
         size, world = self.batches.per_device_train_batch_size, distributed.world_size()
         per_epoch, accumulation = self.steps_per_epoch, self.schedule.gradient_accumulation_steps
+        most = self.schedule.max_tokens_per_micro_batch
         for epoch in range(first // per_epoch, self.schedule.num_train_epochs):
             order = length_grouped(self.lengths, size * world, self.seed, epoch)
             batches = rank_batches(order, size, distributed.rank(), world)
             done = max(0, first - epoch * per_epoch)
             for start in range(done * accumulation, len(batches), accumulation):
-                yield batches[start : start + accumulation]
+                step = batches[start : start + accumulation]
+                if most is None:
+                    yield step
+                else:
+                    yield micro_batches(list(chain.from_iterable(step)), self.lengths, size, most)
 
 
 class Trained(NamedTuple):

@@ -67,30 +67,29 @@ def accumulate(
     Returns:
         `loss` and the metrics' means (maxima) over the whole step, or None if the loss, or without
         ZeRO the gradient, is non-finite on some rank: then the gradient is 0.
+
+    One collective and one wait for the device in a step, whatever the number of micro-batches.
     """
     sums: Stats = {}
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         engine.set_gradient_accumulation_boundary(last)
         loss, stats = objective(batch)
-        bad = (~torch.isfinite(loss.detach())).float()
-        if distributed.max_over_ranks(bad).item():
-            clear_gradients(engine)
-            return None
         engine.backward(loss / total_weight * distributed.world_size(), scale_wrt_gas=False)
         if not last:
             engine.step()
-        elif not _plain_norm_is_finite(engine):
-            clear_gradients(engine)
-            return None
-        for name, value in {"loss": loss.detach(), **stats}.items():
+        for name, value in {"loss": loss, **stats}.items():
             value = value.detach().double()
             if name not in sums:
                 sums[name] = value
             else:
                 largest = name.endswith("_max")
                 sums[name] = torch.maximum(sums[name], value) if largest else sums[name] + value
-    return _over_ranks(sums, total_weight)
+    metrics = _over_ranks(sums, total_weight)
+    if math.isfinite(metrics["loss"]) and _plain_norm_is_finite(engine):
+        return metrics
+    clear_gradients(engine)
+    return None
 
 
 def step_together(*engines: deepspeed.DeepSpeedEngine) -> None:
@@ -129,14 +128,10 @@ def clear_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _over_ranks(sums: Stats, total_weight: Tensor) -> dict[str, float]:
-    maxima = {name: value for name, value in sums.items() if name.endswith("_max")}
-    plain = {name: value for name, value in sums.items() if name not in maxima}
-    means = distributed.sum_over_ranks(torch.stack(list(plain.values()))) / total_weight
-    result = dict(zip(plain, means.tolist(), strict=True))
-    if maxima:
-        largest = distributed.max_over_ranks(torch.stack(list(maxima.values())))
-        result |= dict(zip(maxima, largest.tolist(), strict=True))
-    return result
+    """Return the means of sums, and the maxima of maxima, over all ranks."""
+    ranks = distributed.gather(torch.stack(list(sums.values())))
+    means, maxima = (ranks.sum(0) / total_weight).tolist(), ranks.max(0).values.tolist()
+    return {name: maxima[i] if name.endswith("_max") else means[i] for i, name in enumerate(sums)}
 
 
 def global_weight(micro_batches: Sequence[Batch]) -> Tensor:

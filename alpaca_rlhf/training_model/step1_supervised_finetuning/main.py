@@ -17,7 +17,7 @@ from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import TokenBatch, collate_tokens
 from alpaca_rlhf.utils.data.tokenizer import load_chat
 from alpaca_rlhf.utils.engine import Engine, build_trained
-from alpaca_rlhf.utils.model.causal_lm import forward_logits, load_causal_lm
+from alpaca_rlhf.utils.model.causal_lm import at_labels, load_causal_lm
 from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run import checkpoints, export
 from alpaca_rlhf.utils.training_loop import Stats
@@ -76,8 +76,7 @@ def objective(pad_id: int) -> supervised.Objective:
 
 def loss(engine: Engine, batch: TokenBatch) -> tuple[torch.Tensor, Stats]:
     """Return the sum of the negative log-likelihood of the trained tokens, in nats."""
-    logits = forward_logits(engine, batch.input_ids, batch.attention_mask)
-    return losses.token_loss(logits, batch.labels), {}
+    return at_labels(engine, batch.input_ids, batch.labels, losses.token_loss), {}
 
 
 def measure(engine: Engine, batch: TokenBatch) -> list[list[float]]:

@@ -15,7 +15,7 @@ from alpaca_rlhf.evaluation.statistics import wilson_interval
 from alpaca_rlhf.utils import arguments, console, distributed, losses, preflight, supervised
 from alpaca_rlhf.utils.configs import Step2Config
 from alpaca_rlhf.utils.data import prepare
-from alpaca_rlhf.utils.data.batches import PairBatch, collate_pairs
+from alpaca_rlhf.utils.data.batches import PairBatch, collate_pairs, length_groups
 from alpaca_rlhf.utils.data.tokenizer import load_chat
 from alpaca_rlhf.utils.engine import Engine, build_trained
 from alpaca_rlhf.utils.logging import records
@@ -29,6 +29,7 @@ from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run import checkpoints, export
 from alpaca_rlhf.utils.training_loop import Stats
 
+LENGTH_GROUPS = 3
 PAIR = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")  # scores, tokens with prompt
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     )
     console.say(data.describe())
     data.check_against(role.model_name_or_path, "the model to start from")
-    plan = supervised.Plan(args.schedule, args.batches, args.run.seed, data.lengths())
+    plan = supervised.Plan(args.schedule, args.batches, args.run.seed, data.lengths(sequences=2))
     engine, summary = build_trained(
         partial(load_reward_model, tokenizer=chat.tokenizer), role, loading=args.loading,
         adapters=args.lora, engine=args.engine, schedule=args.schedule, wrap=TokenScorer,
@@ -85,13 +86,20 @@ def objective(pad_id: int) -> supervised.Objective:
 
 def loss(engine: Engine, batch: PairBatch) -> tuple[torch.Tensor, Stats]:
     """Return the sum of the pairwise losses, and the number of pairs in the right order."""
-    chosen, rejected = scores(engine, batch.input_ids, batch.attention_mask).chunk(2)
+    chosen, rejected = _scores(engine, batch)
     return losses.pairwise_loss(chosen, rejected), {"accuracy": (chosen > rejected).sum()}
+
+
+def _scores(engine: Engine, batch: PairBatch) -> tuple[torch.Tensor, ...]:
+    """Return the scores [B] of chosen and of rejected; sequences of a pair differ in length."""
+    lengths = batch.attention_mask.sum(-1).tolist()
+    groups = [(rows, lengths[rows[-1]]) for rows in length_groups(lengths, LENGTH_GROUPS)]
+    return scores(engine, batch.input_ids, batch.attention_mask, groups).chunk(2)
 
 
 def measure(engine: Engine, batch: PairBatch) -> list[list[float]]:
     """Return the scores and lengths in tokens of chosen and rejected, in the order of `PAIR`."""
-    pair = scores(engine, batch.input_ids, batch.attention_mask).chunk(2)
+    pair = _scores(engine, batch)
     lengths = batch.attention_mask.sum(-1).to(pair[0].dtype).chunk(2)
     return torch.stack([*pair, *lengths], dim=-1).tolist()
 

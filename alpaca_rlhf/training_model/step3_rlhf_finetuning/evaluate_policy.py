@@ -50,7 +50,7 @@ def evaluate(
     if not mine:
         return []
     prompts = collate_prompts([rows[i] for i, _ in mine], maker.chat.pad_id)
-    scored = maker.score(maker.generate(prompts.to(distributed.device())))
+    scored, _ = maker.score(maker.generate(prompts.to(distributed.device())))
     k1, k3 = rl_math.kl_estimates(scored.logprobs, scored.ref_logprobs, scored.response_mask)
     columns = {
         "score": scored.score, "k1": k1, "k3": k3, "length": scored.response_mask.sum(-1),

@@ -24,6 +24,17 @@ class ScoredRollout(Rollout):
 
 
 @dataclass(frozen=True)
+class Forward:
+    """Forward passes over all rollouts whose graph is kept: an update needs no other.
+
+    N response tokens, row by row.
+    """
+
+    actor: Tensor  # [N, 2] log-probabilities and entropies
+    values: Tensor  # [N] of the critic, in its unit
+
+
+@dataclass(frozen=True)
 class Experience(ScoredRollout):
     """Scored rollouts with advantages: what an update learns from. Its values are normalized."""
 

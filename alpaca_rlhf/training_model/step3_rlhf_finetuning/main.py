@@ -9,7 +9,7 @@
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -164,15 +164,15 @@ class PPO:
         slots = args.rollout.per_device_generation_batch_size
         self.maker = RolloutMaker(
             engine, HybridEngine(engine.actor, args.hybrid, slots), chat, sampling=args.sampling,
-            seed=args.run.seed, micro_batch_size=micro_batch_size, reward_function=reward_function,
+            seed=args.run.seed, micro_batch_size=micro_batch_size,
+            max_tokens=args.schedule.max_tokens_per_micro_batch, reward_function=reward_function,
         )
         self._guard = NonFiniteGuard(
             folder.path, args.schedule.max_skipped_steps,
             "lower --actor_learning_rate and --critic_learning_rate, or take --dtype bf16",
         )
         self.trainer = PPOTrainer(
-            engine, args.ppo, normalizer=normalizer,
-            accumulation_steps=args.schedule.gradient_accumulation_steps,
+            engine, args.ppo, normalizer=normalizer, schedule=args.schedule,
             temperature=args.sampling.temperature, seed=args.run.seed, guard=self._guard,
         )
         self._normalizer, self._controller = normalizer, AdaptiveKLController(args.reward)
@@ -221,7 +221,10 @@ class PPO:
         batch = collate_prompts(rows, self.maker.chat.pad_id).to(distributed.device())
         rollout = self.maker.generate(batch, args.sampling.num_generations)
         generated = time.perf_counter()
-        scored = self.maker.score(rollout, self.trainer.row_order(len(rollout), number))
+        plan = self.trainer.plan(rollout, number)
+        scored, forward = self.maker.score(
+            rollout, list(chain.from_iterable(plan)),
+            keep_for=args.ppo if self.trainer.takes_over(plan) else None)
         experience, metrics = make_experience(
             scored, self._normalizer, args.reward, args.ppo, self._controller.coef
         )
@@ -233,7 +236,7 @@ class PPO:
             pairs = zip(copies, self.maker.texts(scored)[1], strict=True)
             gold = torch.tensor([self._gold(*pair) for pair in pairs], device=distributed.device())
             metrics["reward/gold_mean"] = mean_over_ranks(gold)
-        return Iteration(experience, metrics)
+        return Iteration(experience, metrics, forward)
 
     def _boundary(
         self, tracker: Tracker, number: int, due: bool = False, mid_iteration: bool = False

@@ -4,15 +4,16 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience, Forward
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RewardNormalizer
-from alpaca_rlhf.utils import distributed, losses, rl_math
+from alpaca_rlhf.utils import distributed, losses
 from alpaca_rlhf.utils.configs import (
     PPOConfig,
     ReportConfig,
@@ -20,12 +21,11 @@ from alpaca_rlhf.utils.configs import (
     SamplingConfig,
     ScheduleConfig,
 )
-from alpaca_rlhf.utils.data.batches import TokenBatch, shuffled
-from alpaca_rlhf.utils.model.causal_lm import forward_logits, response_logits
+from alpaca_rlhf.utils.data.batches import Rollout, TokenBatch, micro_batches, shuffled
+from alpaca_rlhf.utils.model.causal_lm import at_labels
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 from alpaca_rlhf.utils.training_loop import (
-    Objective,
     Stats,
     accumulate,
     clear_gradients,
@@ -92,11 +92,13 @@ class Iteration:
     Attributes:
         experience: of this rank; every rank has the same number of rows.
         metrics: of the rollout phase.
+        forward: what the first optimizer step takes over from scoring.
         records: metrics of each optimizer step taken.
     """
 
     experience: Experience
     metrics: dict[str, float]
+    forward: Forward | None = None
     records: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -107,7 +109,7 @@ class PPOTrainer:
         engine: the four roles.
         ppo: hyperparameters.
         normalizer: gives the critic's values the unit of the reward.
-        accumulation_steps: micro-batches of an optimizer step, which never spans two iterations.
+        schedule: decides the micro-batches of an optimizer step, which never spans two iterations.
         temperature: of the sampler, for the log-probabilities.
         seed: of the order of rows.
         guard: counts the non-finite optimizer steps.
@@ -115,12 +117,11 @@ class PPOTrainer:
 
     def __init__(
         self, engine: RLHFEngine, ppo: PPOConfig, *, normalizer: RewardNormalizer,
-        accumulation_steps: int, temperature: float, seed: int, guard: NonFiniteGuard,
+        schedule: ScheduleConfig, temperature: float, seed: int, guard: NonFiniteGuard,
     ) -> None:
         self._engine, self._ppo, self._normalizer = engine, ppo, normalizer
-        self._accumulation_steps, self._temperature, self._seed = (
-            accumulation_steps, temperature, seed
-        )
+        self._schedule, self._temperature, self._seed = schedule, temperature, seed
+        self._forward: Forward | None = None  # that the next optimizer step takes over
         self._guard = guard
         self.ema = Ema(engine.actor.module, ppo.ema_decay) if ppo.enable_ema else None
         self.steps = 0
@@ -147,11 +148,27 @@ class PPOTrainer:
         self.steps, self._checked, unfinished = state["steps"], state["checked"], state["round"]
         if unfinished is not None:
             experience = Experience(**unfinished["experience"]).to(distributed.device())
-            self.iteration = Iteration(experience, unfinished["metrics"], unfinished["records"])
+            self.iteration = Iteration(
+                experience, unfinished["metrics"], records=unfinished["records"])
 
-    def row_order(self, rows: int, number: int, epoch: int = 0) -> list[int]:
-        """Return the order of an iteration's rows in an epoch, both counted from 0."""
-        return shuffled(rows, self._seed, number * self._ppo.ppo_epochs + epoch)
+    def plan(self, rollout: Rollout, number: int, epoch: int = 0) -> list[list[list[int]]]:
+        """Return the rows of each micro-batch of each optimizer step in an epoch.
+
+        Iteration and epoch are counted from 0.
+        """
+        size, lengths = self._ppo.per_device_training_batch_size, rollout.lengths()
+        rows = size * self._schedule.gradient_accumulation_steps
+        order = shuffled(len(rollout), self._seed, number * self._ppo.ppo_epochs + epoch)
+        return [
+            micro_batches(order[i : i + rows], lengths, size,
+                          self._schedule.max_tokens_per_micro_batch)
+            for i in range(0, len(order), rows)
+        ]
+
+    def takes_over(self, plan: list[list[list[int]]]) -> bool:
+        """Return whether the update needs the forward passes of scoring, and no others."""
+        once = self._ppo.ppo_epochs == len(plan) == len(plan[0]) == 1
+        return once and self._engine.repeatable and self.steps >= self._ppo.critic_warmup_steps
 
     def update(
         self, iteration: Iteration, number: int, text: list[TokenBatch] | None = None,
@@ -162,7 +179,7 @@ class PPOTrainer:
         Args:
             iteration: experience and the steps taken on it.
             number: of the iteration from 0; decides the order of the rows, with the seed.
-            text: batches for the ptx loss, one for each micro-batch.
+            text: batches for the ptx loss, as many for each optimizer step.
             before_step: is called before each optimizer step.
 
         Returns:
@@ -174,17 +191,17 @@ class PPOTrainer:
         ppo, records, start = self._ppo, iteration.records, time.perf_counter()
         self.iteration = iteration
         self._engine.train(True)
-        step = 0
+        step, per_step = 0, self._schedule.gradient_accumulation_steps
         for epoch in range(ppo.ppo_epochs):
-            order = self.row_order(len(iteration.experience), number, epoch)
-            batches = iteration.experience.mini_batches(ppo.per_device_training_batch_size, order)
-            for i in range(0, len(batches), self._accumulation_steps):
+            for i, cuts in enumerate(self.plan(iteration.experience, number, epoch)):
                 step += 1
                 if step <= len(records):
                     continue  # taken before the run was resumed
-                j = i + self._accumulation_steps
                 before_step()
-                records.append(self._step(batches[i:j], text[i:j] if text else None))
+                batches = [iteration.experience.rows(cut) for cut in cuts]
+                self._forward, iteration.forward = iteration.forward, None
+                some = text[i * per_step : (i + 1) * per_step] if text else []
+                records.append(self._step(batches, some))
         self.iteration = None
         names = dict.fromkeys(name for record in records for name in record)
         means = {name: _mean_or_max(name, [r[name] for r in records if name in r])
@@ -195,24 +212,26 @@ class PPOTrainer:
         }
 
     def _step(
-        self, micro_batches: list[Experience], text: list[TokenBatch] | None
+        self, batches: list[Experience], text: list[TokenBatch]
     ) -> dict[str, float]:
         """Take an optimizer step of the critic and, after its warm-up, of the actor."""
         engine = self._engine
-        weight, random_state = global_weight(micro_batches), torch.get_rng_state()
+        weight, random_state = global_weight(batches), torch.get_rng_state()
         trains_actor = self.steps >= self._ppo.critic_warmup_steps
         together = self._ppo.align_overflow and engine.actor.fp16_enabled() and trains_actor
         gradient = accumulate if together else optimizer_step
-        value = gradient(engine.critic, micro_batches, self._value_objective, weight)
+        value = gradient(engine.critic, batches, self._value_objective, weight)
         policy: dict[str, float] | None = {}
         if value is not None and trains_actor:
-            policy = gradient(engine.actor, *self._actor_part(micro_batches, text, weight), weight)
+            share = weight / global_weight(text) * self._ppo.unsup_coef if text else weight
+            policy = gradient(engine.actor, [*batches, *text], partial(
+                self._actor_objective, share=share), weight)
             if together and policy is None:
                 clear_gradients(engine.critic)
             elif together:
                 step_together(engine.critic, engine.actor)
         if value is None or policy is None:
-            self._guard.skip(self.taken + 1, [*micro_batches, *(text or [])], random_state)
+            self._guard.skip(self.taken + 1, [*batches, *text], random_state)
             return {}
         self._guard.step_taken()
         self.steps += 1
@@ -237,45 +256,39 @@ class PPOTrainer:
             self.ema.update()
         return record
 
-    def _actor_part(
-        self, micro_batches: list[Experience], text: list[TokenBatch] | None, weight: Tensor
-    ) -> tuple[list[Any], Objective]:
-        """Return the actor's micro-batches and objective, with the ptx loss if there is text."""
-        if not text:
-            return list(micro_batches), self._policy_objective
-        share = weight / global_weight(text) * self._ppo.unsup_coef
-        pairs = list(zip(micro_batches, text, strict=True))
-        return pairs, lambda pair: self._joint_objective(pair[0], pair[1], share)
+    def _actor_objective(
+        self, batch: Experience | TokenBatch, share: Tensor
+    ) -> tuple[Tensor, Stats]:
+        """Return the policy loss, or of text ptx (Ouyang et al. 2022, eq. 2) times its share.
+
+        Each is its own token mean; a backward pass of its own keeps one graph at a time.
+        """
+        if isinstance(batch, Experience):
+            return self._policy_objective(batch)
+        ptx = share * at_labels(
+            self._engine.actor, batch.input_ids, batch.labels, losses.token_loss)
+        return ptx, {"unsup_loss": ptx}
 
     def _policy_objective(self, batch: Experience) -> tuple[Tensor, Stats]:
         ppo = self._ppo
-        logits = response_logits(
-            self._engine.actor, batch.input_ids, batch.attention_mask, batch.response_length
+        found = self._forward.actor if self._forward else self._engine.logprobs(
+            self._engine.actor, batch, self._temperature, entropy=True,
+            entropy_gradient=ppo.entropy_coef != 0,
         )
-        logprobs = rl_math.token_logprobs(logits, batch.responses, self._temperature)
+        logprobs, entropy = batch.spread(found[:, 0]), found[:, 1].sum()
         loss, stats = losses.policy_loss(
             logprobs, batch.logprobs, batch.advantages, batch.response_mask, ppo.cliprange
         )
         difference = ((logprobs - batch.logprobs).detach() * batch.response_mask).abs()
         stats |= {"difference_mean": difference.sum(), "difference_max": difference.max()}
-        with torch.set_grad_enabled(ppo.entropy_coef != 0):
-            entropy = rl_math.entropy(logits, self._temperature) * batch.response_mask
-        stats["entropy"] = entropy.sum()
+        stats["entropy"] = entropy.detach()
         if ppo.entropy_coef:
-            loss = loss - ppo.entropy_coef * entropy.sum()
+            loss = loss - ppo.entropy_coef * entropy
         return loss, stats
 
-    def _joint_objective(
-        self, batch: Experience, text: TokenBatch, share: Tensor
-    ) -> tuple[Tensor, Stats]:
-        """Return the policy loss plus ptx (Ouyang et al. 2022, eq. 2), each its own token mean."""
-        loss, stats = self._policy_objective(batch)
-        logits = forward_logits(self._engine.actor, text.input_ids, text.attention_mask)
-        ptx = losses.token_loss(logits, text.labels) * share
-        return loss + ptx, {**stats, "unsup_loss": ptx.detach()}
-
     def _value_objective(self, batch: Experience) -> tuple[Tensor, Stats]:
-        values = self._normalizer.values(self._engine.values(batch))
+        raw = self._forward.values if self._forward else self._engine.values(batch)
+        values = batch.spread(self._normalizer.values(raw))
         return losses.value_loss(
             values, batch.values, batch.returns, batch.response_mask, self._ppo.cliprange_value
         )

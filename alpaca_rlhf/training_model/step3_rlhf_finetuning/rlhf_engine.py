@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alpaca_rlhf.utils import distributed, rl_math
+from alpaca_rlhf.utils import distributed, losses
 from alpaca_rlhf.utils.configs import (
     AdapterConfig,
     EngineConfig,
@@ -25,7 +25,7 @@ from alpaca_rlhf.utils.data.batches import Rollout
 from alpaca_rlhf.utils.data.tokenizer import eos_ids
 from alpaca_rlhf.utils.engine import build_frozen, build_trained
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.causal_lm import load_causal_lm, response_logits
+from alpaca_rlhf.utils.model.causal_lm import at_labels, load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model
 
 # Adam's default of 1e-8 lets the first, tiny gradients of a critic take full steps ("N
@@ -56,6 +56,10 @@ class RLHFEngine:
             build_trained, loading=loading, adapters=adapters, engine=engine, schedule=schedule,
             micro_batch_size=micro_batch_size, adam_eps=adam_eps,
         )
+        # Without dropout a forward pass in training mode is that of evaluation, and below ZeRO-3
+        # its graph outlives the passes of other models.
+        self.repeatable = not (actor.dropout or critic.dropout or adapters.lora_dropout) and (
+            max(actor.zero_stage, critic.zero_stage) < 3)
         load = partial(load_causal_lm, tokenizer=tokenizer)
         self.actor, trained = build(load, actor, total_steps=total_steps - critic_warmup_steps)
         self._reference, source = None, "the actor with its adapter disabled"
@@ -95,16 +99,23 @@ class RLHFEngine:
         with lora.adapter_disabled(self.critic.module.model):
             yield self.critic
 
-    def logprobs(self, model: nn.Module, rollout: Rollout, temperature: float) -> Tensor:
-        """Return log-probabilities [B, R], in nats, of the response tokens under a model."""
-        logits = response_logits(
-            model, rollout.input_ids, rollout.attention_mask, rollout.response_length)
-        return rl_math.token_logprobs(logits, rollout.responses, temperature)
+    def logprobs(
+        self, model: nn.Module, rollout: Rollout, temperature: float, *, entropy: bool = False,
+        entropy_gradient: bool = False,
+    ) -> Tensor:
+        """Return log-probabilities [N, 1], in nats, of the response tokens under a model.
+
+        `entropy` and `entropy_gradient` are those of `losses.chosen_logprobs`.
+        """
+        return at_labels(model, *rollout.aligned(), partial(
+            losses.chosen_logprobs, temperature=temperature, entropy=entropy,
+            entropy_gradient=entropy_gradient))
 
     def values(self, rollout: Rollout) -> Tensor:
-        """Return the critic's values [B, R] of the state before each response token."""
-        values = self.critic(rollout.input_ids, rollout.attention_mask)
-        return values[:, -rollout.response_length - 1 : -1]
+        """Return the critic's values [N] of the state before each response token."""
+        ids, labels = rollout.aligned()
+        values = self.critic(ids)[:, :-1]
+        return values[labels[:, 1:] != losses.IGNORE_INDEX]
 
     def train(self, mode: bool) -> None:
         """Set training or evaluation mode of actor and critic."""

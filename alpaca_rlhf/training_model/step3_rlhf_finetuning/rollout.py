@@ -5,17 +5,22 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience, ScoredRollout
+from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
+    Experience,
+    Forward,
+    ScoredRollout,
+)
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.utils import console, distributed, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
-from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout
+from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout, micro_batches
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.reward_model import load_statistics, scores
@@ -79,19 +84,20 @@ class RolloutMaker:
         hybrid: takes the actor into generation mode.
         chat: the tokenizer.
         seed: of the sampler; each rank samples its own responses.
-        micro_batch_size: rows that are scored at once, as many as are trained at once.
+        micro_batch_size, max_tokens: rows of a micro-batch, or tokens; see `micro_batches`.
         reward_function: replaces the reward model.
     """
 
     def __init__(
         self, engine: RLHFEngine, hybrid: HybridEngine, chat: ChatFormat, *,
         sampling: SamplingConfig, seed: int, micro_batch_size: int,
+        max_tokens: int | None = None,
         reward_function: RewardFunction | None = None,
     ) -> None:
         self.engine, self.chat, self.sampling = engine, chat, sampling
         chat.hide(engine.eos_ids.tolist())
         self._hybrid = hybrid
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch = micro_batch_size, max_tokens
         self._reward_function = reward_function
         self.generator = torch.Generator(device=distributed.device())
         self.reseed(seed)
@@ -115,9 +121,11 @@ class RolloutMaker:
             self.chat.pad_id, self.generator,
         )
 
-    @torch.no_grad()
-    def score(self, rollout: Rollout, order: Sequence[int] | None = None) -> ScoredRollout:
-        """Compute log-probabilities, values and scores of rollouts, in evaluation mode.
+    def score(
+        self, rollout: Rollout, cuts: Sequence[Sequence[int]] | None = None,
+        keep_for: PPOConfig | None = None,
+    ) -> tuple[ScoredRollout, Forward | None]:
+        """Compute log-probabilities, values and scores of rollouts.
 
         The log-probabilities do not come from decoding but from the very micro-batches of the first
         epoch: at the first update every ratio is then 1, in every precision, since sums are taken
@@ -126,39 +134,53 @@ class RolloutMaker:
 
         Args:
             rollout: of this rank; every rank has the same number of rows.
-            order: of the rows in the first epoch; by default the longest first.
+            cuts: rows of the micro-batches of the first epoch; by default of similar length.
+            keep_for: of an update whose only micro-batch this is: it needs no other forward pass
+                of actor and critic.
         """
         engine, temperature = self.engine, self.sampling.temperature or 1.0
+        if cuts is None:
+            cuts = micro_batches(range(len(rollout)), rollout.lengths(), *self._micro_batch)
+        keep = keep_for is not None
+        engine.train(keep)
+        parts = [rollout.rows(cut) for cut in cuts]
+        with torch.set_grad_enabled(keep):
+            actor = [engine.logprobs(
+                engine.actor, part, temperature, entropy=keep,
+                entropy_gradient=keep_for is not None and keep_for.entropy_coef != 0)
+                for part in parts]
+            values = [engine.values(part) for part in parts]
+        kept = Forward(*actor, *values) if keep else None
         engine.train(False)
-        if order is None:
-            lengths = rollout.attention_mask.sum(-1).tolist()
-            order = sorted(range(len(rollout)), key=lambda row: -lengths[row])
-        parts = rollout.mini_batches(self._micro_batch_size, order)
-        logprobs = [engine.logprobs(engine.actor, part, temperature) for part in parts]
-        with engine.reference() as reference:
-            ref_logprobs = [engine.logprobs(reference, part, temperature) for part in parts]
-        values = [engine.values(part) for part in parts]
-        if self._reward_function is None:
-            with engine.reward_model() as reward_model:
-                score = torch.cat(
-                    [scores(reward_model, part.input_ids, part.attention_mask) for part in parts])
-        else:
-            numbers = apply_reward_function(self._reward_function, *self.texts(rollout))
-            score = values[0].new_tensor([numbers[row] for row in order])
+        with torch.no_grad():
+            with engine.reference() as reference:
+                ref_logprobs = [engine.logprobs(reference, part, temperature) for part in parts]
+            score = self._scores(rollout, parts, cuts)
         engine.train(True)
         scored = ScoredRollout.joined([
             ScoredRollout(
                 input_ids=part.input_ids, attention_mask=part.attention_mask,
                 response_mask=part.response_mask, decoded_logprobs=part.decoded_logprobs,
-                logprobs=logprobs[i] * part.response_mask,
-                ref_logprobs=ref_logprobs[i] * part.response_mask,
-                values=values[i] * part.response_mask,
-                score=score[i * self._micro_batch_size :][: len(part)],
+                logprobs=part.spread(actor[i].detach()[:, 0]),
+                ref_logprobs=part.spread(ref_logprobs[i][:, 0]),
+                values=part.spread(values[i].detach()), score=score[i],
                 has_eos=(torch.isin(part.responses, engine.eos_ids) & part.response_mask.bool()
                          ).any(-1),
             ) for i, part in enumerate(parts)
         ])
-        return scored.rows(sorted(range(len(order)), key=order.__getitem__))
+        order = list(chain.from_iterable(cuts))
+        return scored.rows(sorted(range(len(order)), key=order.__getitem__)), kept
+
+    def _scores(
+        self, rollout: Rollout, parts: Sequence[Rollout], cuts: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Return the scores of the rows of each micro-batch."""
+        if self._reward_function is None:
+            with self.engine.reward_model() as reward_model:
+                return [scores(reward_model, part.input_ids, part.attention_mask) for part in parts]
+        numbers = apply_reward_function(self._reward_function, *self.texts(rollout))
+        return [torch.tensor([numbers[row] for row in cut], device=distributed.device())
+                for cut in cuts]
 
     def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
         """Return prompts and responses as text."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alpaca_rlhf.utils import distributed
+from alpaca_rlhf.utils import distributed, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig
 from alpaca_rlhf.utils.data.sources import load_from_hub
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
@@ -103,6 +103,22 @@ class Rollout(Batch):
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def aligned(self) -> tuple[Tensor, Tensor]:
+        """Return the rows without padding on their left.
+
+        Returns:
+            ids [B, T] and labels [B, T]: the response tokens, -100 elsewhere.
+        """
+        ids, ends = rl_math.align(self.input_ids, self.attention_mask)
+        column, ends = torch.arange(ids.shape[1], device=ids.device), ends.unsqueeze(-1)
+        starts = ends - self.response_mask.sum(-1, keepdim=True)
+        return ids, ids.where((column >= starts) & (column < ends), IGNORE_INDEX)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return values of all response tokens [N], row by row, as [B, R]; 0 outside the mask."""
+        mask = self.response_mask.bool()
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
     def rows(self, indices: Sequence[int]) -> Self:
         """Return some rows, without the columns in which all of them are padding."""
         index = torch.as_tensor(indices, device=self.input_ids.device)
@@ -117,9 +133,9 @@ class Rollout(Batch):
 
         return self.map_tensors(picked)
 
-    def mini_batches(self, size: int, order: Sequence[int]) -> list[Self]:
-        """Cut the rows, in this order, into mini-batches of `size` rows."""
-        return [self.rows(order[i : i + size]) for i in range(0, len(order), size)]
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each row."""
+        return self.attention_mask.sum(-1).tolist()
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
@@ -209,6 +225,54 @@ def rank_batches(
     size = batch_size * world_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     return [batch[rank::world_size] for batch in batches if len(batch) >= world_size]
+
+
+def micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], size: int, most_tokens: int | None = None
+) -> list[list[int]]:
+    """Cut the rows of an optimizer step into micro-batches of similar length, the longest first.
+
+    Args:
+        rows: of this rank.
+        lengths: of all rows, in tokens.
+        size: number of rows of a micro-batch.
+        most_tokens: of a micro-batch, padding included, in place of `size`. Every rank still gets
+            the same number of micro-batches, as many as the rank that needs most.
+    """
+    order = sorted(rows, key=lambda row: -lengths[row])
+    if most_tokens is None:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    cuts: list[list[int]] = []
+    for row in order:
+        if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= most_tokens:
+            cuts[-1].append(row)
+        else:
+            cuts.append([row])
+    ranks = distributed.gather_rows([(len(cuts), len(order))])
+    # A rank with a row less than another cannot have more micro-batches than rows.
+    count = min(max(cut for cut, _ in ranks), min(held for _, held in ranks))
+    while len(cuts) < count:
+        most = max(range(len(cuts)), key=lambda i: len(cuts[i]))
+        half = len(cuts[most]) // 2
+        cuts[most : most + 1] = [cuts[most][:half], cuts[most][half:]]
+    while len(cuts) > count:
+        cuts[-2:] = [cuts[-2] + cuts[-1]]
+    return cuts
+
+
+def length_groups(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Divide rows into `count` groups of similar length, each cut where that saves most padding.
+
+    There are fewer groups if there are fewer rows.
+    """
+    groups = [sorted(range(len(lengths)), key=lengths.__getitem__)]
+    while len(groups) < min(count, len(lengths)):
+        _, i, cut = max(
+            (cut * (lengths[group[-1]] - lengths[group[cut - 1]]), i, cut)
+            for i, group in enumerate(groups) for cut in range(1, len(group))
+        )
+        groups[i : i + 1] = [groups[i][:cut], groups[i][cut:]]
+    return groups
 
 
 def covering_batches(

@@ -72,9 +72,9 @@ class Prepared:
                 lines.append(f"warning: {one['data_set']}: nothing reads {unread}")
         return "\n".join(lines)
 
-    def lengths(self) -> list[int]:
-        """Return the length of each training row in tokens."""
-        return self.train[LENGTH][:]
+    def lengths(self, sequences: int = 1) -> list[int]:
+        """Return the tokens of each training row, all its sequences padded to the longest."""
+        return [sequences * length for length in self.train[LENGTH][:]]
 
     def fingerprint(self) -> str:
         """Return a hash of the training rows in their order, which a resumed run must have too."""

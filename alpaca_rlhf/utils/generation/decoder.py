@@ -303,7 +303,7 @@ class DecodingSession:
         )
         for i, response in enumerate(responses):
             if response.seen is not None:
-                response.seen[tokens[i]] = True
+                response.seen.index_fill_(0, tokens[i : i + 1], True)
         return tokens, logprobs
 
     def _append(

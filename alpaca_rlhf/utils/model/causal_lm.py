@@ -1,7 +1,7 @@
 """Load Hugging Face models for training, and run a causal LM as the losses need it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from alpaca_rlhf.utils import console, distributed, rl_math
+from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.losses import IGNORE_INDEX, Head
+from alpaca_rlhf.utils.model.lora import unwrapped
 
 
 def load_config(role: RoleConfig, loading: LoadingConfig) -> Any:
@@ -137,27 +139,59 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return logits [B, T, V] of ids and mask [B, T], padded on either side."""
-    return model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=rl_math.position_ids(attention_mask),
-        use_cache=False,
-    ).logits
+class TokenHead(nn.Linear):
+    """A vocabulary projection that can compute numbers of chosen tokens in place of logits.
 
+    Called by the model's own forward pass, it works under ZeRO-3 and LoRA like any module.
 
-def response_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int
-) -> Tensor:
-    """Return logits [B, R, V] that predict the last R tokens of ids and mask [B, P + R].
-
-    Only those positions go through the vocabulary projection.
+    Attributes:
+        asked: what to compute instead of logits, from hidden states [B, T, D].
+        applies: whether the model gives the head's output as it is.
     """
-    return model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=rl_math.position_ids(attention_mask),
-        use_cache=False,
-        logits_to_keep=response_length + 1,
-    ).logits[:, :-1]
+
+    asked: Callable[[Tensor, Head], Tensor] | None = None
+    applies = True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [B, T, V], or what was asked for."""
+        if self.asked is None:
+            return super().forward(hidden)
+        return self.asked(hidden, Head(self.weight, self.bias))
+
+
+def at_labels(
+    model: nn.Module, input_ids: Tensor, labels: Tensor,
+    compute: Callable[[Tensor, Head, Tensor], Tensor],
+) -> Tensor:
+    """Run a causal LM, and compute something of the labels that are not -100.
+
+    Only the positions that predict them go through the vocabulary projection.
+
+    Args:
+        model: a causal LM, or its DeepSpeed engine.
+        input_ids: [B, T], padded right. What follows a token does not change what predicts it, so
+            there is no mask, and attention takes its fastest way.
+        labels: [B, T] tokens, -100 where nothing is computed.
+        compute: hidden states [N, D], head, labels [N] -> what is returned.
+    """
+    trained = labels[:, 1:] != IGNORE_INDEX
+    targets, given = labels[:, 1:][trained], []
+
+    def asked(hidden: Tensor, head: Head) -> Tensor:
+        given.append(compute(hidden[:, :-1][trained], head, targets))
+        return given[0]
+
+    head: Any = unwrapped(getattr(model, "module", model)).get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = TokenHead  # in place: hooks and ties of the weights stay
+    if isinstance(head, TokenHead) and head.applies:
+        head.asked = asked
+        try:
+            found = model(input_ids=input_ids, use_cache=False).logits
+        finally:
+            head.asked = None
+        if given and found.data_ptr() == given[0].data_ptr():
+            return found
+        head.applies = False  # the model scales or caps its logits
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return compute(logits[:, :-1][trained], Head(None), targets)

@@ -7,6 +7,7 @@ found by the mask, not by comparing ids with pad.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from alpaca_rlhf.utils import rl_math
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.causal_lm import load_config, load_model
 from alpaca_rlhf.utils.model.lora import unwrapped
+from alpaca_rlhf.utils.rl_math import align
 
 STATISTICS_FILE = "score_statistics.json"
 
@@ -58,22 +59,46 @@ class TokenScorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return values [B, T], in fp32, of ids and mask [B, T] padded on either side."""
+    def forward(self, input_ids: Tensor, groups: Sequence[tuple[list[int], int]] = ()) -> Tensor:
+        """Return values [B, T], in fp32, of ids [B, T] padded right.
+
+        What follows a token does not change its value, so there is no mask.
+
+        Args:
+            input_ids: [B, T].
+            groups: rows of similar length and their length, each without the padding of the others;
+                values of padding are 0 where they are not computed.
+        """
+        if not groups:
+            return self._values(input_ids)
+        parts, order = [], []
+        for rows, width in groups:
+            values = self._values(input_ids[rows, :width])
+            parts.append(F.pad(values, (0, input_ids.shape[1] - width)))
+            order += rows
+        return torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
+
+    def _values(self, input_ids: Tensor) -> Tensor:
         classifier = unwrapped(self.model)
         decoder = getattr(classifier, classifier.base_model_prefix)
-        hidden = decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=rl_math.position_ids(attention_mask),
-            use_cache=False,
-        )[0]
+        hidden = decoder(input_ids=input_ids, use_cache=False)[0]
         return classifier.score(hidden).squeeze(-1)
 
 
-def scores(scorer: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return scores [B] of whole sequences [B, T]: the value at each row's last real token."""
-    return rl_math.gather_last(scorer(input_ids, attention_mask), attention_mask)
+def scores(
+    scorer: nn.Module, input_ids: Tensor, attention_mask: Tensor,
+    groups: Sequence[tuple[list[int], int]] = (),
+) -> Tensor:
+    """Return scores [B] of whole sequences: the value at each row's last real token.
+
+    Args:
+        scorer: a `TokenScorer`, or its DeepSpeed engine.
+        input_ids, attention_mask: [B, T], padded on either side.
+        groups: rows and their greatest length, which are computed apart; by default all together.
+    """
+    ids, lengths = align(input_ids, attention_mask)
+    values = scorer(ids, groups)
+    return values.gather(-1, (lengths - 1).unsqueeze(-1)).squeeze(-1)
 
 
 def is_reward_model(role: RoleConfig, loading: LoadingConfig) -> bool:
