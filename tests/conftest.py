@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -313,6 +314,16 @@ def group() -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in before:
             os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def imported() -> Iterator[Any]:
+    """A process that has imported the libraries, to run programs in forks of it."""
+    from programs import Imported
+
+    process = Imported()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ the libraries are imported once.
 """
 
 import contextlib
-import gc
 import json
 import math
 import sys
@@ -23,9 +22,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo  # DeepSpeed would import it in each rank
 from conftest import Small, fill_adapters, hybrid_engine, learn, moved, snapshot
-from programs import fork_ranks
+from programs import exit_codes, fork_ranks
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
@@ -389,5 +387,4 @@ def run_cases() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # DeepSpeed collects garbage whenever it builds an engine: not among the libraries
-    sys.exit(fork_ranks(lambda: console.run_main(run_cases)))
+    sys.exit(max(exit_codes(fork_ranks(lambda: console.run_main(run_cases), 2))))
