@@ -31,6 +31,13 @@ from alpaca_rlhf.utils.configs import (
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The files that take longest, the longest first. Each goes to one process as a whole: begun last,
+# one would leave the other processes idle.
+LONGEST = ("test_distributed", "test_entry_points", "test_families", "test_golden_curves",
+           "test_multi_node", "test_precision", "test_killed_runs", "test_debugging",
+           "test_my_deepspeed", "test_slow_ranks", "test_check_gpu", "test_ppo_trainer",
+           "test_decoder", "test_checkpoints", "test_tokenizer", "test_chat", "test_serve")
+
 # Of different lengths: batches of them are padded.
 PROMPTS = ("What is the capital of France?", "Hi.", "Name a colour.", "How many legs has a cat?",
            "Who wrote Faust?", "Is ice cold?", "What do bees make of it all?", "Go on.")
@@ -299,6 +306,12 @@ def moved(before: dict[str, Any], model: Any) -> set[str]:
     """Names of the weights that are no longer, bit for bit, what they were."""
     after = snapshot(model)
     return {name for name in after if not after[name].equal(before[name])}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first (`--no-loadscope-reorder` keeps them there)."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")

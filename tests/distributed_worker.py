@@ -47,7 +47,7 @@ from alpaca_rlhf.utils.run import export
 STAGES = (0, 1, 2, 3)
 # Stage, LoRA rank and hybrid engine of step 3: every pair of values occurs.
 STEP3 = ((0, 0, False), (0, 4, False), (0, 0, True), (0, 4, True), (1, 0, True), (1, 4, False),
-         (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, False), (3, 4, True))
+         (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, True))
 # Role, stage and precision of steps 1 and 2.
 HALF = (("actor", 0, "bf16"), ("actor", 3, "bf16"), ("critic", 2, "bf16"), ("critic", 3, "bf16"))
 # Prompts that are answered greedily: several waves of 16 on each rank.

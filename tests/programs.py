@@ -89,7 +89,7 @@ class Imported:
     def start(
         self, words: Sequence[Any], folder: Path, given: bytes = b"", **changes: str
     ) -> tuple[int, Path]:
-        """Start a script; what it returns is for `end`."""
+        """Start a script; return its process number, and a folder, which `end` needs."""
         place = Path(tempfile.mkdtemp(prefix="program-"))
         (place / "0").write_bytes(given)
         process = self._ask({"words": list(map(str, words)), "folder": str(folder),
@@ -145,6 +145,7 @@ def serve() -> None:
 def become(words: list[str], folder: str, place: str, environment: dict[str, str]) -> None:
     """Give this fork the arguments, streams, folder and environment of a script."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     os.chdir(folder)
     os.environ.update(environment)
     for number, flags in enumerate((os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2)):

@@ -5,11 +5,11 @@ Those that resume with other ranks take a minute more: `pytest tests/test_killed
 """
 
 import json
+import os
 import signal
 
 import pytest
-from programs import REPOSITORY, wait_until
-from test_my_deepspeed import start
+from programs import BOOTSTRAP, REPOSITORY, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -111,20 +111,18 @@ sys.exit(143)
                       "lines above name the place"),
 ])
 def test_a_rank_that_ends_below_the_launcher_ends_all_and_the_last_line_says_how(
-    tmp_path, how, line
+    imported, tmp_path, how, line
 ):
     (tmp_path / "train.py").write_text(ENDS.format(how=how))
-    launch = start(tmp_path, "--num_gpus", "2", "train.py")
-    said = launch.communicate(timeout=250)[1].splitlines()
+    launch = imported.run([BOOTSTRAP, "--num_gpus", 2, "train.py"], tmp_path)
     assert launch.returncode != 0
-    assert said[-1] == f"my_deepspeed: {line}"
+    assert launch.stderr.splitlines()[-1] == f"my_deepspeed: {line}"
 
 
-def test_the_launcher_passes_sigterm_on_and_lets_every_rank_save(tmp_path):
+def test_the_launcher_passes_sigterm_on_and_lets_every_rank_save(imported, tmp_path):
     (tmp_path / "train.py").write_text(SAVING)
-    launch = start(tmp_path, "--num_gpus", "2", "train.py", str(tmp_path / "rank"))
+    launch = imported.start([BOOTSTRAP, "--num_gpus", 2, "train.py", "rank"], tmp_path)
     wait_until(lambda: all((tmp_path / f"rank{i}.started").exists() for i in (0, 1)))
-    launch.send_signal(signal.SIGTERM)
-    launch.communicate(timeout=250)
-    assert launch.returncode == 143
+    os.kill(launch[0], signal.SIGTERM)
+    assert imported.end(launch).returncode == 143
     assert all((tmp_path / f"rank{i}.saved").exists() for i in (0, 1))
