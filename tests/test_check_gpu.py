@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from programs import REPOSITORY
 
 # Checks that end in every way.
 FAKES = """
