@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -322,45 +322,43 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
     """Return every case by its name."""
     experience = Experience(**torch.load(folder / "experience.pt"))
     assert {f.name for f in fields(Experience)} == set(vars(experience))
-    made: dict[str, Callable[[], dict[str, Any]]] = {"gathering": partial(gathering, small)}
-    for stage, unpin in ((0, False), (3, False), (3, True)):
-        for rank in (0, 4):
-            made[f"greedy_{stage}_{unpin}_{rank}"] = partial(
-                greedy_replies, small, stage, unpin, rank
-            )
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "gathering": partial(gathering, small), "measured": partial(measured, small),
+        "over_ranks": partial(over_ranks, small, experience),
+        "half_step3": partial(iterations, small, folder, 3, 4, True, "bf16"),
+        # Small weights stay gathered beside their shards, unless DeepSpeed is told otherwise.
+        "ema_gathered": partial(averaged, small, 3, overrides=small.unclipped),
+    }
+    for (stage, unpin), rank in product(((0, False), (3, False), (3, True)), (0, 4)):
+        made[f"greedy_{stage}_{unpin}_{rank}"] = partial(greedy_replies, small, stage, unpin, rank)
+    for stage, rank, role in product(STAGES, (0, 4), ("actor", "critic")):
+        if rank == 0 or stage in (0, 3):
+            made[f"step_{role}_{stage}_{rank}"] = partial(
+                saved_steps, small, folder, f"{role}_{stage}_{rank}", role, stage, rank)
     for stage in STAGES:
-        for rank in (0, 4):
-            for role in ("actor", "critic") if rank == 0 or stage in (0, 3) else ():
-                name = f"{role}_{stage}_{rank}"
-                made[f"step_{name}"] = lambda name=name, how=(role, stage, rank): save(
-                    folder, name, *two_steps(small, *how)
-                )
-        made[f"ppo_{stage}"] = lambda stage=stage: save_both(
-            folder, stage, ppo_step(small, stage, 0, experience)
-        )
+        made[f"ppo_{stage}"] = partial(saved_ppo_step, small, folder, stage, experience)
         made[f"ema_{stage}"] = partial(averaged, small, stage)
         made[f"not_finite_{stage}"] = partial(one_rank_not_finite, small, stage)
-    for stage, rank, hybrid in STEP3:
-        made[f"step3_{stage}_{rank}_{hybrid}"] = partial(
-            iterations, small, folder, stage, rank, hybrid
-        )
+    for how in STEP3:
+        made["step3_{}_{}_{}".format(*how)] = partial(iterations, small, folder, *how)
     for role, stage, dtype in HALF:
-        made[f"half_{role}_{stage}_{dtype}"] = lambda how=(role, stage, 0, dtype): save(
-            folder, "half_{}_{}_{}_{}".format(*how), *two_steps(small, *how)
-        )
-    made["half_step3"] = partial(iterations, small, folder, 3, 4, True, "bf16")
-    for stage in (0, 3):
-        for role in ("actor", "critic"):
-            made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)
-    # Small weights stay gathered beside their shards, unless DeepSpeed is told otherwise.
-    made["ema_gathered"] = partial(averaged, small, 3, overrides=small.unclipped)
-    made["measured"] = partial(measured, small)
-    made["over_ranks"] = partial(over_ranks, small, experience)
+        made[f"half_{role}_{stage}_{dtype}"] = partial(
+            saved_steps, small, folder, f"half_{role}_{stage}_0_{dtype}", role, stage, 0, dtype)
+    for stage, role in product((0, 3), ("actor", "critic")):
+        made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)
     return made
 
 
-def save_both(folder: Path, stage: int, engine: Any) -> dict[str, Any]:
+def saved_steps(small: Small, folder: Path, name: str, *how: Any) -> dict[str, Any]:
+    """Save the weights after the two steps."""
+    return save(folder, name, *two_steps(small, *how))
+
+
+def saved_ppo_step(
+    small: Small, folder: Path, stage: int, experience: Experience
+) -> dict[str, Any]:
     """Save actor and critic after a step of PPO."""
+    engine = ppo_step(small, stage, 0, experience)
     save(folder, f"ppo_actor_{stage}", engine.actor)
     return save(folder, f"ppo_critic_{stage}", engine.critic)
 
