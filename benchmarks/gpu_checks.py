@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -46,6 +45,7 @@ from transformers import (
 
 from alpaca_rlhf import doctor
 from alpaca_rlhf.demo import assistant_world, tiny_llama
+from alpaca_rlhf.training_model import launching
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import main as step3
@@ -507,9 +507,7 @@ def one_visible_device(folder: Path) -> Found:
     if visible == [""]:
         visible = [str(i) for i in range(get_accelerator().device_count())]
     two = len(visible) > 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(launching.choose_port(0))
     runs = [(step, [*_flags(folder, step, f"visible-{step}", _half(), stage, 0), *more])
             for step, stage, more in ((1, 2, ()), (3, 3, ("--max_steps", "2")))]
     # NCCL refuses two ranks on one device: with one, a single task has local rank 1.

@@ -15,7 +15,6 @@ entering and leaving generation mode.
 
 import argparse
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.demo.tiny_llama import ensure_tiny_llama
+from alpaca_rlhf.training_model import launching
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import (
@@ -232,20 +232,13 @@ def zero3(args: argparse.Namespace, model: str) -> None:
         "--repeats", str(args.repeats), "--batch", *map(str, args.batch),
     ]
     environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed_port())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launching.choose_port(0))}
     ranks = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in (0, 1)
     ]
     if any([process.wait() for process in ranks]):
         raise SystemExit("the case ZeRO-3 failed")
-
-
-def distributed_port() -> int:
-    """Return a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def zero3_rank(args: argparse.Namespace) -> None:

@@ -16,4 +16,5 @@ python -m mypy --config-file tests/mypy.ini --no-error-summary alpaca_rlhf
 # One test process per core (at most four), with one thread each, uses the cores best.
 cores=$(python -c 'import os; print(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest tests -n "$((cores < 4 ? cores : 4))" --dist loadfile "$@"
+exec python -m pytest tests -n "$((cores < 4 ? cores : 4))" --dist loadfile \
+    --no-loadscope-reorder "$@"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +30,13 @@ from alpaca_rlhf.utils.configs import (
 # Background jobs of a shell ignore Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The files that take longest, the longest first. Each goes to one process as a whole: begun last,
+# one would leave the other processes idle.
+LONGEST = ("test_distributed", "test_entry_points", "test_families", "test_golden_curves",
+           "test_multi_node", "test_precision", "test_killed_runs", "test_debugging",
+           "test_my_deepspeed", "test_slow_ranks", "test_check_gpu", "test_ppo_trainer",
+           "test_decoder", "test_checkpoints", "test_tokenizer", "test_chat", "test_serve")
 
 # Of different lengths: batches of them are padded.
 PROMPTS = ("What is the capital of France?", "Hi.", "Name a colour.", "How many legs has a cat?",
@@ -307,6 +315,12 @@ def moved(before: dict[str, Any], model: Any) -> set[str]:
     return {name for name in after if not after[name].equal(before[name])}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first (`--no-loadscope-reorder` keeps them there)."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def group() -> None:
     """A process group of this process alone."""
@@ -320,6 +334,16 @@ def group() -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in before:
             os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def imported() -> Iterator[Any]:
+    """A process that has imported the libraries, to run programs in forks of it."""
+    from programs import Imported
+
+    process = Imported()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ the libraries are imported once.
 """
 
 import contextlib
-import gc
 import json
 import math
 import sys
@@ -17,16 +16,15 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo  # DeepSpeed would import it in each rank
 from conftest import Small, fill_adapters, hybrid_engine, learn, moved, snapshot
 from plain import forward_logits
-from programs import fork_ranks
+from programs import exit_codes, fork_ranks
 
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
@@ -49,7 +47,7 @@ from alpaca_rlhf.utils.run import export
 STAGES = (0, 1, 2, 3)
 # Stage, LoRA rank and hybrid engine of step 3: every pair of values occurs.
 STEP3 = ((0, 0, False), (0, 4, False), (0, 0, True), (0, 4, True), (1, 0, True), (1, 4, False),
-         (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, False), (3, 4, True))
+         (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, True))
 # Role, stage and precision of steps 1 and 2.
 HALF = (("actor", 0, "bf16"), ("actor", 3, "bf16"), ("critic", 2, "bf16"), ("critic", 3, "bf16"))
 # Prompts that are answered greedily: several waves of 16 on each rank.
@@ -324,45 +322,43 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
     """Return every case by its name."""
     experience = Experience(**torch.load(folder / "experience.pt"))
     assert {f.name for f in fields(Experience)} == set(vars(experience))
-    made: dict[str, Callable[[], dict[str, Any]]] = {"gathering": partial(gathering, small)}
-    for stage, unpin in ((0, False), (3, False), (3, True)):
-        for rank in (0, 4):
-            made[f"greedy_{stage}_{unpin}_{rank}"] = partial(
-                greedy_replies, small, stage, unpin, rank
-            )
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "gathering": partial(gathering, small), "measured": partial(measured, small),
+        "over_ranks": partial(over_ranks, small, experience),
+        "half_step3": partial(iterations, small, folder, 3, 4, True, "bf16"),
+        # Small weights stay gathered beside their shards, unless DeepSpeed is told otherwise.
+        "ema_gathered": partial(averaged, small, 3, overrides=small.unclipped),
+    }
+    for (stage, unpin), rank in product(((0, False), (3, False), (3, True)), (0, 4)):
+        made[f"greedy_{stage}_{unpin}_{rank}"] = partial(greedy_replies, small, stage, unpin, rank)
+    for stage, rank, role in product(STAGES, (0, 4), ("actor", "critic")):
+        if rank == 0 or stage in (0, 3):
+            made[f"step_{role}_{stage}_{rank}"] = partial(
+                saved_steps, small, folder, f"{role}_{stage}_{rank}", role, stage, rank)
     for stage in STAGES:
-        for rank in (0, 4):
-            for role in ("actor", "critic") if rank == 0 or stage in (0, 3) else ():
-                name = f"{role}_{stage}_{rank}"
-                made[f"step_{name}"] = lambda name=name, how=(role, stage, rank): save(
-                    folder, name, *two_steps(small, *how)
-                )
-        made[f"ppo_{stage}"] = lambda stage=stage: save_both(
-            folder, stage, ppo_step(small, stage, 0, experience)
-        )
+        made[f"ppo_{stage}"] = partial(saved_ppo_step, small, folder, stage, experience)
         made[f"ema_{stage}"] = partial(averaged, small, stage)
         made[f"not_finite_{stage}"] = partial(one_rank_not_finite, small, stage)
-    for stage, rank, hybrid in STEP3:
-        made[f"step3_{stage}_{rank}_{hybrid}"] = partial(
-            iterations, small, folder, stage, rank, hybrid
-        )
+    for how in STEP3:
+        made["step3_{}_{}_{}".format(*how)] = partial(iterations, small, folder, *how)
     for role, stage, dtype in HALF:
-        made[f"half_{role}_{stage}_{dtype}"] = lambda how=(role, stage, 0, dtype): save(
-            folder, "half_{}_{}_{}_{}".format(*how), *two_steps(small, *how)
-        )
-    made["half_step3"] = partial(iterations, small, folder, 3, 4, True, "bf16")
-    for stage in (0, 3):
-        for role in ("actor", "critic"):
-            made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)
-    # Small weights stay gathered beside their shards, unless DeepSpeed is told otherwise.
-    made["ema_gathered"] = partial(averaged, small, 3, overrides=small.unclipped)
-    made["measured"] = partial(measured, small)
-    made["over_ranks"] = partial(over_ranks, small, experience)
+        made[f"half_{role}_{stage}_{dtype}"] = partial(
+            saved_steps, small, folder, f"half_{role}_{stage}_0_{dtype}", role, stage, 0, dtype)
+    for stage, role in product((0, 3), ("actor", "critic")):
+        made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)
     return made
 
 
-def save_both(folder: Path, stage: int, engine: Any) -> dict[str, Any]:
+def saved_steps(small: Small, folder: Path, name: str, *how: Any) -> dict[str, Any]:
+    """Save the weights after the two steps."""
+    return save(folder, name, *two_steps(small, *how))
+
+
+def saved_ppo_step(
+    small: Small, folder: Path, stage: int, experience: Experience
+) -> dict[str, Any]:
     """Save actor and critic after a step of PPO."""
+    engine = ppo_step(small, stage, 0, experience)
     save(folder, f"ppo_actor_{stage}", engine.actor)
     return save(folder, f"ppo_critic_{stage}", engine.critic)
 
@@ -389,5 +385,4 @@ def run_cases() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # DeepSpeed collects garbage whenever it builds an engine: not among the libraries
-    sys.exit(fork_ranks(lambda: console.run_main(run_cases)))
+    sys.exit(max(exit_codes(fork_ranks(lambda: console.run_main(run_cases), 2))))

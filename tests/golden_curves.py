@@ -2,8 +2,8 @@
 
     python tests/golden_curves.py                        record the bands of the short runs again
     python tests/golden_curves.py output/seed1 output/seed2 output/seed3   and of whole pipelines
-    python -m pytest tests/test_golden_curves.py              short runs at ZeRO 0, 2 and 3
-    python -m pytest tests/test_golden_curves.py -m slow      the whole embedded pipeline, seed 1
+    python -m pytest tests/test_golden_curves.py              short runs at ZeRO 0 and 3
+    python -m pytest tests/test_golden_curves.py -m slow      and 2, and the embedded pipeline
 
 Short runs train a small random model on the embedded data. A change of the libraries or of the code
 that changes learning leaves a band; rounding, which differs between processors, does not.

@@ -19,6 +19,7 @@ from typing import Any
 
 import soak
 import torch
+from programs import ended, exit_codes, fork_ranks
 from soak import Case
 
 from alpaca_rlhf.utils import console, distributed
@@ -64,11 +65,11 @@ def two_ranks(work: Callable[[], None], folder: Path) -> Callable[[], dict[str, 
         met.touch()
         work()
 
-    ranks = soak.fork_ranks(lambda: console.run_main(train), 2, log)
-    while not (met.exists() or any(map(soak.ended, ranks))):
+    ranks = fork_ranks(lambda: console.run_main(train), 2, log)
+    while not (met.exists() or any(map(ended, ranks))):
         time.sleep(0.02)
     start = time.perf_counter()
-    return lambda: {"codes": soak.exit_codes(ranks), "said": log.read_text(),
+    return lambda: {"codes": exit_codes(ranks), "said": log.read_text(),
                     "seconds": time.perf_counter() - start}
 
 
@@ -89,11 +90,18 @@ def stopped(case: Case, folder: Path, args: argparse.Namespace) -> dict[str, Any
 
 
 def hangs() -> None:
-    """Rank 1 stays away until long after the other has given up."""
+    """Rank 1 stays away until the other has given up."""
     if distributed.rank() == 1:
-        time.sleep(2 * TIMEOUT)
-        os._exit(7)
+        stay_away("hangs")
     distributed.sum_over_ranks(torch.ones(1))
+
+
+def stay_away(name: str) -> None:
+    """End this rank once another one has written to their log that it no longer waits."""
+    log = Path(sys.argv[1]) / f"{name}.log"
+    while "--collective_timeout" not in log.read_text():
+        time.sleep(0.1)
+    os._exit(7)
 
 
 def raises() -> None:

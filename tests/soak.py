@@ -11,28 +11,23 @@ broken, or a rank outlived the other.
 """
 
 import argparse
-import importlib
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
 from conftest import save_models
+from programs import STEPS, ended, exit_codes, fork, fork_ranks, import_libraries
 from safetensors import safe_open
 
-STEPS = {
-    1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning",
-    3: "step3_rlhf_finetuning",
-}
 LONGEST_END = 30.0  # seconds that a rank may outlive another one
 ROUNDING = 1e-4  # difference of a weight after a run on other ranks
 
@@ -98,12 +93,7 @@ def prepare(folder: Path) -> None:
     making = fork(lambda: make_inputs(folder), folder / "inputs.log")
     if os.waitpid(making, 0)[1]:
         raise SystemExit(f"failed: see {folder / 'inputs.log'}")
-    for name in (
-        "datasets", "peft", "transformers.models.llama.modeling_llama", "matplotlib.pyplot",
-        "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
-        *(f"alpaca_rlhf.training_model.{step}.main" for step in STEPS.values()),
-    ):
-        importlib.import_module(name)
+    import_libraries()
 
 
 def make_inputs(folder: Path) -> None:
@@ -280,46 +270,6 @@ def flags(case: Case, folder: Path, args: argparse.Namespace) -> list[Any]:
         "--enable_ema", "--enable_hybrid_engine", "--kl_controller", "adaptive",
         "--reward_normalization", "reference", "--eval_prompts", 4, "--actor_dropout", 0.1,
     ]
-
-
-# --- processes -----------------------------------------------------------------------------------
-
-
-def fork(work: Callable[[], Any], log: Path, **environment: str) -> int:
-    """Do something in a fork that writes both its outputs to a log; the fork's process id."""
-    child = os.fork()
-    if child:
-        return child
-    os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    work()
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def fork_ranks(work: Callable[[], Any], ranks: int, log: Path) -> list[int]:
-    """Do something in forks that are the ranks of one world; their process ids."""
-    with socket.socket() as kept:  # the forks keep the port from others until rank 0 listens there
-        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        kept.bind(("127.0.0.1", 0))
-        return [
-            fork(work, log, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                 LOCAL_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                 MASTER_PORT=str(kept.getsockname()[1]))
-            for rank in range(ranks)
-        ]
-
-
-def ended(process: int) -> bool:
-    """Return whether a child has ended; it can still be waited for."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def exit_codes(processes: Sequence[int]) -> list[int]:
-    """Wait for children, and return their exit codes, or signals as negative numbers."""
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
 def say(passed: bool, case: Case, text: str) -> bool:

@@ -1,6 +1,6 @@
 """A user's mistake ends in one line that names flag or file, value and remedy; exit code 2.
 
-Most cases call the step's `main` in this process; a few start the command, to see what is printed.
+Most cases call the step's `main` in this process; a few run its script, to see what is printed.
 """
 
 import importlib
@@ -8,20 +8,17 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import save_models
+from programs import MAINS, STEPS, Imported
 from tiny_model import word_tokenizer
 
 from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-STEPS = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning",
-         3: "step3_rlhf_finetuning"}
 PROJECTIONS = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 
 
@@ -100,15 +97,9 @@ class Command:
         assert "\n" not in str(refused.value)
         return str(refused.value)
 
-    def run(self, step: int, **changes: object) -> tuple[str, str]:
-        """The line on standard error of a command that exits with code 2, and standard output."""
-        script = REPOSITORY / "alpaca_rlhf" / "training_model" / STEPS[step] / "main.py"
-        ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        environment = {k: v for k, v in os.environ.items() if k not in ours}
-        run = subprocess.run(
-            [sys.executable, str(script), *self.words(step, **changes)], cwd=self.folder,
-            env={**environment, "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True, timeout=200,
-        )
+    def run(self, imported: Imported, step: int, **changes: object) -> tuple[str, str]:
+        """The line on standard error of a script that exits with code 2, and standard output."""
+        run = imported.run([MAINS[step], *self.words(step, **changes)], self.folder)
         assert (run.returncode, run.stderr.count("\n")) == (2, 1), (run.returncode, run.stderr)
         assert run.stderr.startswith("error: ")
         assert not self.output.exists()
@@ -234,9 +225,9 @@ def test_half_precision_on_a_cpu(command):
      f"--actor_lora_module_name nonesuch: matches no linear layer; there are {PROJECTIONS}", []),
 ])
 def test_a_mistake_on_the_console_is_one_line_as_early_as_it_can_be(
-    command, step, changes, line, printed
+    command, imported, step, changes, line, printed
 ):
-    refused, output = command.run(step, **changes)
+    refused, output = command.run(imported, step, **changes)
     assert refused == line.replace("GIVEN", str(command.given))
     assert [text.split(":")[0] for text in output.splitlines()] == printed
 

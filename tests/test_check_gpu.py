@@ -6,12 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from programs import REPOSITORY
 
 # Checks that end in every way.
 FAKES = """
@@ -65,7 +63,7 @@ def results(check_gpu, tmp_path):
         rows = {}
         for name in names:
             rows[name] = check_gpu.Row(f"fakes:{name}", limit=limit)
-            rows[f"after {name}"] = check_gpu.Row("fakes:passes", (name,))
+            rows[f"after {name}"] = check_gpu.Row("fakes:passes", (name,), limit=20.0)
         folder = tmp_path / "rows"
         folder.mkdir()
         found = {result.name: result for result in check_gpu.run(rows, folder, total)}
@@ -95,10 +93,8 @@ def test_a_row_that_breaks_is_a_fail_with_its_line_and_the_next_row_runs(
 
 
 def test_a_row_that_hangs_is_ended_with_its_processes_after_its_time_limit(results):
-    start = time.monotonic()
-    found, folder = results("hangs", limit=1.0)
-    assert time.monotonic() - start < 15
-    assert found["hangs"].message == "no result after 1 s; last line: waiting for rank 1"
+    found, folder = results("hangs", limit=2.0)  # of 100 seconds
+    assert found["hangs"].message == "no result after 2 s; last line: waiting for rank 1"
     assert found["hangs"].status == "FAIL"
     assert found["after hangs"].status == "PASS"
     state = Path(f"/proc/{(folder / 'child').read_text()}/stat")
@@ -178,14 +174,13 @@ def test_every_row_names_a_function_and_its_arguments(check_gpu):
 @pytest.mark.timeout(300)
 def test_real_rows_on_a_cpu(check_gpu, tmp_path, capsys):
     output = tmp_path / "cpu.json"
-    rows = ["logprobs fp32", "decoding compiled", "decoding graph", "moved", "visible"]
+    rows = ["logprobs fp32", "decoding compiled", "decoding graph", "visible"]
     assert check_gpu.main(["--output", str(output), "--only", *rows]) == 0, capsys.readouterr().out
     written = json.loads(output.read_text())
     found = {row["name"]: row for row in written["rows"]}
     assert {name: row["status"] for name, row in found.items()} == {
         "machine": "PASS", "logprobs fp32": "PASS", "decoding compiled": "PASS",
-        "decoding graph": "SKIP",
-        "resume moved": "PASS", "one visible device": "SKIP"}
+        "decoding graph": "SKIP", "one visible device": "SKIP"}
     assert found["decoding graph"]["message"] == "a CUDA graph needs a GPU"
     assert found["logprobs fp32"]["figures"]["first_log_ratio_max"] == 0.0
     assert {"torch", "deepspeed", "transformers", "peft"} <= written["machine"]["libraries"].keys()

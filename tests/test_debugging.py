@@ -85,29 +85,24 @@ def script(tmp_path: Path) -> Path:
     return folder / "train it.py"
 
 
-def debug(script: Path, *words: str) -> tuple[subprocess.Popen[str], str, str]:
-    run = subprocess.Popen(
-        [sys.executable, str(BOOTSTRAP), *words], cwd=script.parents[1], env=environment(),
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return run, *run.communicate(timeout=100)
-
-
-def test_debug_runs_the_script_in_the_same_process_as_python_would(script):
-    run, stdout, stderr = debug(script, "--num_gpus", "2", "--debug", "my scripts/train it.py",
-                                "--debug", "of the script")
-    assert (run.returncode, stderr) == (3, "")
-    assert stdout.splitlines() == [
+def test_debug_runs_the_script_in_the_same_process_as_python_would(imported, script):
+    started = imported.start([BOOTSTRAP, "--num_gpus", 2, "--debug", "my scripts/train it.py",
+                              "--debug", "of the script"], script.parents[1])
+    run = imported.end(started)
+    assert (run.returncode, run.stderr) == (3, "")
+    assert run.stdout.splitlines() == [
         "my_deepspeed: my scripts/train it.py: one rank in this process; without effect here: "
         "--num_gpus 2",
-        f"words ['--debug', 'of the script'] name __main__ rank 0 process {run.pid}",
+        f"words ['--debug', 'of the script'] name __main__ rank 0 process {started[0]}",
     ]
 
 
-def test_under_debug_an_exception_keeps_its_way_to_the_debugger(script):
-    run, _, stderr = debug(script, "--debug", "my scripts/train it.py", "--break")
+def test_under_debug_an_exception_keeps_its_way_to_the_debugger(imported, script):
+    run = imported.run([BOOTSTRAP, "--debug", "my scripts/train it.py", "--break"],
+                       script.parents[1])
     assert run.returncode == 1
-    assert stderr.rstrip().endswith("RuntimeError: for the debugger")
-    assert "my_deepspeed: " not in stderr
+    assert run.stderr.rstrip().endswith("RuntimeError: for the debugger")
+    assert "my_deepspeed: " not in run.stderr
 
 
 # --- debugpy and --debug_ranks -------------------------------------------------------------------

@@ -3,21 +3,16 @@
 Both are started once and run all cases (`distributed_worker.py`).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from itertools import islice
-from pathlib import Path
 
 import distributed_worker as worker
 import pytest
 import torch
 from conftest import Small, fill_adapters
+from programs import REPOSITORY
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -57,19 +52,10 @@ def folder(alone, experience):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
+def results(folder, imported):
     """Return the results of all cases on rank 0."""
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen(
-        [sys.executable, str(Path(worker.__file__)), str(folder)], cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        output = process.communicate(timeout=500)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-4000:]
+    done = imported.run([worker.__file__, folder], REPOSITORY)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     given = [json.loads((folder / f"results_{rank}.json").read_text()) for rank in (0, 1)]
     assert [result.get("failed") for result in given] == [None, None]
     return given[0]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
+from programs import REPOSITORY, environment
 
 from alpaca_rlhf import doctor
 from alpaca_rlhf.training_model import launching
 from alpaca_rlhf.utils import distributed, losses, optimizer, rl_math
 from alpaca_rlhf.utils.data import batches
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -39,13 +37,11 @@ def test_every_check_has_its_row(group, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_ranks_of_a_launch_meet_and_each_machine_has_its_table(tmp_path):
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
         [sys.executable, "alpaca_rlhf/training_model/my_deepspeed.py", "--num_gpus", "2",
          "--module", "alpaca_rlhf.doctor", "--output_dir", tmp_path, "--data_output_path",
          tmp_path / "new"],
-        env={**kept, "HF_HUB_OFFLINE": "1"}, cwd=REPOSITORY, text=True, capture_output=True,
+        env=environment(), cwd=REPOSITORY, text=True, capture_output=True,
         timeout=200, check=False)
     assert done.returncode == 0, (done.stdout, done.stderr)
     rows = re.findall(r"^(?:OK|WARN)\s+(\w+(?: \w+)?)  +(.*)$", done.stdout, re.MULTILINE)

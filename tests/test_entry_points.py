@@ -1,18 +1,20 @@
 """Each step as a command: plain `python`, `my_deepspeed.py`, the `deepspeed` command.
 
-A start takes some seconds, nearly all of them imports; so two chains of the three steps are run
-once, and the tests look at what they have printed and written.
+Two chains of the three steps are run once, and the tests look at what they have printed and
+written. A start takes ten seconds, nearly all of them imports; so only some are started so, and
+the others are forks of a process that has imported the libraries.
 """
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from conftest import save_models
@@ -25,29 +27,27 @@ from transformers import (
 
 from alpaca_rlhf.training_model import launching
 
-TRAINING = Path(__file__).resolve().parents[1] / "alpaca_rlhf" / "training_model"
-MAINS = {name: TRAINING / folder / "main.py" for name, folder in (
-    ("actor", "step1_supervised_finetuning"), ("critic", "step2_reward_model_finetuning"),
-    ("final", "step3_rlhf_finetuning"))}
-DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = {"actor": 1, "critic": 2, "final": 3}
+PYTHON = [sys.executable]
+BOOTSTRAP = [sys.executable, programs.BOOTSTRAP, "--num_gpus", 1]
 SMALL = ["--max_seq_len", 64, "--per_device_train_batch_size", 4, "--learning_rate", "1e-3"]
 SMALL_PPO = ["--max_answer_seq_len", 8, "--per_device_generation_batch_size", 4,
              "--per_device_training_batch_size", 4]
 
 
-def start(folder: Path, words: list[Any], code: int = 0, error: str = "") -> list[str]:
-    """Run a command that must end with this code and standard error; returns what it printed."""
-    kept = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
-    environment = {
-        **kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]]),
-    }
+def start(
+    folder: Path, name: str, words: Sequence[Any], by: Sequence[Any] | programs.Imported,
+    code: int = 0, error: str = "",
+) -> list[str]:
+    """Run a step that must end with this code and standard error; return what it printed."""
     # Not another XDG_CACHE_HOME: torch would build DeepSpeed's extensions there once more.
-    words = [*words, "--data_output_path", folder / "cache"]
-    run = subprocess.run(
-        list(map(str, words)), cwd=folder, env=environment, text=True, capture_output=True,
-        timeout=280,
-    )
+    words = [programs.MAINS[NUMBERS[name]], *words, "--data_output_path", folder / "cache"]
+    if isinstance(by, programs.Imported):
+        run = by.run(words, folder)
+    else:
+        run = subprocess.run(
+            list(map(str, [*by, *words])), cwd=folder, env=programs.environment(), text=True,
+            capture_output=True, timeout=280)
     assert (run.returncode, run.stderr) == (code, error), (run.returncode, run.stdout, run.stderr)
     return run.stdout.splitlines()
 
@@ -87,8 +87,8 @@ def step_3_models(folder: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """The three steps, one process each, two optimizer steps each, on small data."""
+def plain(tmp_path_factory: pytest.TempPathFactory, imported: programs.Imported) -> Chain:
+    """The three steps, two optimizer steps each, on small data."""
     folder = tmp_path_factory.mktemp("plain python")
     base = folder / "base"
     save_models(base)
@@ -99,8 +99,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         "final": [*step_3_models(folder), *SMALL_PPO, *shared, "--eval_prompts", 4,
                   "--enable_ema", "--print_answers"],
     }
-    printed = {name: start(folder, [sys.executable, MAINS[name], *words,
-                                    "--output_dir", folder / name])
+    printed = {name: start(folder, name, [*words, "--output_dir", folder / name],
+                           PYTHON if name == "final" else imported)
                for name, words in flags.items()}
     return Chain(folder, base, printed)
 
@@ -198,13 +198,13 @@ def test_step_3_records_samples_token_by_token(plain):
             assert tokens["reward"][-1] != 0
 
 
-def test_an_alarm_ends_step_3_with_one_line_and_leaves_what_it_recorded(plain):
+def test_an_alarm_ends_step_3_with_one_line_and_leaves_what_it_recorded(plain, imported):
     partial = plain.folder / "stopped.partial"
     printed = start(
-        plain.folder,
-        [sys.executable, MAINS["final"], *step_3_models(plain.folder), *SMALL_PPO,
-         *data(plain.folder), "--eval_prompts", 0, "--actor_dropout", 0.5, "--stop_on_alarm",
-         "--output_dir", plain.folder / "stopped"], code=1,
+        plain.folder, "final",
+        [*step_3_models(plain.folder), *SMALL_PPO, *data(plain.folder), "--eval_prompts", 0,
+         "--actor_dropout", 0.5, "--stop_on_alarm", "--output_dir", plain.folder / "stopped"],
+        imported, code=1,
         error=f"--stop_on_alarm: stopped at step 1 by: ratio; metrics are in {partial}\n",
     )
     assert any(line.startswith("alarm at step 1: before the first update the log-ratios are ")
@@ -213,10 +213,10 @@ def test_an_alarm_ends_step_3_with_one_line_and_leaves_what_it_recorded(plain):
     assert not (plain.folder / "stopped").exists()
 
 
-def test_saved_arguments_reproduce_the_run(plain):
+def test_saved_arguments_reproduce_the_run(plain, imported):
     first, again = plain.folder / "actor", plain.folder / "again"
-    start(plain.folder, [sys.executable, MAINS["actor"], "--config",
-                         first / "training_arguments.json", "--output_dir", again])
+    start(plain.folder, "actor",
+          ["--config", first / "training_arguments.json", "--output_dir", again], imported)
     assert not list(plain.folder.glob("again.*"))
     one, other = (load_file(folder / "model.safetensors") for folder in (first, again))
     assert one.keys() == other.keys()
@@ -226,11 +226,17 @@ def test_saved_arguments_reproduce_the_run(plain):
     assert losses[0] == losses[1]
 
 
-# --- my_deepspeed.py, with the command lines of old scripts --------------------------------------
+# --- my_deepspeed.py and `deepspeed`, with the command lines of old scripts -----------------------
+
+
+def deepspeed_command() -> list[Any]:
+    """DeepSpeed's own launcher."""
+    return [Path(sys.executable).with_name("deepspeed"), "--master_port", launching.choose_port(0),
+            "--num_gpus", 1]
 
 
 @pytest.fixture(scope="module")
-def old_scripts(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def old_scripts(tmp_path_factory: pytest.TempPathFactory, imported: programs.Imported) -> Chain:
     """The three command lines of alpaca-rlhf's first version, on the embedded data.
 
     Added are a small model, where the embedded one would first be built, and limits.
@@ -250,8 +256,8 @@ def old_scripts(tmp_path_factory: pytest.TempPathFactory) -> Chain:
                   "--actor_gradient_checkpointing", "--max_steps", 2, "--max_answer_seq_len", 8,
                   "--eval_prompts", 16],
     }
-    printed = {name: start(folder, [sys.executable, TRAINING / "my_deepspeed.py", "--num_gpus", 1,
-                                    MAINS[name], *words, "--output_dir", folder / name])
+    by = {"actor": deepspeed_command(), "critic": imported, "final": BOOTSTRAP}
+    printed = {name: start(folder, name, [*words, "--output_dir", folder / name], by[name])
                for name, words in flags.items()}
     return Chain(folder, base, printed)
 
@@ -265,7 +271,7 @@ LORA = "LoRA matched 14 modules (*) with 15,360 parameters; trains 118,784 of "
     ("final", f"actor: {LORA}*; reference model: the actor with its adapter disabled"),
     ("final", "critic: LoRA off; trains *; reward model: a frozen copy"),
     ("critic", "--num_padding_at_beginning has no effect: *"),
-    *((name, line) for name in MAINS for line in (
+    *((name, line) for name in NUMBERS for line in (
         "--deepspeed has no effect: *", "--data_path is not given: using the embedded data set")),
 ])
 def test_old_scripts_print_their_models_data_and_flags_without_effect_once(
@@ -289,15 +295,14 @@ def test_the_embedded_data_has_a_gold_rule(old_scripts):
 # --- the deepspeed command -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param("actor", marks=pytest.mark.slow), pytest.param("critic", marks=pytest.mark.slow),
-    "final"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUMBERS)
 def test_the_deepspeed_command_starts_each_step(tmp_path, name):
     save_models(tmp_path / "base")
     words = (["--model_name_or_path", tmp_path / "base" / "actor", *SMALL] if name != "final" else
              [*step_3_models(tmp_path / "base"), *SMALL_PPO, "--eval_prompts", 0])
-    printed = start(tmp_path, [
-        Path(sys.executable).with_name("deepspeed"), "--master_port", launching.choose_port(0),
-        "--num_gpus", 1, MAINS[name], *words, *data(tmp_path), "--output_dir", tmp_path / name])
+    printed = start(
+        tmp_path, name, [*words, *data(tmp_path), "--output_dir", tmp_path / name],
+        deepspeed_command())
     assert f"saved to {tmp_path}/{name}" in printed
     assert [row["step"] for row in rows_of(tmp_path / name / "metrics.jsonl")] == [1, 2]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import moved, small_config, snapshot, with_adapter
 from peft import PeftModel
-from torch import nn
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -21,15 +20,6 @@ from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.run import export as export_module
 from alpaca_rlhf.utils.run.export import export, rehearse
-
-
-def adapted(model):
-    model = with_adapter(model)
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name:
-            nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 @torch.no_grad()
@@ -47,7 +37,7 @@ def test_an_exported_actor_is_read_by_transformers(small, tmp_path):
 
 
 def test_an_export_with_an_adapter_is_the_merged_model_and_the_adapter_beside_it(small, tmp_path):
-    model = adapted(small.causal_lm())
+    model = with_adapter(small.causal_lm())
     before, expected = snapshot(model), logits(model, small)
     export(model, small.tokenizer, tmp_path, "card", {})
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -59,26 +49,26 @@ def test_an_export_with_an_adapter_is_the_merged_model_and_the_adapter_beside_it
     assert moved(before, model) == set()
 
 
-@pytest.mark.parametrize("with_adapter", [False, True])
-def test_an_exported_reward_model_is_read_by_transformers(small, tmp_path, with_adapter):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_exported_reward_model_is_read_by_transformers(small, tmp_path, adapted):
     model = small.reward_model()
-    model = adapted(model) if with_adapter else model
+    model = with_adapter(model) if adapted else model
     export(model, small.tokenizer, tmp_path, "card", {})
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.config.num_labels == 1
     assert_close(logits(loaded, small), logits(model, small), rtol=1e-4, atol=1e-4)
-    if with_adapter:
+    if adapted:
         onto_the_base = PeftModel.from_pretrained(
             AutoModelForSequenceClassification.from_pretrained(small.critic), tmp_path / "adapter"
         )
         assert_close(logits(onto_the_base, small), logits(model, small), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("with_adapter", [False, True])
-def test_tied_embeddings_stay_tied_and_are_written_once(small, tmp_path, with_adapter):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_tied_embeddings_stay_tied_and_are_written_once(small, tmp_path, adapted):
     torch.manual_seed(2)
     model = LlamaForCausalLM(small_config(small.tokenizer, tie_word_embeddings=True)).eval()
-    model = adapted(model) if with_adapter else model
+    model = with_adapter(model) if adapted else model
     export(model, small.tokenizer, tmp_path, "card", {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-import alpaca_rlhf
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import rollout
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.utils import distributed, losses, rl_math
@@ -284,11 +283,3 @@ def test_a_rank_takes_a_visible_device_and_deepspeed_the_same(
     assert taken == [index, index, index]
     assert distributed.is_first_on_node() == (local_rank == 0)
     assert distributed._place.local_size == 8
-
-
-def test_nothing_of_the_package_names_the_gpu():
-    package = Path(alpaca_rlhf.__file__).parent
-    for path in package.rglob("*.py"):
-        if path.name != "distributed.py":
-            text = path.read_text().replace("cuda_graph", "")  # a flag and a module, no device
-            assert "cuda" not in text, path

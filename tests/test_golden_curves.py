@@ -16,7 +16,8 @@ def outside(found, bands):
             if not bands[name][0] <= found[name] <= bands[name][1]}
 
 
-@pytest.mark.parametrize(("seed", "stage"), [(1, 0), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("seed", "stage"), [
+    (1, 0), pytest.param(2, 2, marks=pytest.mark.slow), (3, 3)])
 def test_a_short_run_of_all_three_steps_stays_in_its_bands(small, tmp_path, seed, stage):
     found = golden_curves.figures(small.folder, tmp_path, seed, stage)
     assert outside(found, BANDS["short"]) == {}

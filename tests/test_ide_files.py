@@ -6,12 +6,12 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from programs import REPOSITORY
 
 from alpaca_rlhf.training_model import my_deepspeed
 from alpaca_rlhf.utils import arguments
 from alpaca_rlhf.utils.configs import Step1Config, Step2Config, Step3Config
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 ENTRIES = json.loads((REPOSITORY / ".vscode" / "launch.json").read_text())["configurations"]
 RECORDS = {"step1_supervised_finetuning": Step1Config,
            "step2_reward_model_finetuning": Step2Config,

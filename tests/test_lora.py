@@ -166,12 +166,3 @@ def test_folding_gives_the_same_logits_and_restores_every_weight_bit_for_bit(sma
     assert len(changed) == 14
     assert moved(before, model) == set()
     assert logits(model, batch).equal(expected)
-
-
-def test_folding_is_undone_after_an_exception(small):
-    model = with_adapter(small.causal_lm())
-    before = snapshot(model)
-    with pytest.raises(RuntimeError, match="inside"), lora.folded(model):
-        raise RuntimeError("inside")
-    assert moved(before, model) == set()
-    assert not any(layer.merged for layer in lora.lora_layers(model))

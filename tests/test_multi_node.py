@@ -90,10 +90,10 @@ def step1(model: str, folder: Path, name: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def one_host(small: Any, data: Path) -> list[float]:
+def one_host(small: Any, data: Path, imported: programs.Imported) -> list[float]:
     """Return the losses of two ranks on one host."""
-    ended([begin(data, [sys.executable, programs.__file__, *step1(small.actor, data, "one host")],
-                 PYTHONPATH=str(REPOSITORY))])
+    done = imported.run([programs.__file__, *step1(small.actor, data, "one host")], data)
+    assert done.returncode == 0, done.stderr
     return losses(data / "one host")
 
 

@@ -20,6 +20,7 @@ from programs import (
     environment,
     is_alive,
     process_numbers,
+    wait_until,
 )
 
 from alpaca_rlhf.training_model import launching, my_deepspeed
@@ -58,7 +59,7 @@ def two_launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[st
     }
     found = {}
     for name, launch in launches.items():
-        stdout, stderr = launch.communicate(timeout=60)
+        stdout, stderr = launch.communicate(timeout=200)
         assert (launch.returncode, stderr) == (2 if name == "fails" else 0, "")
         files = sorted(folder.glob(f"{name}*.json"))
         found[name] = stdout, [json.loads(file.read_text()) for file in files]
@@ -109,10 +110,11 @@ def test_console_holds_one_line_of_ours_and_the_workers_own(two_launches):
     ]
 
 
-def test_devices_may_be_named(tmp_path: Path):
+def test_devices_may_be_named(imported, tmp_path: Path):
     (tmp_path / "train.py").write_text(WORKER)
-    launch = start(tmp_path, "--include", "localhost:GPU-8a,GPU-8b", "train.py", "run")
-    assert (launch.communicate(timeout=60)[1], launch.returncode) == ("", 0)
+    launch = imported.run(
+        [BOOTSTRAP, "--include", "localhost:GPU-8a,GPU-8b", "train.py", "run"], tmp_path)
+    assert (launch.stderr, launch.returncode) == ("", 0)
     for rank in "01":
         seen = json.loads((tmp_path / f"run{rank}.json").read_text())["env"]
         assert (seen["CUDA_VISIBLE_DEVICES"], seen["LOCAL_RANK"], seen["WORLD_SIZE"]) == (
@@ -123,12 +125,14 @@ def test_devices_may_be_named(tmp_path: Path):
     ([], "GPU-8a", "CUDA_VISIBLE_DEVICES=GPU-8a: there is no such device here"),
     (["--include", "node-a:GPU-8a"], "", "--include node-a:GPU-8a: takes hosts of localhost"),
 ])
-def test_named_devices_that_are_not_here_are_one_line(tmp_path: Path, flags, visible, message):
+def test_named_devices_that_are_not_here_are_one_line(
+    imported, tmp_path: Path, flags, visible, message
+):
     (tmp_path / "train.py").write_text(WORKER)
-    launch = start(tmp_path, *flags, "train.py", "run", CUDA_VISIBLE_DEVICES=visible)
-    said = launch.communicate(timeout=60)[1]
-    assert (launch.returncode, said.count("\n")) == (2, 1)
-    assert said.startswith(f"my_deepspeed: {message}")
+    launch = imported.run(
+        [BOOTSTRAP, *flags, "train.py", "run"], tmp_path, CUDA_VISIBLE_DEVICES=visible)
+    assert (launch.returncode, launch.stderr.count("\n")) == (2, 1)
+    assert launch.stderr.startswith(f"my_deepspeed: {message}")
 
 
 ABORTED = ("a worker was ended by SIGABRT (a collective that took longer than "
@@ -153,27 +157,23 @@ def test_the_end_of_a_worker_that_could_not_tell_is_named(monkeypatch, capsys, c
 
 
 @pytest.mark.parametrize("to_all", [False, True])
-def test_ending_the_bootstrap_ends_every_worker(tmp_path: Path, to_all: bool):
+def test_ending_the_bootstrap_ends_every_worker(imported, tmp_path: Path, to_all: bool):
     """Stopped by an IDE's stop button, to it alone, or by Ctrl-C, to workers and all."""
     (tmp_path / "sleep.py").write_text(SLEEPER)
-    launch = start(tmp_path, "--num_gpus", "2", "sleep.py", "run")
+    launch = imported.start([BOOTSTRAP, "--num_gpus", 2, "sleep.py", "run"], tmp_path)
     workers = process_numbers([tmp_path / "run0.pid", tmp_path / "run1.pid"])
-    if to_all:
-        os.killpg(launch.pid, signal.SIGINT)
-    else:
-        launch.send_signal(signal.SIGINT)
-    launch.communicate(timeout=60)
-    assert launch.returncode == 130
-    assert not any(map(is_alive, workers))
+    (os.killpg if to_all else os.kill)(launch[0], signal.SIGINT)
+    assert imported.end(launch).returncode == 130
+    wait_until(lambda: not any(map(is_alive, workers)))
 
 
 def test_a_taken_port_is_replaced_and_a_free_one_kept():
+    port = launching.choose_port(0)  # that no other program is given meanwhile
     with socket.socket() as listener:
-        listener.bind(("", 0))
+        listener.bind(("", port))
         listener.listen()
-        taken = listener.getsockname()[1]
-        assert launching.choose_port(taken) in launching.PORTS
-    assert launching.choose_port(taken) == taken
+        assert launching.choose_port(port) in set(launching.PORTS) - {port}
+    assert launching.choose_port(port) == port
 
 
 def chosen(number: int, available: int, include: str = "") -> tuple[list[str], str]:

@@ -271,8 +271,9 @@ def test_the_ninja_of_an_environment_that_is_not_active_is_found(monkeypatch, tm
 
 
 def test_a_tracker_without_its_package_is_refused():
-    with pytest.raises(UserError, match="^--tracker aim: its package is not installed; pip "):
-        preflight.check([], ["aim"])
+    with pytest.raises(UserError, match="^--tracker aim: its package is not installed; pip install"
+                       " aim$"):
+        preflight.check([], ["tensorboard", "aim"])
 
 
 # --- a GPU without bf16 --------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -380,12 +379,10 @@ print(prepared.encoded)
 """
 
 
-def test_of_processes_that_start_together_one_prepares_and_the_others_wait(tmp_path):
-    command, tests = [sys.executable, "-c", CHILD, str(tmp_path)], Path(__file__).parent
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tests) for _ in range(3)
-    ]
-    encoded = sorted(process.communicate(timeout=240)[0].split()[-1] for process in running)
+def test_of_processes_that_start_together_one_prepares_and_the_others_wait(tmp_path, imported):
+    (tmp_path / "child.py").write_text(CHILD)
+    running = [imported.start(["child.py", "made"], tmp_path) for _ in range(3)]
+    encoded = sorted(imported.end(process).stdout.split()[-1] for process in running)
     assert encoded == ["0", "0", "4"]
 
 

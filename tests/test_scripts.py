@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = {"actor": "step1_supervised_finetuning", "critic": "step2_reward_model_finetuning",
          "final": "step3_rlhf_finetuning"}
 

@@ -37,7 +37,7 @@ def address(small, tmp_path_factory):
         assert found, (line, errors.read_text())
         yield found[1]
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=200)
     assert errors.read_text() == ""
 
 
@@ -161,7 +161,7 @@ def test_a_client_that_disconnects_ends_its_response(small):
         await endpoint(scope, receive, send)
 
     asyncio.run(disconnect_after_the_first_chunk())
-    assert ends.get(timeout=30).reason == "cancelled"
+    assert ends.get(timeout=200).reason == "cancelled"
     chat.close()
 
 

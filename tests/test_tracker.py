@@ -14,7 +14,7 @@ from alpaca_rlhf.utils.console import table
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.logging import tracker as tracking
 from alpaca_rlhf.utils.logging.alarms import Alarms
-from alpaca_rlhf.utils.logging.tracker import Tracker, require_packages
+from alpaca_rlhf.utils.logging.tracker import Tracker
 
 LOSS = {"loss": "loss"}
 
@@ -274,13 +274,6 @@ def test_a_tracker_that_cannot_start_is_a_users_error(tmp_path, failing, monkeyp
     monkeypatch.setattr(Failing, "start", refuse)
     with pytest.raises(UserError, match="^--tracker wandb: cannot be started: .*not logged in"):
         Tracker(tmp_path, 1, {}, tracking=WANDB)
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it():
-    require_packages(["tensorboard"])
-    with pytest.raises(UserError, match="^--tracker aim: its package is not installed; pip install"
-                       " aim$"):
-        require_packages(["tensorboard", "aim"])
 
 
 def test_a_table_is_aligned_and_long_cells_are_cut():

@@ -12,10 +12,11 @@ import pytest
 from loading import load
 
 from alpaca_rlhf.evaluation import saved
-from alpaca_rlhf.inference import server, web_chat, web_page
+from alpaca_rlhf.inference import web_chat, web_page
 from alpaca_rlhf.inference.chat_model import ChatModel
 from alpaca_rlhf.inference.votes import VoteFile
 from alpaca_rlhf.inference.web_page import Site, launch
+from alpaca_rlhf.training_model.launching import choose_port
 from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
 from alpaca_rlhf.utils.errors import UserError
 
@@ -54,8 +55,7 @@ def opened():
         errors = []
 
         def open_site(site):
-            with server.listen("127.0.0.1", 0) as found:
-                port = found.getsockname()[1]
+            port = choose_port(0)
             closing.callback(launch(site, "127.0.0.1", port).close)
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.set_default_timeout(60_000)

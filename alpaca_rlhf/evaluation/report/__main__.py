@@ -15,6 +15,7 @@ from pathlib import Path
 from alpaca_rlhf.evaluation.report import page, plots, summary
 from alpaca_rlhf.evaluation.report.runs import read_run
 from alpaca_rlhf.utils import console
+from alpaca_rlhf.utils.run.run_folder import REPORT_FILE
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     for run in runs:
         console.say(summary.as_text(run))
     folders = [run.folder for run in runs] if len(runs) == 1 else [r.folder.parent for r in runs]
-    target = Path(args.output or Path(os.path.commonpath(folders)) / page.REPORT_FILE)
+    target = Path(args.output or Path(os.path.commonpath(folders)) / REPORT_FILE)
     page.write(runs, target)
     console.say(f"\nreport: {target}")
     if args.plot:

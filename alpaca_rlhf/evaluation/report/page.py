@@ -19,8 +19,8 @@ from markupsafe import Markup
 from alpaca_rlhf.evaluation.report import plots, summary
 from alpaca_rlhf.evaluation.report.runs import TITLES, Rows, Run, Step, groups, read_run
 from alpaca_rlhf.utils import console, distributed
+from alpaca_rlhf.utils.run.run_folder import REPORT_FILE
 
-REPORT_FILE = "report.html"
 # Shown at most: dialogues, rollouts of an iteration, tokens of a rollout, characters of a text.
 LIMITS = {"dialogues": 24, "samples": 2, "tokens": 400, "characters": 3000}
 CHANNELS = ("logprob", "kl", "value", "advantage", "reward")  # numbers of a response token
@@ -41,17 +41,11 @@ def write_beside(folder: Path | None) -> None:
     All ranks must call it.
     """
     if folder is not None and distributed.is_main():
-        _write_or_warn(folder)
+        try:
+            console.say(f"report: {write([read_run(folder)], folder / REPORT_FILE)}")
+        except Exception as error:  # the training is done and saved: nothing may spoil that
+            console.say(f"warning: no report.html was written ({type(error).__name__}: {error})")
     distributed.barrier()
-
-
-def _write_or_warn(folder: Path) -> None:
-    try:
-        target = write([read_run(folder)], folder / REPORT_FILE)
-    except Exception as error:  # the training is done and saved: nothing may spoil that
-        console.say(f"warning: no report.html was written ({type(error).__name__}: {error})")
-    else:
-        console.say(f"report: {target}")
 
 
 def write(runs: list[Run], target: Path) -> Path:

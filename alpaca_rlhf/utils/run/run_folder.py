@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
+from alpaca_rlhf.utils.logging import records
 
 ARGUMENTS_FILE = "training_arguments.json"
 RESULTS_FILE = "results.json"
@@ -30,13 +31,13 @@ NONFINITE_FOLDER = "nonfinite"
 FILES_FILE = "run_files.json"
 REPORT_FILE = "report.html"
 # What a run begins with, and what an export and a finished run have besides.
-STARTED = ("run.json", "events.jsonl", "metrics.jsonl", "samples.jsonl", CHECKPOINTS_FOLDER,
-           NONFINITE_FOLDER)
+STARTED = (records.RUN_FILE, records.EVENTS_FILE, records.METRICS_FILE, records.SAMPLES_FILE,
+           CHECKPOINTS_FOLDER, NONFINITE_FOLDER)
 EXPORTED = ("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*",
             "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt", "README.md",
             "adapter", "actor", "critic", "actor_ema", "data_split.json", "trained_prompts.npy",
-            "score_statistics.json", "pair_scores.jsonl", REPORT_FILE, ARGUMENTS_FILE, RESULTS_FILE,
-            FILES_FILE)
+            "score_statistics.json", records.PAIRS_FILE, REPORT_FILE, ARGUMENTS_FILE,
+            RESULTS_FILE, FILES_FILE)
 
 
 class RunFolder:
@@ -129,7 +130,6 @@ class RunFolder:
         elif self.final is None:
             console.say("nothing is saved: no --output_dir was given")
         distributed.barrier()
-
 
     def _publish(self, source: Path, target: Path) -> None:
         """Put the run in its place, and leave there what no run has listed."""
