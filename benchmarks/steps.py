@@ -79,11 +79,14 @@ def main() -> None:
 
             step_growth.plot(partial(measure, folder=Path(folder)), model, args, Path(folder))
             return
-        results = [measure(name, model, args, Path(folder)) for name in args.work]
-        heading, table = render(results, model, args)
-        print(f"{heading}\n\n{table}", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"heading": heading, "results": results}, indent=1))
+        results = []
+        for name in args.work:
+            results.append(measure(name, model, args, Path(folder)))
+            heading, table = render(results, model, args)
+            if args.json:  # after each work, for a long run may be ended early
+                figures = {"heading": heading, "table": table, "results": results}
+                Path(args.json).write_text(json.dumps(figures, indent=1))
+    print(f"{heading}\n\n{table}", flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
