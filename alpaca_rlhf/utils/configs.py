@@ -189,7 +189,8 @@ class LoadingConfig(Group, title="loading"):
     tokenizer_name_or_path: str | None = option(
         None, "hub id or folder (default: the model's own; in step 3 the actor's)")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "precision of the weights; auto: bf16 where the device has it, fp32 on a CPU")
+        "auto", "precision of the weights; auto: bf16 where the device has it, or a product on the "
+        "CPU, measured at the start, is clearly faster in it; else fp32")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
         "sdpa", "attention implementation")
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
