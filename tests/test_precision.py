@@ -238,6 +238,22 @@ def test_frozen_models_are_offloaded_with_the_trained_ones(small):
     assert found.equal(expected)
 
 
+@pytest.mark.parametrize("flag", ["offload_reference", "offload_reward"])
+def test_one_frozen_model_can_be_offloaded_by_itself_and_scores_as_before(small, flag):
+    engine = small.roles(3, **{flag: True})
+    held = {"offload_reference": engine._reference, "offload_reward": engine._reward}
+    places = {name: model.zero_offload_param() for name, model in held.items()}
+    assert {name for name, place in places.items() if place} == {flag}
+    assert places[flag].device == "cpu"
+    assert not engine.actor.zero_offload_param() and not engine.critic.zero_offload_param()
+    rollout = small.maker(engine).generate(small.prompts(2), 1)
+    with engine.reference() as reference, engine.reward_model() as reward, torch.no_grad():
+        assert engine.logprobs(reference, rollout, 1.0).equal(
+            engine.logprobs(engine.actor, rollout, 1.0))
+        given = rollout.input_ids, rollout.attention_mask
+        assert scores(reward, *given).equal(scores(engine.critic, *given))
+
+
 @pytest.mark.parametrize("short", [False, True])
 def test_the_kv_cache_is_kept_between_rollouts_unless_memory_is_short(small, monkeypatch, short):
     engine = small.roles(0, 0)

@@ -88,6 +88,10 @@ def test_adapters_are_counted_as_peft_makes_them(small):
     ({"ranks": 4, "stage": 3}, 4, 0),
     ({"ranks": 4, "stage": 2, "offload": True}, 4 + 4 / 4, 8 / 4),
     ({"stage": 3, "offload": True, "dtype": "bf16"}, 4, 2 + 8 + 4),
+    ({"stage": 3, "needs_frozen_copy": True, "offloads_frozen_copy": True}, 4 + 4 + 8, 4),
+    ({"stage": 3, "offloads_frozen_copy": True}, 4 + 4 + 8, 0),
+    ({"stage": 3, "offload": True, "needs_frozen_copy": True, "offloads_frozen_copy": True}, 4,
+     2 * 4 + 8),
 ])
 def test_bytes_per_parameter(machine, billion, changes, device, host):
     ranks = changes.get("ranks", 1)

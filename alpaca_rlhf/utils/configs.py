@@ -406,8 +406,12 @@ class RewardConfig(Group, title="reward"):
     kl_target: Positive = option(
         6.0, "target KL per sequence in nats for --kl_controller adaptive")
     kl_horizon: Count = option(10000, "horizon in episodes of --kl_controller adaptive")
-    offload_reference_model: bool = _unavailable(False, "the reference model stays on the device")
-    offload_reward_model: bool = _unavailable(False, "the reward model stays on the device")
+    offload_reference_model: bool = option(
+        False, "keep the reference model in host memory, as --offload does; needs "
+        "--actor_zero_stage 3", on_resume="place")
+    offload_reward_model: bool = option(
+        False, "keep the reward model in host memory, as --offload does; needs "
+        "--critic_zero_stage 3", on_resume="place")
 
 
 @dataclass(frozen=True)
