@@ -82,7 +82,10 @@ def devices() -> list[Row]:
         rows = [Row("devices", FAIL, "an NVIDIA GPU that torch cannot use",
                     "install torch's CUDA build, and a driver that fits it")]
     free = f"{host / GB:.1f} GB free for each rank of this machine"
-    if not distributed.on_cpu():
+    if distributed.on_cpu():
+        auto, gain = "bf16" if distributed.has_bf16() else "fp32", distributed.bf16_gain()
+        rows.append(Row("bf16", OK, f"{gain:.1f} times as fast as fp32: --dtype auto is {auto}"))
+    else:
         free = f"{device / GB:.1f} GB free on the device; host: {free}"
     few = min(device, host) < 4 * GB
     return [*rows, Row("memory", WARN if few else OK, free, "end other programs")]

@@ -1,10 +1,12 @@
 """Speed of the compiled products of few rows over torch's and oneDNN's, as ratios in one run.
 
-    python benchmarks/products.py [--rows 1 4 8 16 64] [--hidden 576 --mlp 1536 --layers 30]
+    python benchmarks/products.py [--dtype bf16] [--rows 1 4 8 16 64]
+                                  [--hidden 576 --mlp 1536 --layers 30]
 
 The weights are those of the linear layers of a LLaMA (by default SmolLM2-135M's, without its head):
 more than the processor's caches hold, as in a decoding step. All three go through all of them in
-turn, and the median of the ratios counts.
+turn, and the median of the ratios counts. With --dtype bf16 torch's linear layer, and oneDNN's, are
+in bf16, and the compiled product with bf16 weights is also compared with the one with fp32 weights.
 """
 
 import argparse
@@ -27,21 +29,30 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     hidden, mlp = args.hidden, args.mlp
     shapes = [(2 * hidden, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)]
-    weights = [torch.randn(shape) for _ in range(args.layers) for shape in shapes]
-    compiled = [Product(SimpleNamespace(weight=w, bias=None)) for w in weights]
-    for product in compiled:
-        product.fill()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    weights = [torch.randn(shape, dtype=dtype) for _ in range(args.layers) for shape in shapes]
+    compiled, fp32 = filled(weights), filled([w.float() for w in weights])
     size = sum(w.numel() for w in weights)
     say(f"{size / 1e6:.0f} M weights, {args.threads} threads, median of {args.repeats}\n")
     say("| rows | `linear`, ms | oneDNN, ms | compiled, ms | gain over `linear` | over oneDNN "
-        "| weights read |\n" + "| --- " * 7 + "|")
+        "| over compiled, fp32 | weights read |\n" + "| --- " * 8 + "|")
     for rows in args.rows:
         given = {size: torch.randn(rows, size) for size in (hidden, mlp)}
         inputs = [given[w.shape[1]] for w in weights]
+        given_half = [x.to(dtype) for x in inputs]
         packed = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
-        ways = [(F.linear, weights), (onednn, packed), (own, compiled)]
-        turns = [[took(way, inputs, held) for way, held in ways] for _ in range(args.repeats + 1)]
-        report(rows, size, turns[1:])
+        ways = [(F.linear, given_half, weights), (onednn, given_half, packed),
+                (own, inputs, fp32), (own, inputs, compiled)]
+        turns = [[took(*way) for way in ways] for _ in range(args.repeats + 1)]
+        report(rows, size * dtype.itemsize, turns[1:])
+
+
+def filled(weights: Sequence[Tensor]) -> list[Product]:
+    """The compiled products of some weights."""
+    made = [Product(SimpleNamespace(weight=w, bias=None)) for w in weights]
+    for product in made:
+        product.fill()
+    return made
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 64])
+    made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     made.add_argument("--hidden", type=int, default=576)
     made.add_argument("--mlp", type=int, default=1536)
     made.add_argument("--layers", type=int, default=30)
@@ -77,11 +89,13 @@ def took(multiply: Callable, inputs: Sequence[Tensor], weights: Sequence) -> flo
 
 
 def report(rows: int, size: int, turns: list[list[float]]) -> None:
-    """One line of the table."""
-    linear, packed, compiled = (statistics.median(column) for column in zip(*turns, strict=True))
-    gains = [statistics.median(turn[i] / turn[2] for turn in turns) for i in (0, 1)]
+    """One line of the table; `size` in bytes."""
+    linear, packed, _, compiled = (
+        statistics.median(column) for column in zip(*turns, strict=True))
+    gains = [statistics.median(turn[i] / turn[3] for turn in turns) for i in (0, 1, 2)]
     say(f"| {rows} | {linear * 1e3:.0f} | {packed * 1e3:.0f} | {compiled * 1e3:.0f} "
-        f"| **{gains[0]:.2f}** | **{gains[1]:.2f}** | {4 * size / compiled / 1e9:.1f} GB/s |")
+        f"| **{gains[0]:.2f}** | **{gains[1]:.2f}** | {gains[2]:.2f} "
+        f"| {size / compiled / 1e9:.1f} GB/s |")
 
 
 def say(text: str) -> None:

@@ -66,9 +66,9 @@ def main() -> None:
     distributed.initialize(0)
     model = args.model or str(ensure_tiny_llama(cache_home(None)))
     name = Path(model).name
-    engine, chat = build(model, 0, args.lora_dim)
+    engine, chat = build(model, 0, args.lora_dim, args.dtype)
     weights = sum(p.numel() for p in engine.module.parameters())
-    say(f"## {name}: {weights / 1e6:.1f} M parameters, fp32, {args.threads} threads, limit "
+    say(f"## {name}: {weights / 1e6:.1f} M parameters, {args.dtype}, {args.threads} threads, limit "
         f"{args.new_tokens} new tokens, median of {args.repeats}\n")
     say(HEADER)
     for batch in args.batch if "full" in args.cases else ():
@@ -94,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--new_tokens", type=int, default=128, help="maximum length of a response")
     made.add_argument("--repeats", type=int, default=5)
     made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--lora_dim", type=int, default=0, help="rank of an adapter, merged by ours")
+    made.add_argument("--lora_dim", type=int, default=0, help="rank of an adapter")
+    made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of both sides")
     made.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     made.add_argument("--zero3_rank", action="store_true", help=argparse.SUPPRESS)
     return made
@@ -103,7 +104,9 @@ def parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------- what is measured
 
 
-def build(model: str, stage: int, lora_dim: int) -> tuple[Engine, ChatFormat]:
+def build(
+    model: str, stage: int, lora_dim: int, dtype: str = "fp32"
+) -> tuple[Engine, ChatFormat]:
     """Build the actor as step 3 does."""
     tokenizer = load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +119,8 @@ def build(model: str, stage: int, lora_dim: int) -> tuple[Engine, ChatFormat]:
                 model_name_or_path=model, learning_rate=1e-5, lora_learning_rate=1e-4,
                 zero_stage=stage, lora_dim=lora_dim,
             ),
-            loading=LoadingConfig(), adapters=AdapterConfig(only_optimize_lora=lora_dim > 0),
+            loading=LoadingConfig(dtype=dtype),
+            adapters=AdapterConfig(only_optimize_lora=lora_dim > 0),
             engine=EngineConfig(deepspeed_config=str(overrides)),
             schedule=ScheduleConfig(lr_scheduler_type="constant"), micro_batch_size=1,
             total_steps=1,
@@ -229,7 +233,7 @@ def zero3(args: argparse.Namespace, model: str) -> None:
     command = [
         sys.executable, __file__, "--zero3_rank", "--model", model,
         "--new_tokens", str(args.new_tokens), "--lora_dim", str(args.lora_dim),
-        "--repeats", str(args.repeats), "--batch", *map(str, args.batch),
+        "--dtype", args.dtype, "--repeats", str(args.repeats), "--batch", *map(str, args.batch),
     ]
     environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launching.choose_port(0))}
@@ -244,7 +248,7 @@ def zero3(args: argparse.Namespace, model: str) -> None:
 def zero3_rank(args: argparse.Namespace) -> None:
     """Run one of the two ranks: as many prompts as slots, every response of maximum length."""
     torch.set_num_threads(1)
-    engine, chat = build(args.model, 3, args.lora_dim)
+    engine, chat = build(args.model, 3, args.lora_dim, args.dtype)
     for batch in args.batch:
         report(f"ZeRO-3, 2 ranks, batch {batch} each", engine, some_prompts(chat, batch), batch,
                [args.new_tokens] * batch, args, synced=True)

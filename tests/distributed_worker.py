@@ -20,6 +20,7 @@ from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from conftest import Small, fill_adapters, hybrid_engine, learn, moved, snapshot
@@ -308,7 +309,10 @@ def over_ranks(small: Small, experience: Experience) -> dict[str, Any]:
     maker = small.maker(small.roles(0, 4, eos_every=6))
     made, metrics = small.experience(maker, reward_normalization="reference")
     inside = made.advantages[made.response_mask.bool()].tolist()
+    with mock.patch.object(distributed, "bf16_gain", lambda: (4.0, 1.0)[rank]):
+        auto = str(distributed.resolve_dtype("auto"))
     return {
+        "auto": distributed.gather_rows([auto]),
         "sum": distributed.sum_over_ranks(torch.tensor([1.0 + rank])).item(),
         "max": distributed.max_over_ranks(torch.tensor([1.0 + rank])).item(),
         "rows": distributed.gather_rows([rank, rank * 10]),

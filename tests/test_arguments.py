@@ -67,8 +67,8 @@ LINES = {(1, 2, 3): """
 --offload --actor_zero_stage 2 --critic_zero_stage 2 --disable_critic_dropout
 --actor_lora_dim 128 --actor_lora_module_name layers.
 --critic_lora_dim 128 --critic_lora_module_name layers. --only_optimize_lora
---offload_reference_model
---offload_reward_model
+--offload_reference_model --actor_zero_stage 3
+--offload_reward_model --critic_zero_stage 3
 --enable_hybrid_engine --enable_cuda_graph --release_inference_cache
 --unpin_actor_parameters --tp_gather_partition_size 4
 --inference_tp_size 2
@@ -248,8 +248,12 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
     (2, "--resume_from_checkpoint latest", "--resume_from_checkpoint latest: needs --output_dir, "
         "whose checkpoints it looks at; give it, or the folder of a checkpoint"),
     (3, "--save_total_limit 0", "--save_total_limit 0: must be 1 or more"),
-    (3, "--offload_reference_model", "--offload_reference_model: not available in this version: "
-        "the reference model stays on the device; remove the flag"),
+    (3, "--offload_reference_model --critic_zero_stage 3", "--offload_reference_model: needs "
+        "ZeRO-3; give --actor_zero_stage 3, or remove the flag"),
+    (3, "--offload_reward_model --actor_zero_stage 3", "--offload_reward_model: needs ZeRO-3; "
+        "give --critic_zero_stage 3, or remove the flag"),
+    (3, "--inference_tp_size 2", "--inference_tp_size 2: not available in this version: "
+        "every rank generates with the whole model; remove the flag"),
     (1, "--data_split 2,4", "--data_split 2,4: must be three numbers of 0 or more, not all 0, "
         "such as 2,4,4"),
     (2, "--data_split 10,0,0", "--data_split 10,0,0: leaves no data for step 2; give its share, "
@@ -420,6 +424,9 @@ HYBRID = "--enable_hybrid_engine --actor_zero_stage 3 --unpin_actor_parameters"
       "--num_padding_at_beginning has no effect: the score is read at the last real token"]),
     (3, "--actor_lora_module_name layers.",
      ["--actor_lora_module_name has no effect: --actor_lora_dim is 0"]),
+    (3, "--offload_reference_model --actor_zero_stage 3 --actor_lora_dim 8 --only_optimize_lora "
+        "--offload_reward_model --critic_zero_stage 3",
+     ["--offload_reference_model has no effect: with LoRA there is no second model"]),
     (1, "--allow_changed_args", ["--allow_changed_args has no effect: nothing is resumed"]),
     (1, "--tensorboard_path tb --tracker wandb",
      ["--logging_dir has no effect: no tracker that writes files is asked for"]),

@@ -71,7 +71,7 @@ class Command:
     def words(self, step: int, **changes: object) -> list[str]:
         flags: dict[str, object] = {
             "data_path": self.given / "pairs.jsonl", "data_output_path": self.folder / "cache",
-            "output_dir": self.output, "max_steps": 1,
+            "output_dir": self.output, "max_steps": 1, "dtype": "fp32",
         }
         if step == 3:
             flags |= {

@@ -268,6 +268,10 @@ def test_sums_maxima_and_rows_are_of_all_ranks(results):
     assert (record["sum"], record["max"], record["rows"]) == (3.0, 2.0, [0, 0, 1, 10])
 
 
+def test_ranks_on_processors_of_which_one_is_slow_in_bf16_all_take_fp32(results):
+    assert results["over_ranks"]["auto"] == ["torch.float32"] * 2
+
+
 def test_each_rank_samples_responses_of_its_own(results):
     first, second = results["over_ranks"]["tokens"]
     assert first != second

@@ -1,8 +1,10 @@
 """The compiled decoding step: for which models there is one, and that it gives their logits."""
 
+import copy
+
 import pytest
 import torch
-from conftest import small_config
+from conftest import small_config, with_adapter
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -27,6 +29,11 @@ SIZES = {
 
 def llama(small, **changes):
     return LlamaForCausalLM(small_config(small.tokenizer, **changes))
+
+
+def partly_bf16(model):
+    model.lm_head.bfloat16()
+    return model
 
 
 def rope(kind, **more):
@@ -55,7 +62,8 @@ MODELS = {
     "sliding window": (
         lambda small: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
         "sliding window"),
-    "bf16": (lambda small: llama(small).bfloat16(), "fp32"),
+    "fp16": (lambda small: llama(small).half(), "fp32 and bf16"),
+    "two precisions": (lambda small: partly_bf16(llama(small)), "fp32 and bf16"),
 }
 
 
@@ -88,6 +96,30 @@ def test_without_a_compiler_there_is_no_step_and_the_reason_is_that(small, monke
 
     monkeypatch.setattr("alpaca_rlhf.utils.generation.cpu.llama_step.library", missing)
     assert LlamaStep.objection(made(small)) == "nothing compiles"
+
+
+def assert_agrees_in_bf16(model):
+    """The weights are exact, and so are the logits with an fp32 cache; not with one in bf16."""
+    assert LlamaStep.objection(model) is None
+    step = LlamaStep(model)
+    step.fill()
+    assert agrees(copy.deepcopy(model).float(), step)
+    assert agrees(model, step)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if MODELS[kind][1] is None])
+def test_a_step_in_bf16_gives_the_logits_of_these_weights_in_fp32(small, kind):
+    assert_agrees_in_bf16(made(small, kind).bfloat16())
+
+
+@pytest.mark.parametrize("names", [None, "q_proj,v_proj,down_proj", "up_proj"])
+def test_adapters_that_are_not_merged_are_added(small, names):
+    model = with_adapter(made(small).bfloat16(), names)
+    assert_agrees_in_bf16(model.get_base_model())
+    step = LlamaStep(model.get_base_model())
+    step.fill()
+    with model.disable_adapter():
+        assert not agrees(model.get_base_model(), step), "they make a difference"
 
 
 @pytest.mark.parametrize("part", ["mlp", "self_attn.o_proj", "input_layernorm"])

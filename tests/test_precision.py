@@ -3,6 +3,7 @@
 torch computes in fp16 on every CPU, slowly; DeepSpeed's accelerator says so only of some.
 """
 
+import copy
 import gc
 import re
 from functools import partial
@@ -22,6 +23,7 @@ from alpaca_rlhf.utils import distributed, ds_config, training_loop
 from alpaca_rlhf.utils.configs import EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.data.batches import collate_pairs, collate_tokens
 from alpaca_rlhf.utils.engine import build_frozen
+from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.ema import Ema
@@ -107,6 +109,24 @@ def test_an_adapter_that_has_learned_little_decodes_in_half_precision(small, dty
         inside = [layer.merged for layer in lora.lora_layers(decoder.model)]
     assert not any(inside)
     assert held == {p.data_ptr() for p in engine.actor.module.parameters()}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_compiled_step_decodes_bf16_nearer_to_fp32_than_the_forward_pass(small, rank):
+    engine = small.roles(0, rank, dtype="bf16", eos_every=9)
+    fill_adapters(engine.actor.module)
+    found = {}
+    for hybrid in (True, False):
+        maker = small.maker(engine, hybrid, tokens=20)  # 3 slots: rows come and go
+        rollout = maker.generate(small.prompts(8), 2)
+        if hybrid:
+            assert isinstance(maker._hybrid._fast_step, LlamaStep)
+        exact = copy.deepcopy(lora.unwrapped(engine.actor.module)).float().eval()
+        with torch.no_grad():
+            logprobs = engine.logprobs(exact, rollout, 1.0)
+        difference = (rollout.decoded_logprobs - logprobs) * rollout.response_mask
+        found[hybrid] = difference.abs().sum() / rollout.response_mask.sum()
+    assert found[True] < found[False] < 0.1
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -215,6 +235,22 @@ def test_frozen_models_are_offloaded_with_the_trained_ones(small):
     expected = small.causal_lm(dtype="bf16")(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert found.equal(expected)
+
+
+@pytest.mark.parametrize("flag", ["offload_reference", "offload_reward"])
+def test_one_frozen_model_can_be_offloaded_by_itself_and_scores_as_before(small, flag):
+    engine = small.roles(3, **{flag: True})
+    held = {"offload_reference": engine._reference, "offload_reward": engine._reward}
+    places = {name: model.zero_offload_param() for name, model in held.items()}
+    assert {name for name, place in places.items() if place} == {flag}
+    assert places[flag].device == "cpu"
+    assert not engine.actor.zero_offload_param() and not engine.critic.zero_offload_param()
+    rollout = small.maker(engine).generate(small.prompts(2), 1)
+    with engine.reference() as reference, engine.reward_model() as reward, torch.no_grad():
+        assert engine.logprobs(reference, rollout, 1.0).equal(
+            engine.logprobs(engine.actor, rollout, 1.0))
+        given = rollout.input_ids, rollout.attention_mask
+        assert scores(reward, *given).equal(scores(engine.critic, *given))
 
 
 @pytest.mark.parametrize("short", [False, True])

@@ -21,6 +21,7 @@ from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.preflight import Planned
 
 GB = 10**9
+BF16_GAIN = distributed.bf16_gain.__wrapped__  # before `group` fixes it
 
 
 @pytest.fixture
@@ -87,6 +88,10 @@ def test_adapters_are_counted_as_peft_makes_them(small):
     ({"ranks": 4, "stage": 3}, 4, 0),
     ({"ranks": 4, "stage": 2, "offload": True}, 4 + 4 / 4, 8 / 4),
     ({"stage": 3, "offload": True, "dtype": "bf16"}, 4, 2 + 8 + 4),
+    ({"stage": 3, "needs_frozen_copy": True, "offloads_frozen_copy": True}, 4 + 4 + 8, 4),
+    ({"stage": 3, "offloads_frozen_copy": True}, 4 + 4 + 8, 0),
+    ({"stage": 3, "offload": True, "needs_frozen_copy": True, "offloads_frozen_copy": True}, 4,
+     2 * 4 + 8),
 ])
 def test_bytes_per_parameter(machine, billion, changes, device, host):
     ranks = changes.get("ranks", 1)
@@ -276,7 +281,7 @@ def test_a_tracker_without_its_package_is_refused():
         preflight.check([], ["tensorboard", "aim"])
 
 
-# --- a GPU without bf16 --------------------------------------------------------------------------
+# --- a machine without bf16 ----------------------------------------------------------------------
 
 
 def test_a_gpu_that_only_emulates_bf16_trains_in_fp32_by_default_and_refuses_bf16(
@@ -287,13 +292,54 @@ def test_a_gpu_that_only_emulates_bf16_trains_in_fp32_by_default_and_refuses_bf1
     monkeypatch.setattr(distributed, "get_accelerator", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: including_emulation)
-    distributed._note_missing_bf16.cache_clear()
+    distributed._auto_dtype.cache_clear()
     assert [distributed.resolve_dtype("auto") for _ in range(2)] == [torch.float32] * 2
     assert capsys.readouterr().out == (
         "--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is faster and "
         "takes less memory\n")  # once
     with pytest.raises(UserError, match="^--dtype bf16: this accelerator has no bf16; take fp16"):
         distributed.resolve_dtype("bf16")
+
+
+@pytest.mark.parametrize(("gain", "dtype", "reason"), [
+    (4.3, torch.bfloat16, "bf16, because this CPU multiplies matrices 4.3 times"),
+    (1.5, torch.bfloat16, "bf16, because this CPU multiplies matrices 1.5 times"),
+    (1.4, torch.float32, "fp32, because this CPU multiplies matrices 1.4 times"),
+])
+def test_a_cpu_trains_in_bf16_by_default_where_it_is_clearly_faster(
+    group, monkeypatch, capsys, gain, dtype, reason
+):
+    monkeypatch.setattr(distributed, "bf16_gain", lambda: gain)
+    distributed._auto_dtype.cache_clear()
+    assert [distributed.resolve_dtype("auto") for _ in range(2)] == [dtype] * 2
+    assert distributed.has_bf16() == (dtype == torch.bfloat16)
+    assert capsys.readouterr().out == (
+        f"--dtype auto: {reason} as fast in bf16 as in fp32\n")  # once
+    distributed._auto_dtype.cache_clear()
+
+
+def test_a_dtype_that_is_given_is_taken_whatever_the_cpu_is_faster_in(group, monkeypatch):
+    monkeypatch.setattr(distributed, "bf16_gain", None)  # is not asked
+    assert distributed.resolve_dtype("fp32") == torch.float32
+    assert distributed.resolve_dtype("bf16") == torch.bfloat16
+
+
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_the_cpu_is_asked_by_products_of_which_a_disturbed_one_does_not_count(monkeypatch, slow):
+    threads, clock, calls = torch.get_num_threads(), [0.0], []
+
+    def linear(x, weight):
+        calls.append(torch.get_num_threads())
+        clock[0] += 0.002 if x.dtype == slow else 0.001
+        if len(calls) in (1, 6):
+            clock[0] += 0.03
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(distributed.time, "perf_counter", lambda: clock[0])
+    gain = BF16_GAIN()
+    assert gain == pytest.approx(2 if slow == torch.float32 else 0.5)
+    assert set(calls) == {1} and torch.get_num_threads() == threads
+    assert clock[0] < 0.1
 
 
 def test_the_lock_of_a_killed_compilation_is_refused_with_its_folder(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def address(small, tmp_path_factory):
     """Base URL of a server with the small actor, started as a command."""
     errors = tmp_path_factory.mktemp("server") / "stderr"
     command = [sys.executable, "-m", "alpaca_rlhf.inference.serve", "--path", small.actor,
-               "--port", "0"]
+               "--port", "0", "--dtype", "fp32"]
     with errors.open("w") as stderr, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
     ) as process:

@@ -128,7 +128,18 @@ def notices(args: StepConfig) -> list[str]:
         lines += _hybrid_notices(args)
         if args.ppo.align_overflow and args.loading.dtype != "fp16":
             lines.append("--align_overflow has no effect: only --dtype fp16 overflows")
+        for flag, role in _offloaded(args):
+            if role.lora_dim and args.lora.only_optimize_lora:
+                lines.append(f"--{flag} has no effect: with LoRA there is no second model")
     return lines
+
+
+def _offloaded(args: Step3Config) -> Iterator[tuple[str, RoleConfig]]:
+    """Yield the flags given for frozen models, and the role that each is a copy of."""
+    for flag, role in (("offload_reference_model", args.actor),
+                       ("offload_reward_model", args.critic)):
+        if getattr(args.reward, flag):
+            yield flag, role
 
 
 def _hybrid_notices(args: Step3Config) -> Iterator[str]:
@@ -446,6 +457,10 @@ def _check_engine(args: StepConfig) -> None:
         if args.engine.offload and role.zero_stage == 0:
             _refuse("offload", True,
                     f"needs ZeRO; give {role.flag('zero_stage')} 1, 2 or 3, or remove the flag")
+    for flag, role in _offloaded(args) if isinstance(args, Step3Config) else ():
+        if role.zero_stage != 3:
+            _refuse(flag, True, f"needs ZeRO-3; give {role.flag('zero_stage')} 3, or remove the "
+                    "flag")
 
 
 def _check_step3(args: Step3Config) -> None:

@@ -189,7 +189,8 @@ class LoadingConfig(Group, title="loading"):
     tokenizer_name_or_path: str | None = option(
         None, "hub id or folder (default: the model's own; in step 3 the actor's)")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "precision of the weights; auto: bf16 where the device has it, fp32 on a CPU")
+        "auto", "precision of the weights; auto: bf16 where the device has it, or a product on the "
+        "CPU, measured at the start, is clearly faster in it; else fp32")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
         "sdpa", "attention implementation")
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
@@ -406,8 +407,12 @@ class RewardConfig(Group, title="reward"):
     kl_target: Positive = option(
         6.0, "target KL per sequence in nats for --kl_controller adaptive")
     kl_horizon: Count = option(10000, "horizon in episodes of --kl_controller adaptive")
-    offload_reference_model: bool = _unavailable(False, "the reference model stays on the device")
-    offload_reward_model: bool = _unavailable(False, "the reward model stays on the device")
+    offload_reference_model: bool = option(
+        False, "keep the reference model in host memory, as --offload does; needs "
+        "--actor_zero_stage 3", on_resume="place")
+    offload_reward_model: bool = option(
+        False, "keep the reward model in host memory, as --offload does; needs "
+        "--critic_zero_stage 3", on_resume="place")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ import importlib.util
 import os
 import random
 import socket
+import statistics
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 DEBUG_RANKS, DEBUG_PORT = "ALPACA_RLHF_DEBUG_RANKS", "ALPACA_RLHF_DEBUG_PORT"
 NO_DEBUGPY = "--debug_ranks needs debugpy: pip install debugpy"
 HOST_TIMEOUT = datetime.timedelta(days=1)  # of waiting for another rank's work on the host
+WORTH_BF16 = 1.5  # times as fast as fp32, from which on `--dtype auto` is bf16 on a CPU
 OMPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 
 
@@ -184,37 +187,69 @@ def device() -> torch.device:
 
 
 def has_bf16() -> bool:
-    """Return whether the accelerator computes in bf16.
+    """Return whether this machine computes in bf16, and not slowly.
 
     torch reports bf16 as supported also where it is emulated, which is slower than fp32 (GPUs
-    before Ampere).
+    before Ampere, most CPUs).
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return not on_cpu() and accelerator.is_bf16_supported()
+    return bf16_gain() >= WORTH_BF16 if on_cpu() else accelerator.is_bf16_supported()
+
+
+@functools.cache
+def bf16_gain() -> float:
+    """Return how many times as fast as in fp32 this CPU multiplies matrices in bf16.
+
+    The median of some products in turn, the first of which do not count, on one thread: other
+    load on the machine then slows down both. It takes less than 0.1 s, also where bf16 crawls.
+    """
+    sides = [(torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
+             for dtype in (torch.float32, torch.bfloat16)]
+    gains: list[float] = []
+    threads, end = torch.get_num_threads(), time.perf_counter() + 0.05
+    torch.set_num_threads(1)
+    while len(gains) < 4 or (len(gains) < 16 and time.perf_counter() < end):
+        times = [time.perf_counter()]
+        for x, weight in sides:
+            torch.nn.functional.linear(x, weight)
+            times.append(time.perf_counter())
+        gains.append((times[1] - times[0]) / (times[2] - times[1]))
+    torch.set_num_threads(threads)
+    return statistics.median(gains[1:])
 
 
 @functools.cache  # step 3 asks for each of its roles
-def _note_missing_bf16() -> None:
-    console.say("--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is faster "
-                "and takes less memory")
+def _auto_dtype(ranks: int) -> torch.dtype:
+    """Return the dtype of `--dtype auto`, the same on all `ranks`; say why where it may surprise.
+
+    The slowest CPU decides for all.
+    """
+    if on_cpu():
+        gain = min(gather_rows([bf16_gain()]))
+        bf16 = gain >= WORTH_BF16
+        console.say(f"--dtype auto: {'bf16' if bf16 else 'fp32'}, because this CPU multiplies "
+                    f"matrices {gain:.1f} times as fast in bf16 as in fp32")
+    elif not (bf16 := has_bf16()):
+        console.say("--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is "
+                    "faster and takes less memory")
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a name: fp32, bf16, fp16 or auto (bf16 if the accelerator has it).
+    """Return the dtype of a name: fp32, bf16, fp16 or auto (bf16 if it is fast here).
+
+    On a CPU `auto` is a collective the first time.
 
     Raises:
         UserError: fp16 on a CPU without it, or bf16 on an accelerator without it.
     """
-    bf16 = has_bf16()
     if name == "auto":
-        if not (bf16 or on_cpu()):
-            _note_missing_bf16()
-        return torch.bfloat16 if bf16 else torch.float32
+        return _auto_dtype(world_size())
     if name == "fp16" and on_cpu() and not get_accelerator().is_fp16_supported():
         raise UserError("--dtype fp16: this CPU does not train in fp16; take fp32 or bf16")
-    if name == "bf16" and not (bf16 or on_cpu()):
+    if name == "bf16" and not (on_cpu() or has_bf16()):
         raise UserError("--dtype bf16: this accelerator has no bf16; take fp16 or fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 

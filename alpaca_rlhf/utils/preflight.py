@@ -44,6 +44,7 @@ class Planned:
     scores: bool = False  # a sequence classifier with one label instead of a causal LM
     # The model as it was loaded is needed too (the reference model, the reward model).
     needs_frozen_copy: bool = False
+    offloads_frozen_copy: bool = False
     # Longest sequence in tokens, and the flags that it comes from.
     length: int = 0
     length_flags: str = ""
@@ -248,6 +249,8 @@ def need(models: Sequence[Planned], ranks: int) -> Need:
         state = MOMENTS + (MASTER_COPY if width < MASTER_COPY else 0)
         states = trained * state / (ranks if stage >= 1 else 1)
         moved = (states + (held if stage == 3 else 0)) if model.engine.offload else 0.0
+        if model.offloads_frozen_copy and copies == 2 and not model.engine.offload:
+            moved = held / 2
         device += held + gradients + states - moved
         host += moved
         weights += held

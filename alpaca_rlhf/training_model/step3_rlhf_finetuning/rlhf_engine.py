@@ -7,6 +7,7 @@ copy of the weights. Models are loaded one after the other.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -44,6 +45,8 @@ class RLHFEngine:
             `build_trained`, of actor and critic alike.
         critic_warmup_steps: of `total_steps`, those that do not train the actor.
         needs_reward_model: False if a function replaces the reward model.
+        offload_reference, offload_reward: keep the frozen model in host memory under ZeRO-3, also
+            where `engine` does not offload.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class RLHFEngine:
         loading: LoadingConfig, adapters: AdapterConfig, engine: EngineConfig,
         schedule: ScheduleConfig, micro_batch_size: int, total_steps: int,
         critic_warmup_steps: int = 0, needs_reward_model: bool = True, adam_eps: float = ADAM_EPS,
+        offload_reference: bool = False, offload_reward: bool = False,
     ) -> None:
         build = partial(
             build_trained, loading=loading, adapters=adapters, engine=engine, schedule=schedule,
@@ -64,7 +68,8 @@ class RLHFEngine:
         self.actor, trained = build(load, actor, total_steps=total_steps - critic_warmup_steps)
         self._reference, source = None, "the actor with its adapter disabled"
         if not lora.base_is_frozen(actor, adapters):
-            self._reference, source = build_frozen(load, actor, loading, engine), "a frozen copy"
+            place = replace(engine, offload=engine.offload or offload_reference)
+            self._reference, source = build_frozen(load, actor, loading, place), "a frozen copy"
         self.summary = [f"actor: {trained}; reference model: {source}"]
         config = lora.unwrapped(self.actor.module).generation_config
         ends = eos_ids(tokenizer, config.eos_token_id)
@@ -76,8 +81,9 @@ class RLHFEngine:
         if not needs_reward_model:
             source = "a function"
         elif not lora.base_is_frozen(critic, adapters):
+            place = replace(engine, offload=engine.offload or offload_reward)
             self._reward = build_frozen(
-                lambda *how: TokenScorer(load(*how)), critic, loading, engine)
+                lambda *how: TokenScorer(load(*how)), critic, loading, place)
             source = "a frozen copy"
         self.summary.append(f"critic: {trained}; reward model: {source}")
 

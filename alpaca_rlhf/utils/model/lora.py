@@ -251,6 +251,24 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
+def unfolded(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Return A [R, in] and B [out, R], in fp32, of linear layers with the same input.
+
+    x A^T B^T is what adapters that are not merged add to the layers' joined outputs. None if there
+    are none.
+    """
+    a, b = [], []
+    for layer in layers:
+        weight = base_weight(layer) if isinstance(layer, LoraLayer) else layer.weight
+        a.append(weight.new_empty(0, weight.shape[1]).float())
+        b.append(weight.new_empty(len(weight), 0).float())
+        if isinstance(layer, LoraLayer) and not layer.merged:
+            a[-1] = layer.lora_A[ADAPTER].weight.detach().float()
+            b[-1] = layer.scaling[ADAPTER] * layer.lora_B[ADAPTER].weight.detach().float()
+    joined = torch.cat(a)
+    return (joined, torch.block_diag(*b)) if len(joined) else None
+
+
 @contextlib.contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
     """Merge the adapters into fp32 weights for decoding, inside the context.

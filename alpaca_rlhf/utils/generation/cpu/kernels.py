@@ -1,11 +1,12 @@
-"""Compiled operations of a decoding step on a CPU in fp32: the loops of `kernels.c`.
+"""Compiled operations of a decoding step on a CPU: the loops of `kernels.c`.
 
     multiply = Product(layer)
     multiply.fill()
     y = multiply(normalized(x, norm_weight, 1e-6))  # [N, in] -> [N, out]
 
 They are compiled for this machine's processor on first use, which takes half a second and the
-compiler named by the variable CXX, or `c++`. None of them has a gradient.
+compiler named by the variable CXX, or `c++`. Weights and KV cache are in fp32 or bf16; inputs,
+outputs and sums are in fp32. None of them has a gradient.
 """
 
 import contextlib
@@ -29,12 +30,13 @@ TIMEOUT = 60  # seconds for the compiler
 _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "columns": [],
-    "lay_out": [_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INTEGER],
-    "product": [_POINTER, _INTEGER, _INTEGER, _POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER],
+    "lay_out": [_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER],
+    "product": [
+        _POINTER, _INTEGER, _INTEGER, _POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER],
     "normalize": [_POINTER, _INTEGER, _INTEGER, _POINTER, _FLOAT, _POINTER],
     "attend": [
         _POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _POINTER, _POINTER, _POINTER,
-        _INTEGER, _INTEGER, _POINTER, _FLOAT, _POINTER, _POINTER, _INTEGER,
+        _INTEGER, _INTEGER, _POINTER, _FLOAT, _POINTER, _POINTER, _INTEGER, _INTEGER,
     ],
 }
 
@@ -77,15 +79,17 @@ class Product:
     """Multiplies few rows by the weights of linear layers, copied into a layout for that.
 
     Args:
-        layers: linear layers with the same input, fp32 on the CPU; their outputs are concatenated.
+        layers: linear layers with the same input, all in fp32 or all in bf16, on the CPU; their
+            outputs are concatenated.
     """
 
     def __init__(self, *layers: Any) -> None:
         self._layers, self._multiply = layers, library().product
         self._outputs = sum(len(layer.weight) for layer in layers)
         self._inputs = layers[0].weight.shape[1]
-        columns = library().columns()
-        self._panels = _allocate(-(-self._outputs // columns) * columns * self._inputs)
+        columns, dtype = library().columns(), layers[0].weight.dtype
+        self._half = dtype == torch.bfloat16
+        self._panels = _allocate(-(-self._outputs // columns) * columns * self._inputs, dtype)
         self._bias: Tensor | None = None
 
     def fill(self) -> None:
@@ -95,36 +99,36 @@ class Product:
             weight = layer.weight.detach().contiguous()
             library().lay_out(
                 weight.data_ptr(), *weight.shape, offset, self._panels.data_ptr(),
-                torch.get_num_threads(),
+                self._half, torch.get_num_threads(),
             )
             offset += len(weight)
         if any(layer.bias is not None for layer in self._layers):
             self._bias = torch.cat([
-                torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
-                for layer in self._layers
+                torch.zeros(len(layer.weight)) if layer.bias is None
+                else layer.bias.detach().float() for layer in self._layers
             ])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return [N, out] for x [N, in]."""
+        """Return [N, out] for x [N, in], both in fp32."""
         x = x.contiguous()
         y = x.new_empty(len(x), self._outputs)
         self._multiply(
             x.data_ptr(), len(x), self._inputs, self._panels.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(), self._outputs, y.data_ptr(),
-            torch.get_num_threads(),
+            self._half, torch.get_num_threads(),
         )
         return y
 
 
-def _allocate(count: int) -> Tensor:
-    """Return uninitialized fp32 numbers, in huge pages where the system has them.
+def _allocate(count: int, dtype: torch.dtype) -> Tensor:
+    """Return uninitialized numbers, in huge pages where the system has them.
 
     With small pages, getting the memory takes longer than filling it.
     """
-    memory = mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, dtype.itemsize * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def normalized(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -146,7 +150,7 @@ def attended(
             embedding.
         cosines, sines: [N, D] of the rotary embedding (Su et al. 2021, eq. 34; the two sides of a
             plane are a half apart, not neighbours).
-        keys, values: the cache [at least N, K, columns, D].
+        keys, values: the cache [at least N, K, columns, D], fp32 or bf16.
         front: the column of the new tokens.
         starts: [N] int64, the first column that each row attends to.
         scale: of the products of query and key.
@@ -166,6 +170,6 @@ def attended(
     library().attend(
         joined.data_ptr(), rows, heads, key_heads, size, cosines.data_ptr(), sines.data_ptr(),
         keys.data_ptr(), values.data_ptr(), columns, front, starts.data_ptr(), scale,
-        scores.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        scores.data_ptr(), y.data_ptr(), keys.dtype == torch.bfloat16, torch.get_num_threads(),
     )
     return y

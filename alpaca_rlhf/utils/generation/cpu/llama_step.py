@@ -1,9 +1,11 @@
-"""A decoding step of the LLaMA family on a CPU in fp32, from compiled operations.
+"""A decoding step of the LLaMA family on a CPU, from compiled operations.
 
 A step multiplies a few rows by every weight of the model, so it takes as long as reading the
 weights does, plus the operations between the products. The weights are copied into a layout for
 products of few rows, projections of the same input are one product, and the loops in between are
-those of `kernels`.
+those of `kernels`. A model in bf16 has half the bytes to read; only its weights and KV cache are in
+bf16 here, so the logits are nearer to those in fp32 than its forward pass's are. Its adapters are
+not merged (see `lora.folded`): their own two products are added.
 
 Models made of the LLaMA family's modules have such a step (LLaMA, Mistral, Qwen2 and the like);
 `LlamaStep.objection` returns why another has none. That the modules compute the same is not taken
@@ -24,6 +26,7 @@ from alpaca_rlhf.utils.generation.cpu.kernels import (
     normalized,
 )
 from alpaca_rlhf.utils.generation.kv_cache import SlotCache
+from alpaca_rlhf.utils.model import lora
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -42,15 +45,15 @@ class LlamaStep:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._products: list[list[Product]] = []  # of each decoder layer, then of the head
+        self._products: list[list[_Adapted]] = []  # of each decoder layer, then of the head
 
     @staticmethod
     def objection(model: PreTrainedModel) -> str | None:
         """Return the reason why there is no such step for a model, or None."""
         if model.get_input_embeddings().weight.device.type != "cpu":
             return "it is for CPUs"
-        if any(p.dtype != torch.float32 for p in model.parameters()):
-            return "it is for fp32"
+        if {p.dtype for p in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
+            return "it is for fp32 and bf16"
         if getattr(model.config, "sliding_window", None) is not None:
             return "the model attends to a sliding window"
         layers = list(getattr(getattr(model, "model", None), "layers", []))
@@ -68,12 +71,12 @@ class LlamaStep:
             for layer in self._model.model.layers:
                 attention, mlp = layer.self_attn, layer.mlp
                 self._products.append([
-                    Product(attention.q_proj, attention.k_proj, attention.v_proj),
-                    Product(attention.o_proj),
-                    Product(mlp.gate_proj, mlp.up_proj),
-                    Product(mlp.down_proj),
+                    _Adapted(attention.q_proj, attention.k_proj, attention.v_proj),
+                    _Adapted(attention.o_proj),
+                    _Adapted(mlp.gate_proj, mlp.up_proj),
+                    _Adapted(mlp.down_proj),
                 ])
-            self._products.append([Product(self._model.get_output_embeddings())])
+            self._products.append([_Adapted(self._model.get_output_embeddings())])
         for products in self._products:
             for product in products:
                 product.fill()
@@ -83,9 +86,9 @@ class LlamaStep:
         self._products = []
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
-        """Return logits [N, V] after tokens [N], written to the front of the cache."""
+        """Return logits [N, V], in fp32, after tokens [N], written to the front of the cache."""
         model = self._model.model
-        x = model.embed_tokens(tokens)
+        x = model.embed_tokens(tokens).float()
         cosines, sines = (part.squeeze(1) for part in model.rotary_emb(x, cache.positions))
         *products, [head] = self._products
         for layer, (attention_in, attention_out, mlp_in, mlp_out), buffers in zip(
@@ -103,7 +106,22 @@ class LlamaStep:
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    return normalized(x, norm.weight, norm.variance_epsilon)
+    return normalized(x, norm.weight.float(), norm.variance_epsilon)
+
+
+class _Adapted(Product):
+    """A product with what adapters add that are not merged."""
+
+    def fill(self) -> None:
+        super().fill()
+        self._adapter = lora.unfolded(self._layers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = super().__call__(x)
+        if self._adapter is not None:
+            a, b = self._adapter
+            y.addmm_(x @ a.T, b.T)
+        return y
 
 
 def _is_llama(layer: Any) -> bool:
