@@ -442,7 +442,11 @@ def _check_lora(args: StepConfig) -> None:
 def _check_engine(args: StepConfig) -> None:
     if args.engine.deepspeed_config is not None:
         _read_mapping("deepspeed_config", args.engine.deepspeed_config)
+    given = {option.flag: value for option, value in values(args)}
     for role in roles(args).values():
+        if given[f"disable_{role.prefix}dropout"] and role.dropout:
+            _refuse(f"{role.prefix}dropout", role.dropout,
+                    f"contradicts --disable_{role.prefix}dropout; remove one of the two")
         if args.engine.offload and role.zero_stage == 0:
             _refuse("offload", True,
                     f"needs ZeRO; give {role.flag('zero_stage')} 1, 2 or 3, or remove the flag")
@@ -477,11 +481,6 @@ def _check_step3(args: Step3Config) -> None:
         _refuse("kl_coef", 0, "--kl_controller adaptive multiplies it, and 0 would stay 0; give "
                 "a start above 0, such as 0.05")
     ppo = args.ppo
-    for role, disabled in ((args.actor, ppo.disable_actor_dropout),
-                           (args.critic, ppo.disable_critic_dropout)):
-        if disabled and role.dropout:
-            _refuse(f"{role.prefix}dropout", role.dropout,
-                    f"contradicts --disable_{role.prefix}dropout; remove one of the two")
     if ppo.unsupervised_dataset_config_name is not None and ppo.unsupervised_dataset_name is None:
         _refuse("unsupervised_dataset_config_name", ppo.unsupervised_dataset_config_name,
                 "needs --unsupervised_dataset_name; give it or remove the flag")

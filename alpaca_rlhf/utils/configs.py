@@ -331,6 +331,13 @@ class LegacyConfig(Group, title="flags of old scripts"):
     eot_token: str | None = _no_effect(None, _EOT)
 
 
+@dataclass(frozen=True)
+class SupervisedLegacyConfig(LegacyConfig):
+    """Flags of old scripts, in steps 1 and 2."""
+
+    disable_dropout: bool = _no_effect(False, "dropout is 0 unless --dropout is given")
+
+
 # --- generation and PPO --------------------------------------------------------------------------
 
 
@@ -405,8 +412,8 @@ class RewardConfig(Group, title="reward"):
     kl_target: Positive = option(
         6.0, "target KL per sequence in nats for --kl_controller adaptive")
     kl_horizon: Count = option(10000, "horizon in episodes of --kl_controller adaptive")
-    offload_reference_model: bool = _unavailable(False, "the reference model stays on the device")
-    offload_reward_model: bool = _unavailable(False, "the reward model stays on the device")
+    offload_reference_model: bool = _no_effect(False, "the reference model stays on the device")
+    offload_reward_model: bool = _no_effect(False, "the reward model stays on the device")
 
 
 @dataclass(frozen=True)
@@ -433,7 +440,7 @@ class PPOConfig(Group, title="PPO"):
     unsupervised_dataset_config_name: str | None = option(
         None, "configuration of that data set")
     unsup_coef: NonNegative = option(1.0, "weight of the language-model (ptx) loss")
-    enable_mixed_precision_lora: bool = _unavailable(False, "frozen weights are not quantized")
+    enable_mixed_precision_lora: bool = _no_effect(False, "frozen weights are not quantized")
     align_overflow: bool = option(
         False, "in fp16, skip the step of both models when the gradient of one overflows")
     disable_actor_dropout: bool = _no_effect(
@@ -493,6 +500,7 @@ class SupervisedConfig(StepConfig):
 
     model: RoleConfig = group()
     batches: BatchConfig = group()
+    legacy: SupervisedLegacyConfig = group()
 
 
 @dataclass(frozen=True, kw_only=True)
