@@ -408,7 +408,7 @@ def test_a_template_that_depends_on_where_a_turn_stands_gives_its_own_ids(
         prompt = chat.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False)
         whole = chat.tokenizer.apply_chat_template(
-            [*messages, assistant(answer.strip())], return_dict=False)
+            [*messages, assistant(answer.rstrip())], return_dict=False)
         (sft,) = encode_sft([Sample(tuple(messages), answer)], chat, LONG)
         (pair,) = encode_pairs([Sample(tuple(messages), answer, "Never.")], chat, LONG)
         (row,) = encode_prompts([Sample(tuple(messages), answer)], chat, LONG)

@@ -179,7 +179,7 @@ class ChatFormat:
 
     def _rendered(self, text: str) -> str:
         """Return what the template makes of a last response, from the end of the prompt to eos."""
-        text = self._without_specials(text).strip()
+        text = self._without_specials(text).rstrip()
         if self._is_ours or not text:
             return self._separator + text
         question: list[Message] = [{"role": "user", "content": _PROBE}]
@@ -206,8 +206,11 @@ class ChatFormat:
         return [*self._encode([self._without_specials(text)])[0], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated ids, without control tokens."""
-        return self.text(ids).strip()
+        """Return the text of generated ids, without control tokens and the template's space."""
+        # Sentencepiece drops a space at the start of what it decodes, unless something precedes it.
+        before = [] if ids[:1] == [self.tokenizer.bos_token_id] else self._anchor_ids
+        text = self.text([*before, *ids]).removeprefix(self.text(before))
+        return text.removeprefix(self._separator if self._separator.isspace() else "").rstrip()
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of ids without control tokens, with the spaces around it."""
