@@ -269,8 +269,8 @@ def test_eager_attention_is_taken_where_there_is_no_sdpa_and_said_once(tmp_path,
 def test_the_hybrid_engine_refuses_recurrent_layers(tmp_path, kind, sizes):
     path = saved_config(tmp_path, kind, **sizes)
     assert refusal(planned(path, decodes=True)) == (
-        f"--model_name_or_path {path}: {kind} has recurrent layers, and the hybrid engine decodes "
-        "rows of different lengths with a KV cache; give a model with attention in every layer")
+        f"{path}: {kind} has recurrent layers, and rows of different lengths are decoded with a KV "
+        "cache; give a model with attention in every layer")
 
 
 # --- LoRA ----------------------------------------------------------------------------------------

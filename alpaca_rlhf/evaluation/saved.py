@@ -23,8 +23,14 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from alpaca_rlhf.evaluation.conversation import fit_context
-from alpaca_rlhf.utils import distributed, preflight
-from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig, SamplingConfig
+from alpaca_rlhf.utils import console, distributed, preflight
+from alpaca_rlhf.utils.configs import (
+    AdapterConfig,
+    EngineConfig,
+    LoadingConfig,
+    RoleConfig,
+    SamplingConfig,
+)
 from alpaca_rlhf.utils.data.batches import PromptBatch, pad
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, eos_ids, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
@@ -36,6 +42,7 @@ from alpaca_rlhf.utils.model.reward_model import (
     load_reward_model,
     scores,
 )
+from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run.run_folder import read_json
 
 # The part of DeepSpeed's configuration that loading reads: the whole model on one device.
@@ -205,9 +212,14 @@ def _open(
     if not right_kind:
         raise UserError(f"{path}: is a reward model, which scores and does not generate; give the "
                         "folder that step 1 exported, or actor/ of step 3")
+    role = RoleConfig(model_name_or_path=base)
+    preflight.require_weights(base)
+    for line in preflight.require_served(Planned(
+            role, loading, AdapterConfig(), EngineConfig(), scores=scorer, decodes=not scorer)):
+        console.say(line)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=loading.trust_remote_code)
     load = load_reward_model if scorer else load_causal_lm
-    model = load(RoleConfig(model_name_or_path=base), loading, _WHOLE, tokenizer)
+    model = load(role, loading, _WHOLE, tokenizer)
     if config is not None:
         try:
             model = PeftModel.from_pretrained(model, path).merge_and_unload()

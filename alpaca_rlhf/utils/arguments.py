@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -46,7 +45,7 @@ from alpaca_rlhf.utils.configs import (
     options,
 )
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.files import UNREADABLE, read_text
+from alpaca_rlhf.utils.files import UNREADABLE, expanded, read_text
 
 Record = TypeVar("Record")
 
@@ -181,14 +180,9 @@ def _reader(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any
     return read
 
 
-def _text(text: str) -> str:
-    """Replace a home folder at the start, which the shell leaves in `--flag=~/x`."""
-    return os.path.expanduser(text) if re.match(r"~\w*(/|$)", text) else text
-
-
 _READERS: dict[Any, Callable[[str], Any]] = {
     int: _reader(int, "a whole number"), float: _reader(_finite, "a number"),
-    bool: _reader(_boolean, "true or false"), str: _text,
+    bool: _reader(_boolean, "true or false"), str: expanded,
 }
 _WORDS = ("prompt", "system")  # flags whose text is never a path
 _KINDS: dict[Any, str] = {

@@ -22,9 +22,11 @@ from transformers.models.auto import modeling_auto
 from alpaca_rlhf.utils import console, distributed, ds_config, optimizer
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import pointer_problem
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import attention, load_config
+from alpaca_rlhf.utils.model.reward_model import require_reward_model
 
 GB = 1e9
 # Bytes per trained parameter, in fp32: Adam's moments; master weights; sums of gradients.
@@ -69,8 +71,8 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
     Raises:
         UserError: a hub model is not in the cache and there is no network; a compiler or a
             tracker's package is missing; --deepspeed_config asks for what is not supported; the
-            weights do not fit; a model is of a kind that is not served. A folder that is no model
-            is left to its loader.
+            weights do not fit; a model is of a kind that is not served, or the critic is no
+            reward model. A folder that is no model is left to its loader.
     """
     tracker.require_packages(trackers)
     paths = [model.role.model_name_or_path for model in models]
@@ -78,6 +80,10 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
         if path is not None:
             require_cached(path)
     fetch(models)
+    for model in models:
+        require_weights(model.role.model_name_or_path)
+        if model.scores and model.decodes:
+            require_reward_model(model.role, model.loading)
     engine = models[0].engine
     if engine.deepspeed_config:
         for line in ds_config.check_overrides(engine.deepspeed_config, engine.offload):
@@ -108,6 +114,19 @@ def require_cached(path: str) -> None:
         f"({constants.HF_HUB_CACHE}) has nothing of that name; give a folder, unset "
         f"HF_HUB_OFFLINE, or fill the cache where there is a network (hf download {path})"
     )
+
+
+def require_weights(path: str) -> None:
+    """Refuse a folder whose weights or configuration are pointers of a large-file store.
+
+    Raises:
+        UserError: names the file.
+    """
+    folder = Path(path)
+    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for file in [*folder.glob("config.json"), *weights]:
+        if problem := pointer_problem(file):
+            raise UserError(f"no model can be loaded from {path}: its {file.name} is {problem}")
 
 
 def fetch(models: Sequence[Planned]) -> None:
@@ -168,9 +187,9 @@ def require_served(model: Planned) -> list[str]:
     )
     if model.decodes and recurrent:
         raise UserError(
-            f"{role.flag('model_name_or_path')} {role.model_name_or_path}: {config.model_type} has "
-            "recurrent layers, and the hybrid engine decodes rows of different lengths with a KV "
-            "cache; give a model with attention in every layer")
+            f"{role.model_name_or_path}: {config.model_type} has recurrent layers, and rows of "
+            "different lengths are decoded with a KV cache; give a model with attention in every "
+            "layer")
     if model.scores and not isinstance(getattr(made, "score", None), nn.Linear):
         raise UserError(f"{role.model_name_or_path}: {type(made).__name__} has no score layer to "
                         "make a reward model of; give a causal decoder, as LLaMA")

@@ -20,6 +20,7 @@ from alpaca_rlhf.utils import console
 from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import pointer_problem
 
 # {"role": "system" | "user" | "assistant", "content": text}; see `samples.Sample` for two more.
 Message = dict[str, str]
@@ -351,6 +352,9 @@ def _problem(path: str, error: Exception) -> str:
     if not folder.is_dir():
         hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
         return f"{message.splitlines()[0] if hub_id else 'no such folder'}; check the name"
+    for name in ("tokenizer_config.json", *_VOCABULARIES):
+        if (folder / name).is_file() and (pointer := pointer_problem(folder / name)):
+            return f"its {name} is {pointer}"
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         if (folder / name).is_file() and not _holds_object(folder / name):
             return f"its {name} is broken; save or download it again"
