@@ -376,6 +376,15 @@ QWEN3 = (
     "{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Qwen3-Thinking's: its generation prompt opens the thinking block.
+THINKING = QWEN3.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
+# As DeepSeek-R1's distilled models: so does theirs, and no rendered response has one.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% else %}"
+    "{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+)
 # As Llama 3.1's: a date before the system's text.
 DATED = (
     "{{ bos_token }}{% set date = strftime_now('%d %b %Y') if strftime_now is defined else '1' %}"
@@ -396,7 +405,8 @@ DIALOGUES = [
 
 @pytest.mark.parametrize("answer", ["Yes.", THOUGHT, "<think>\n\n</think>\n\nNo", " two\n\nlines "])
 @pytest.mark.parametrize(("name", "template"), [
-    ("qwen3", QWEN3), ("llama3", DATED), ("gemma2", None), ("gemma3", None), ("phi3", None)])
+    ("qwen3", QWEN3), ("qwen3", THINKING), ("llama3", DATED), ("gemma2", None), ("gemma3", None),
+    ("phi3", None)])
 def test_a_template_that_depends_on_where_a_turn_stands_gives_its_own_ids(
     tmp_path, name, template, answer
 ):
@@ -418,6 +428,17 @@ def test_a_template_that_depends_on_where_a_turn_stands_gives_its_own_ids(
         assert chat.tokenizer.decode(whole[len(ids) :]) in ("", "\n")
         responses = 1 + sum(m["role"] == "assistant" for m in messages)
         assert sum(label == chat.eos_id for label in sft["labels"]) == responses
+
+
+def test_a_template_that_opens_a_thinking_block_which_no_response_has_is_refused(tmp_path):
+    tokenizer = byte_tokenizer(FAMILIES["qwen3"])
+    tokenizer.chat_template = R1
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError) as refused:
+        ChatFormat(load_tokenizer(str(tmp_path), "tokenizer"))
+    assert str(refused.value) == (
+        "--chat_template tokenizer: the template's generation prompt is not the text that precedes "
+        "a response; choose human_assistant")
 
 
 # --- all three steps -----------------------------------------------------------------------------

@@ -72,12 +72,13 @@ class ChatFormat:
                 "precedes a response; choose human_assistant"
             )
         self._separator, ending = after.rsplit(_PROBE, 1)
-        # Qwen3's template puts a thinking block before the last response only.
+        # Qwen3's templates put a thinking block before the last response only, and some open it in
+        # the generation prompt.
         self._earlier_separator = self._separator
         with contextlib.suppress(TemplateRefusal):
             earlier = self.prompt_text([*question, answer, *question])
-            if earlier.startswith(prompt):
-                self._earlier_separator = earlier[len(prompt) :].split(_PROBE, 1)[0]
+            shared = len(os.path.commonprefix([earlier, prompt]))
+            self._earlier_separator = earlier[shared:].split(_PROBE, 1)[0]
         if not ending.startswith(tokenizer.eos_token):
             raise UserError(
                 f"--chat_template tokenizer: an assistant turn ends with {ending!r}, not with "
