@@ -24,13 +24,7 @@ from transformers.utils import find_adapter_config_file
 
 from alpaca_rlhf.evaluation.conversation import fit_context
 from alpaca_rlhf.utils import console, distributed, preflight
-from alpaca_rlhf.utils.configs import (
-    AdapterConfig,
-    EngineConfig,
-    LoadingConfig,
-    RoleConfig,
-    SamplingConfig,
-)
+from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, pad
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, eos_ids, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
@@ -42,7 +36,6 @@ from alpaca_rlhf.utils.model.reward_model import (
     load_reward_model,
     scores,
 )
-from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run.run_folder import read_json
 
 # The part of DeepSpeed's configuration that loading reads: the whole model on one device.
@@ -214,8 +207,8 @@ def _open(
                         "folder that step 1 exported, or actor/ of step 3")
     role = RoleConfig(model_name_or_path=base)
     preflight.require_weights(base)
-    for line in preflight.require_served(Planned(
-            role, loading, AdapterConfig(), EngineConfig(), scores=scorer, decodes=not scorer)):
+    planned = preflight.Planned(role, loading, scores=scorer, decodes=not scorer)
+    for line in preflight.require_served(planned):
         console.say(line)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=loading.trust_remote_code)
     load = load_reward_model if scorer else load_causal_lm

@@ -249,6 +249,7 @@ class BatchConfig(Group, title="batches"):
         on_resume="free")
     eval_iters: Count | None = option(
         None, "batches of one evaluation (default: all)", on_resume="free")
+    disable_dropout: bool = _no_effect(False, "dropout is 0 unless --dropout is given")
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -329,13 +330,6 @@ class LegacyConfig(Group, title="flags of old scripts"):
     print_loss: bool = _no_effect(False, "the console always shows the loss")
     add_eot_token: bool = _no_effect(False, _EOT)
     eot_token: str | None = _no_effect(None, _EOT)
-
-
-@dataclass(frozen=True)
-class SupervisedLegacyConfig(LegacyConfig):
-    """Flags of old scripts, in steps 1 and 2."""
-
-    disable_dropout: bool = _no_effect(False, "dropout is 0 unless --dropout is given")
 
 
 # --- generation and PPO --------------------------------------------------------------------------
@@ -500,7 +494,6 @@ class SupervisedConfig(StepConfig):
 
     model: RoleConfig = group()
     batches: BatchConfig = group()
-    legacy: SupervisedLegacyConfig = group()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ the adapters.
 import errno
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.files import pointer_problem
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.causal_lm import attention, load_config
+from alpaca_rlhf.utils.model.causal_lm import attention, is_multimodal, load_config
 from alpaca_rlhf.utils.model.reward_model import require_reward_model
 
 GB = 1e9
@@ -41,8 +41,8 @@ class Planned:
 
     role: RoleConfig
     loading: LoadingConfig
-    adapters: AdapterConfig
-    engine: EngineConfig
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     scores: bool = False  # a sequence classifier with one label instead of a causal LM
     # The model as it was loaded is needed too (the reference model, the reward model).
     needs_frozen_copy: bool = False
@@ -117,11 +117,7 @@ def require_cached(path: str) -> None:
 
 
 def require_weights(path: str) -> None:
-    """Refuse a folder whose weights or configuration are pointers of a large-file store.
-
-    Raises:
-        UserError: names the file.
-    """
+    """Raise UserError where a folder's weights or configuration are pointers of git LFS."""
     folder = Path(path)
     weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for file in [*folder.glob("config.json"), *weights]:
@@ -211,11 +207,9 @@ def _empty(model: Planned) -> Any:
     if config.is_encoder_decoder or kind in _ENCODERS:
         raise UserError(f"{path}: {kind} is an encoder, not a causal decoder, which predicts the "
                         "next token; give a model such as LLaMA or Qwen")
-    if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or (
-        config.get_text_config() is not config and len(config.sub_configs) > 1
-    ):
-        raise UserError(f"{path}: {kind} is a multimodal model, with parts for vision or audio; "
-                        "give a model of text alone (its text part saved by itself)")
+    if is_multimodal(config):
+        raise UserError(f"{path}: {kind} is a multimodal model, with parts for vision or audio, "
+                        "whose text part is no causal LM by itself; give a model of text alone")
     auto_class: Any = AutoModelForCausalLM
     if model.scores:
         auto_class, config.num_labels = AutoModelForSequenceClassification, 1
