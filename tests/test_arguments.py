@@ -26,7 +26,7 @@ from alpaca_rlhf.utils.configs import (
 from alpaca_rlhf.utils.errors import UserError
 
 RECORDS = {1: Step1Config, 2: Step2Config, 3: Step3Config}
-OPTIONS = {option.flag: option for option in arguments.options(Step3Config)}
+OPTIONS = {option.flag: option for step in RECORDS.values() for option in arguments.options(step)}
 NO_EFFECT = {flag for flag, option in OPTIONS.items() if option.metadata["no_effect"]}
 UNAVAILABLE = {flag for flag, option in OPTIONS.items() if option.metadata["unavailable"]}
 MODELS = ["--actor_model_name_or_path", "out/actor", "--critic_model_name_or_path", "out/critic"]
@@ -48,6 +48,7 @@ LINES = {(1, 2, 3): """
 --resume_from_checkpoint latest --allow_changed_args --output_dir out --collective_timeout 60
 --resume_from_checkpoint out.partial/checkpoints/step-00000010
 """, (1, 2): """
+--disable_dropout
 --model_name_or_path meta-llama/Llama-2-7b-hf --gradient_checkpointing --dropout 0.1
 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --max_seq_len 128
 --learning_rate 9.65e-6 --weight_decay 0.1 --eval_interval 10 --eval_iters 3
@@ -248,12 +249,8 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
     (2, "--resume_from_checkpoint latest", "--resume_from_checkpoint latest: needs --output_dir, "
         "whose checkpoints it looks at; give it, or the folder of a checkpoint"),
     (3, "--save_total_limit 0", "--save_total_limit 0: must be 1 or more"),
-    (3, "--offload_reference_model --critic_zero_stage 3", "--offload_reference_model: needs "
-        "ZeRO-3; give --actor_zero_stage 3, or remove the flag"),
-    (3, "--offload_reward_model --actor_zero_stage 3", "--offload_reward_model: needs ZeRO-3; "
-        "give --critic_zero_stage 3, or remove the flag"),
-    (3, "--inference_tp_size 2", "--inference_tp_size 2: not available in this version: "
-        "every rank generates with the whole model; remove the flag"),
+    (3, "--inference_tp_size 2", "--inference_tp_size 2: not available in this version: every rank "
+        "generates with the whole model; remove the flag"),
     (1, "--data_split 2,4", "--data_split 2,4: must be three numbers of 0 or more, not all 0, "
         "such as 2,4,4"),
     (2, "--data_split 10,0,0", "--data_split 10,0,0: leaves no data for step 2; give its share, "
@@ -281,6 +278,8 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
         "it, and 0 would stay 0; give a start above 0, such as 0.05"),
     (3, "--disable_actor_dropout --actor_dropout 0.1", "--actor_dropout 0.1: contradicts "
         "--disable_actor_dropout; remove one of the two"),
+    (2, "--disable_dropout --dropout 0.1", "--dropout 0.1: contradicts --disable_dropout; remove "
+        "one of the two"),
     (3, "--hybrid_engine_backend deepspeed", "--hybrid_engine_backend deepspeed: DeepSpeed's own "
         "kernels leave LoRA adapters out and do not follow today's LLaMA; take native, or remove "
         "the flag"),
@@ -427,6 +426,8 @@ HYBRID = "--enable_hybrid_engine --actor_zero_stage 3 --unpin_actor_parameters"
     (3, "--offload_reference_model --actor_zero_stage 3 --actor_lora_dim 8 --only_optimize_lora "
         "--offload_reward_model --critic_zero_stage 3",
      ["--offload_reference_model has no effect: with LoRA there is no second model"]),
+    (3, "--offload_reference_model --critic_zero_stage 3 --offload_reward_model",
+     ["--offload_reference_model has no effect: --actor_zero_stage is not 3"]),
     (1, "--allow_changed_args", ["--allow_changed_args has no effect: nothing is resumed"]),
     (1, "--tensorboard_path tb --tracker wandb",
      ["--logging_dir has no effect: no tracker that writes files is asked for"]),

@@ -15,6 +15,7 @@ import pytest
 from conftest import save_models
 from programs import MAINS, STEPS, Imported
 from tiny_model import word_tokenizer
+from transformers import AutoConfig
 
 from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.errors import UserError
@@ -43,12 +44,19 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_models(folder)
     (folder / "empty").mkdir()
     for copy, model in (("no_config", "actor"), ("torn", "actor"), ("other_words", "critic"),
-                        ("no_statistics", "critic")):
+                        ("no_statistics", "critic"), ("actor_of_other_words", "actor"),
+                        ("pointer", "actor"), ("pointed_words", "actor")):
         shutil.copytree(folder / model, folder / copy)
     (folder / "no_config" / "config.json").unlink()
     (folder / "torn" / "model.safetensors").write_bytes(b"torn")
     (folder / "no_statistics" / "score_statistics.json").unlink()
-    word_tokenizer("Human: Assistant:").save_pretrained(folder / "other_words")
+    for name in ("other_words", "actor_of_other_words"):
+        word_tokenizer("Human: Assistant:").save_pretrained(folder / name)
+    for name in ("pointer/model.safetensors", "pointed_words/tokenizer.json"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (folder / "pointer" / "pytorch_model.bin").write_bytes(b"PK")
+    AutoConfig.for_model("cohere", hidden_size=16, num_hidden_layers=1).save_pretrained(
+        folder / "cohere")
     (folder / "other").mkdir()
     (folder / "other" / "config.json").touch()
     for name, text in FILES.items():
@@ -158,12 +166,23 @@ ANOTHER_RUN = ("--output_dir GIVEN/other: holds a run or a model (config.json); 
     (3, {"critic_model_name_or_path": "GIVEN/other_words"},
      "--actor_model_name_or_path and --critic_model_name_or_path have different vocabularies "
      "(GIVEN/actor, GIVEN/other_words); train both from the same model"),
-    (3, {"critic_model_name_or_path": "GIVEN/actor", "reward_normalization": "reference"},
-     "--critic_model_name_or_path GIVEN/actor: is no reward model (a sequence classifier with one "
-     "label); give the folder that step 2 wrote"),
+    *[(3, {"critic_model_name_or_path": f"GIVEN/{folder}"},
+       f"--critic_model_name_or_path GIVEN/{folder}: is no reward model (a sequence classifier "
+       "with one label); give the folder that step 2 wrote")
+      for folder in ("actor", "actor_of_other_words", "cohere")],
+    (3, {"critic_model_name_or_path": "GIVEN/nowhere"},
+     "no model can be loaded from GIVEN/nowhere: no such folder…; check the name"),
+    *[(step, {f"{role}model_name_or_path": "GIVEN/pointer"},
+       "no model can be loaded from GIVEN/pointer: its model.safetensors is a pointer of git LFS, "
+       "not the data itself; run git lfs pull, or download the file")
+      for step, role in ((1, ""), (2, ""), (3, "actor_"))],
+    (1, {"model_name_or_path": "GIVEN/pointed_words"},
+     "no tokenizer can be loaded from GIVEN/pointed_words: its tokenizer.json is a pointer of git "
+     "LFS, not the data itself; run git lfs pull, or download the file"),
     (3, {"critic_model_name_or_path": "GIVEN/no_statistics"},
-     "--reward_normalization checkpoint: GIVEN/no_statistics/score_statistics.json is missing or "
-     "broken; run step 2 again, or take --reward_normalization reference"),
+     "--critic_model_name_or_path GIVEN/no_statistics: the mean and standard deviation of its "
+     "scores, which step 2 saves, are missing or broken; run step 2 again, or take "
+     "--reward_normalization reference"),
     # Flags that need more than the command line to be checked
     (3, {"reward_function": "nowhere:length"},
      "--reward_function nowhere:length: No module named 'nowhere'; give module:name, with its "

@@ -18,13 +18,13 @@ def rendered(messages, name="human_assistant", adds_bos=True, prompt=False):
 
 
 SYSTEM = {"role": "system", "content": " Be brief. "}
-BYE = {"role": "assistant", "content": "  Bye. "}
+BYE = {"role": "assistant", "content": "\n  Bye. "}
 
 
 @pytest.mark.parametrize(("messages", "options", "text"), [
     ([QUESTION, ANSWER], {}, "<s>Human: Who are you?\n\nAssistant: A model.</s>"),
     ([QUESTION, ANSWER, THANKS, BYE], {}, "<s>Human: Who are you?\n\nAssistant: A model.</s>"
-     "Human: Thanks!\n\nAssistant: Bye.</s>"),
+     "Human: Thanks!\n\nAssistant: \n  Bye.</s>"),
     # The generation prompt ends right before the response.
     ([QUESTION, ANSWER, THANKS], {"prompt": True},
      "<s>Human: Who are you?\n\nAssistant: A model.</s>Human: Thanks!\n\nAssistant:"),
@@ -88,8 +88,8 @@ def test_each_template_renders_its_own_text(name, messages, text):
 
 
 @pytest.mark.parametrize(("name", "end"), [
-    ("alpaca", "\nBye.</s>"), ("vicuna", " Bye.</s>"), ("llama2", " Bye.</s>"),
-    ("chatml", "\nBye.<|im_end|>")])
+    ("alpaca", ":\n\n  Bye.</s>"), ("vicuna", ": \n  Bye.</s>"), ("llama2", "] \n  Bye.</s>"),
+    ("chatml", "assistant\n\n  Bye.<|im_end|>")])
 def test_a_response_ends_with_the_end_of_turn_and_nothing_else(name, end):
     assert rendered([QUESTION, BYE], name).endswith(end)
 

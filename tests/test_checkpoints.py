@@ -231,6 +231,33 @@ def test_arguments_that_change_the_result_are_listed(flag):
         f"--{flag} was None, is 2"]
 
 
+@pytest.mark.parametrize("flag", [
+    "data_path", "model_name_or_path", "actor_model_name_or_path", "tokenizer_name_or_path"])
+@pytest.mark.parametrize(("then", "now"), [
+    ("data", "data/"), ("./data", "data"), ("data", "WORK/data"), ("WORK/link", "WORK/data"),
+    ("~/data", "WORK/data"), (["ShareGPT=data:0.5", "data"], ["ShareGPT=WORK/data:0.5", "link"]),
+])
+def test_a_path_may_be_spelled_otherwise(tmp_path, monkeypatch, flag, then, now):
+    work = tmp_path / "work"
+    (work / "data").mkdir(parents=True)
+    (work / "link").symlink_to(work / "data")
+    monkeypatch.setenv("HOME", str(work))
+
+    def changes(then, now, cwd, started_in=""):
+        monkeypatch.chdir(cwd)
+        then, now = (json.loads(json.dumps(value).replace("WORK", str(work)))
+                     for value in (then, now))
+        return changed_arguments(
+            {flag: then}, {flag: now}, ranks_then=1, ranks_now=1, started_in=started_in)
+
+    assert changes(then, now, work) == changes(now, then, work) == []
+    assert changes(then, "other", work)
+    assert changes(["data:0.5"], ["data:0.6"], work)
+    assert changes(["ShareGPT=data"], ["data"], work)
+    assert changes("data", "WORK/data", tmp_path)  # as of a checkpoint that does not say where
+    assert changes("data", "WORK/data", tmp_path, started_in=str(work)) == []
+
+
 def test_changed_arguments_are_refused_unless_that_is_allowed(tmp_path, capsys):
     path = saved(tmp_path / "run") / "step-00000004"
     assert refusal(tmp_path / "run", arguments={"seed": 5}) == (
@@ -312,7 +339,8 @@ def test_the_manifest_has_size_and_sha_256_of_every_file(tmp_path):
         for name, content in files.items()
     }
     assert manifest == {
-        "format": 2, "step_of_rlhf": 1, "step": 4, "in_round": False, "ranks": 1
+        "format": 2, "step_of_rlhf": 1, "step": 4, "in_round": False, "ranks": 1,
+        "started_in": os.getcwd(),
     }
 
 

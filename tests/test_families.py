@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fill_adapters
-from families import FAMILIES, byte_tokenizer, save
+from families import FAMILIES, LLAMA, byte_tokenizer, save
 from golden_curves import run, step1, step2, step3
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 from alpaca_rlhf.utils import preflight
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
@@ -212,12 +217,60 @@ def test_encoders_are_refused_in_every_step(tmp_path, kind, sizes, scores):
         "a model such as LLaMA or Qwen")
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen2_vl", "mistral3"])
-def test_a_model_with_a_vision_part_is_refused(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_model_whose_text_part_is_no_causal_lm_is_refused(tmp_path, kind):
     path = saved_config(tmp_path, kind)
     assert refusal(planned(path)) == (
-        f"{path}: {kind} is a multimodal model, with parts for vision or audio; give a model of "
-        "text alone (its text part saved by itself)")
+        f"{path}: {kind} is a multimodal model, with parts for vision or audio, whose text part is "
+        "no causal LM by itself; give a model of text alone")
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+MULTIMODAL = {
+    "gemma3": ("gemma3_text", "siglip_vision_model", True, {"mm_tokens_per_image": 1}),
+    "llava": ("llama", "clip_vision_model", False, {}),
+    "mistral3": ("mistral", "pixtral", True, {}),
+}
+
+
+def multimodal(kind, folder, **changes):
+    """Write a stand-in of a model with a vision part; returns it and its path."""
+    text, vision, tied, more = MULTIMODAL[kind]
+    tokenizer = byte_tokenizer(FAMILIES["gemma3"])
+    tokenizer.save_pretrained(folder)
+    rows = 1 + max(tokenizer.get_vocab().values())
+    torch.manual_seed(0)
+    sizes = {**LLAMA, "head_dim": 8, "vocab_size": rows, "initializer_range": 0.2}
+    config = AutoConfig.for_model(
+        kind, text_config={"model_type": text, **sizes, **changes}, tie_word_embeddings=tied,
+        vision_config={"model_type": vision, **VISION}, **more)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(folder)
+    return model, str(folder)
+
+
+@pytest.mark.parametrize("kind", list(MULTIMODAL))
+def test_of_a_multimodal_model_the_text_part_is_taken(tmp_path, capsys, kind):
+    whole, path = multimodal(kind, tmp_path)
+    preflight.check([planned(path, lora_dim=2), planned(path, scores=True)])
+    part, ids = load(path), torch.arange(3, 27).view(2, 12)
+    assert type(part).__name__.endswith("ForCausalLM")
+    with torch.no_grad():
+        assert_close(part(ids).logits, whole(input_ids=ids).logits)
+    scorer = load(path, scores=True)
+    assert scorer.get_input_embeddings().weight.equal(whole.get_input_embeddings().weight)
+    said = f"{path}: of a multimodal model the text part ({MULTIMODAL[kind][0]}) is taken\n"
+    assert said in capsys.readouterr().out
+
+
+def test_a_multimodal_model_without_the_weights_of_its_text_part_is_refused(tmp_path):
+    _, path = multimodal("llava", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="layers.2.input_layernorm.weight is missing"):
+        load(path)
 
 
 def test_a_family_without_a_classifier_is_refused_as_a_reward_model(tmp_path):
@@ -269,8 +322,8 @@ def test_eager_attention_is_taken_where_there_is_no_sdpa_and_said_once(tmp_path,
 def test_the_hybrid_engine_refuses_recurrent_layers(tmp_path, kind, sizes):
     path = saved_config(tmp_path, kind, **sizes)
     assert refusal(planned(path, decodes=True)) == (
-        f"--model_name_or_path {path}: {kind} has recurrent layers, and the hybrid engine decodes "
-        "rows of different lengths with a KV cache; give a model with attention in every layer")
+        f"{path}: {kind} has recurrent layers, and rows of different lengths are decoded with a KV "
+        "cache; give a model with attention in every layer")
 
 
 # --- LoRA ----------------------------------------------------------------------------------------
@@ -376,6 +429,15 @@ QWEN3 = (
     "{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Qwen3-Thinking's: its generation prompt opens the thinking block.
+THINKING = QWEN3.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
+# As DeepSeek-R1's distilled models: so does theirs, and no rendered response has one.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% else %}"
+    "{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+)
 # As Llama 3.1's: a date before the system's text.
 DATED = (
     "{{ bos_token }}{% set date = strftime_now('%d %b %Y') if strftime_now is defined else '1' %}"
@@ -396,7 +458,8 @@ DIALOGUES = [
 
 @pytest.mark.parametrize("answer", ["Yes.", THOUGHT, "<think>\n\n</think>\n\nNo", " two\n\nlines "])
 @pytest.mark.parametrize(("name", "template"), [
-    ("qwen3", QWEN3), ("llama3", DATED), ("gemma2", None), ("gemma3", None), ("phi3", None)])
+    ("qwen3", QWEN3), ("qwen3", THINKING), ("llama3", DATED), ("gemma2", None), ("gemma3", None),
+    ("phi3", None)])
 def test_a_template_that_depends_on_where_a_turn_stands_gives_its_own_ids(
     tmp_path, name, template, answer
 ):
@@ -408,7 +471,7 @@ def test_a_template_that_depends_on_where_a_turn_stands_gives_its_own_ids(
         prompt = chat.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False)
         whole = chat.tokenizer.apply_chat_template(
-            [*messages, assistant(answer.strip())], return_dict=False)
+            [*messages, assistant(answer.rstrip())], return_dict=False)
         (sft,) = encode_sft([Sample(tuple(messages), answer)], chat, LONG)
         (pair,) = encode_pairs([Sample(tuple(messages), answer, "Never.")], chat, LONG)
         (row,) = encode_prompts([Sample(tuple(messages), answer)], chat, LONG)
@@ -418,6 +481,17 @@ def test_a_template_that_depends_on_where_a_turn_stands_gives_its_own_ids(
         assert chat.tokenizer.decode(whole[len(ids) :]) in ("", "\n")
         responses = 1 + sum(m["role"] == "assistant" for m in messages)
         assert sum(label == chat.eos_id for label in sft["labels"]) == responses
+
+
+def test_a_template_that_opens_a_thinking_block_which_no_response_has_is_refused(tmp_path):
+    tokenizer = byte_tokenizer(FAMILIES["qwen3"])
+    tokenizer.chat_template = R1
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError) as refused:
+        ChatFormat(load_tokenizer(str(tmp_path), "tokenizer"))
+    assert str(refused.value) == (
+        "--chat_template tokenizer: the template's generation prompt is not the text that precedes "
+        "a response; choose human_assistant")
 
 
 # --- all three steps -----------------------------------------------------------------------------
@@ -435,9 +509,20 @@ def rows(folder: Path) -> Path:
     pytest.param(name, marks=[] if name in ORDINARY else pytest.mark.slow) for name in FAMILIES])
 def test_a_family_goes_through_all_three_steps_with_lora(name, tmp_path, group):
     base = save(FAMILIES[name], tmp_path / "base")
+    three_steps(base, ["--chat_template", "tokenizer"] if FAMILIES[name].template else [], tmp_path)
+
+
+def test_a_multimodal_model_goes_through_all_three_steps_with_lora(tmp_path, group):
+    _, base = multimodal("gemma3", tmp_path / "base")
+    three_steps(base, ["--zero_stage", 3], tmp_path)
+    config = json.loads((tmp_path / "ppo" / "actor" / "config.json").read_text())
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+
+
+def three_steps(base, own, tmp_path):
+    """Run a model through all three steps, and load what they export."""
     shared = ["--data_path", rows(tmp_path), "--data_output_path", tmp_path / "cache",
               "--data_split", "1,1,1"]
-    own = ["--chat_template", "tokenizer"] if FAMILIES[name].template else []
     supervised = ["--model_name_or_path", base, *own, "--lora_dim", 2, "--max_steps", 2,
                   "--per_device_train_batch_size", 4, "--max_seq_len", 128]
     run(step1, tmp_path / "sft", *supervised, *shared)

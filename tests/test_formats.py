@@ -368,9 +368,10 @@ def test_any_row_becomes_a_sample_or_is_counted(one, data):
         assert sample.messages[-1]["role"] == "user"
         assert {message["role"] for message in sample.messages} <= {"system", "user", "assistant"}
         for text in (sample.messages[-1]["content"], sample.chosen, sample.rejected):
-            assert text is None or text == text.strip() != "" or sample.lacking
+            assert text is None or text == text.rstrip() != "" or sample.lacking
+        assert sample.messages[-1]["content"][0].strip()
         sample.prompt_key().encode()
-        assert sample.chosen != sample.rejected
+        assert sample.chosen.strip() != (sample.rejected or "").strip() or sample.lacking
         assert bool(sample.chosen) is not bool(sample.lacking)
 
 

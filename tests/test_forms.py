@@ -302,12 +302,44 @@ def test_a_response_that_is_marked_as_bad_is_never_a_good_one(row, mark):
      'a content part is "image", not text'),
     ({"role": "tool", "content": "3"}, "tool turns"),
     ({"from": "function_call", "value": "{}"}, "tool turns"),
+    ({"role": "Tool-Response", "content": "3"}, "tool turns"),
+    ({"role": "tool_output", "content": "3"}, "tool turns"),
     ({"role": "assistant", "content": "", "tool_calls": [{}]}, "tool turns"),
     ({"from": "narrator", "value": "x"}, 'role "narrator" is not system, user or assistant'),
     ({"role": "assistant", "content": "x", "weight": 0.5}, "weight is not 0 or 1"),
 ])
 def test_turns_that_cannot_be_used_have_a_reason(turn, reason):
     assert read({"messages": [*TALK[:2], TALK[2], turn, *ICE]})[1] == {reason: 1}
+
+
+CODE = "    if cold:\n        return ice"
+
+
+@pytest.mark.parametrize("response", [CODE, "\n\nFrozen.", "\tFrozen."])
+@pytest.mark.parametrize("row", [
+    lambda text: {"prompt": "Why is ice cold?", "chosen": text, "rejected": "No."},
+    lambda text: {"prompt": HH, "chosen": f" {text}", "rejected": " No."},
+    lambda text: {"chosen": f"{HH} {text}", "rejected": f"{HH} No."},
+    lambda text: {"messages": [user("Why is ice cold?"), assistant(text)]},
+    lambda text: {"messages": [*TALK[:2], user("So?"), assistant(text), user("?"), ICE[1]]},
+    lambda text: {"instruction": "Why is ice cold?", "output": text},
+    lambda text: {"question": "Why is ice cold?", "human_answers": [text]},
+    lambda text: {"question": "?", "history": [["Why is ice cold?", text]], "answer": "Frozen."},
+    lambda text: {"prompt": f"USER: Hi. ASSISTANT: {text}</s>USER: So? ASSISTANT:", "label": "No."},
+])
+def test_whitespace_at_the_start_of_a_response_is_the_responses(row, response):
+    ((sample,), _, _) = read(row(response))
+    said = [sample.chosen, *(m["content"] for m in sample.messages if m["role"] == "assistant")]
+    assert response in said
+
+
+def test_a_single_space_before_a_response_is_no_part_of_it():
+    ((sample, other), reasons, _) = read(
+        {"prompt": "Hi", "chosen": " Yes. ", "rejected": "\nNo."},
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": "\n\nYes."})
+    assert (sample.chosen, sample.rejected, other.chosen) == ("Yes.", "\nNo.", "Yes.")
+    assert reasons == {"chosen equals rejected": 1}
 
 
 def test_a_row_with_pictures_is_not_read_as_text():

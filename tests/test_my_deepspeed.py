@@ -211,6 +211,18 @@ def test_impossible_devices_are_refused(monkeypatch, visible, number, message):
         chosen(number, 2)
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--hostfile=~/hosts", "~/worker.py"], "--hostfile HOME/hosts: no such file"),
+    (["-H", "~/hosts", "~/worker.py"], "--hostfile HOME/hosts: no such file"),
+    (["~/other.py", "--path=~/x"], "no training script HOME/other.py (seen from HOME)"),
+])
+def test_a_home_folder_in_the_launchers_own_paths_is_replaced(tmp_path, flags, message):
+    (tmp_path / "worker.py").touch()
+    process = start(tmp_path, *flags, HOME=str(tmp_path))
+    assert process.communicate()[1] == f"my_deepspeed: {message}\n".replace("HOME", str(tmp_path))
+    assert process.returncode == 2
+
+
 HOSTS = {"node-a": 2, "node-b": 2}
 
 

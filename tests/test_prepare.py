@@ -331,7 +331,7 @@ def test_the_rows_are_those_of_their_format(preparation):
     ):
         found += encode([Sample(turns, "e a", "b"), *TRAIN], chat_format(), lengths)
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    assert (prepare.FORMAT, digest[:16]) == (3, "8fb3c1afbfdf50e2")
+    assert (prepare.FORMAT, digest[:16]) == (4, "8fb3c1afbfdf50e2")
 
 
 def test_an_unfinished_cache_is_not_taken(preparation):

@@ -108,6 +108,7 @@ def test_missing_or_broken_statistics_are_one_line_with_the_remedy(tmp_path, con
     with pytest.raises(UserError) as error:
         load_statistics(str(tmp_path))
     assert str(error.value) == (
-        f"--reward_normalization checkpoint: {path} is missing or broken; run step 2 again, or "
+        f"--critic_model_name_or_path {tmp_path}: the mean and standard deviation of its scores, "
+        "which step 2 saves, are missing or broken; run step 2 again, or "
         "take --reward_normalization reference"
     )

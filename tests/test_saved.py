@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from conftest import with_adapter
+from transformers import AutoConfig
 
 from alpaca_rlhf.evaluation import saved
 from alpaca_rlhf.utils.configs import LoadingConfig, SamplingConfig
@@ -72,6 +73,27 @@ def test_a_relative_base_is_found_around_the_adapter(exported, small, tmp_path):
 def test_the_wrong_kind_of_model_is_refused(exported, open_it, path, line):
     with pytest.raises(UserError, match=line):
         open_it(str(exported / path), LOADING)
+
+
+@pytest.mark.parametrize(("open_it", "kind", "line"), [
+    (saved.open_policy, "t5", "t5 is an encoder, not a causal decoder"),
+    (saved.open_scorer, "bert", "bert is an encoder, not a causal decoder"),
+    (saved.open_policy, "mamba", "mamba has recurrent layers"),
+    (saved.open_policy, "qwen2_5_vl", "qwen2_5_vl is a multimodal model"),
+])
+def test_architectures_are_checked_as_the_steps_check_them(tmp_path, open_it, kind, line):
+    architectures = ["BertForSequenceClassification"] * (kind == "bert")
+    config = AutoConfig.for_model(kind, architectures=architectures, num_labels=1)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^{tmp_path}: {line}"):
+        open_it(str(tmp_path), LOADING)
+
+
+def test_pointers_of_weights_are_refused(small, tmp_path):
+    shutil.copytree(small.actor, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="its model.safetensors is a pointer of git LFS"):
+        saved.open_policy(str(tmp_path), LOADING)
 
 
 def test_an_adapter_without_its_base_model_names_it(exported, tmp_path):

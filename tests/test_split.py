@@ -200,6 +200,10 @@ OTHER = "the steps' parts of the data differ; give"
     ({**SPLIT, "shares": [1.0, 1.0, 0.5]}, [1], [],
      [f"data: --data_split 2,4,4 here, 1,1,0.5 for the actor (FOLDER): {OTHER} "
       "--data_split 1,1,0.5"]),
+    ({**SPLIT, "shares": [1.0, 0.0, 0.0]}, [1], [],
+     ["data: --data_split 2,4,4 here, 1,0,0 for the actor (FOLDER): the steps' parts of the data "
+      "differ; give each step data of its own, or all of them one --data_split with a share for "
+      "each, such as 2,4,4"]),
 ])
 def test_a_run_is_compared_with_the_record_of_an_earlier_model(
     tmp_path, recorded, train, held_out, lines

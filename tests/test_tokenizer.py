@@ -355,6 +355,7 @@ TEXT = st.one_of(
     ).map("".join),
 )
 SPOKEN = TEXT.filter(lambda text: bool(text.strip()))
+RESPONSE = SPOKEN.map(str.rstrip)
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 
 
@@ -364,7 +365,7 @@ def dialogues(draw) -> list[dict[str, str]]:
     turns = draw(st.integers(1, 3))
     made = [user(draw(SPOKEN))]
     for _ in range(turns - 1):
-        made += [assistant(draw(SPOKEN).strip()), user(draw(SPOKEN))]
+        made += [assistant(draw(RESPONSE)), user(draw(SPOKEN))]
     return made
 
 
@@ -412,22 +413,24 @@ def has_special(chat: ChatFormat, *texts: str) -> bool:
 
 
 @property_of_every_format
-@given(messages=dialogues(), response=SPOKEN)
+@given(messages=dialogues(), response=RESPONSE)
 def test_prompt_and_response_ids_are_those_of_any_other_tool(name, messages, response):
     chat = chat_format(name)
     assume(not has_special(chat, response, *(m["content"] for m in messages)))
     tool = partial(chat.tokenizer.apply_chat_template, return_dict=False)
-    assert chat.prompt_ids(messages) == tool(messages, add_generation_prompt=True)
-    whole = tool([*messages, assistant(response.strip())])
-    ids = chat.prompt_ids(messages) + chat.response_ids(response)
-    if name == "smollm2 tokenizer":  # which ends each turn with eos and a line break
-        assert chat.tokenizer.decode(whole[len(ids) :]) == "\n"
-        whole = whole[: len(ids)]
-    assert ids == whole
+    said = [response, *(m["content"] for m in messages if m["role"] == "assistant")]
+    # BPE may merge whitespace across the end of a prompt; prompt and response are encoded apart.
+    merges = chat.prompt_text(messages).endswith("\n") and any(text[0].isspace() for text in said)
+    prompt, whole = chat.prompt_ids(messages), tool([*messages, assistant(response)])
+    assert prompt == tool(messages, add_generation_prompt=True) or merges
+    ids = prompt + chat.response_ids(response)
+    ending = "\n" if name == "smollm2 tokenizer" else ""  # after the eos of each turn
+    assert chat.tokenizer.decode(whole) == chat.tokenizer.decode(ids) + ending
+    assert ids == whole[: len(ids)] or merges
 
 
 @property_of_every_format
-@given(instruction=SPOKEN, extra=SPOKEN, response=SPOKEN)
+@given(instruction=SPOKEN, extra=SPOKEN, response=RESPONSE)
 def test_an_alpaca_turn_with_an_input_has_the_ids_of_any_other_tool(
     name, instruction, extra, response
 ):
@@ -435,17 +438,20 @@ def test_an_alpaca_turn_with_an_input_has_the_ids_of_any_other_tool(
     assume(not has_special(chat, response, instruction, extra, instruction + extra))
     turn = {**user(f"{instruction}\n\n{extra}"), "instruction": instruction, "input": extra}
     whole = chat.tokenizer.apply_chat_template(
-        [turn, assistant(response.strip())], return_dict=False)
+        [turn, assistant(response)], return_dict=False)
     ids = chat.prompt_ids([turn]) + chat.response_ids(response)
+    if response[0].isspace() and chat.prompt_text([turn]).endswith("\n"):
+        assert chat.tokenizer.decode(whole).startswith(chat.tokenizer.decode(ids))
+        return
     assert ids == whole[: len(ids)]
     assert len(whole) - len(ids) <= (name == "smollm2 tokenizer")
 
 
 @property_of_every_format
-@given(messages=dialogues(), response=SPOKEN)
+@given(messages=dialogues(), response=RESPONSE)
 def test_labels_cover_exactly_the_responses_and_their_eos(name, messages, response):
     chat = chat_format(name)
-    (row,) = encode_sft([Sample(tuple(messages), response.strip())], chat, WIDE)
+    (row,) = encode_sft([Sample(tuple(messages), response)], chat, WIDE)
     said = [m["content"] for m in messages if m["role"] == "assistant"] + [response]
     trained = [chat.response_ids(text) for text in said]
     expected = [ids for ids in trained if len(ids) > 1 or ids is trained[-1]]
@@ -456,11 +462,11 @@ def test_labels_cover_exactly_the_responses_and_their_eos(name, messages, respon
 
 
 @property_of_every_format
-@given(response=SPOKEN)
-def test_response_ids_decode_to_the_stripped_text(name, response):
+@given(response=RESPONSE)
+def test_response_ids_decode_to_the_text_with_the_whitespace_at_its_start(name, response):
     chat = chat_format(name)
     assume(not has_special(chat, response))
-    assert chat.decode(chat.response_ids(response)) == response.strip()
+    assert chat.decode(chat.response_ids(response)) == response.rstrip()
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -468,7 +474,7 @@ def test_response_ids_decode_to_the_stripped_text(name, response):
 def test_every_character_survives_a_tokenizer_that_has_every_byte(response):
     chat = chat_format("small human_assistant")
     assume(not has_special(chat, response))
-    assert chat.decode(chat.response_ids(response)) == response.strip()
+    assert chat.decode(chat.response_ids(response)) == response.rstrip()
 
 
 @property_of_every_format

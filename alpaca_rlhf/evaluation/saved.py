@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from alpaca_rlhf.evaluation.conversation import fit_context
-from alpaca_rlhf.utils import distributed, preflight
+from alpaca_rlhf.utils import console, distributed, preflight
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, pad
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, eos_ids, load_tokenizer
@@ -205,9 +205,14 @@ def _open(
     if not right_kind:
         raise UserError(f"{path}: is a reward model, which scores and does not generate; give the "
                         "folder that step 1 exported, or actor/ of step 3")
+    role = RoleConfig(model_name_or_path=base)
+    preflight.require_weights(base)
+    planned = preflight.Planned(role, loading, scores=scorer, decodes=not scorer)
+    for line in preflight.require_served(planned):
+        console.say(line)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=loading.trust_remote_code)
     load = load_reward_model if scorer else load_causal_lm
-    model = load(RoleConfig(model_name_or_path=base), loading, _WHOLE, tokenizer)
+    model = load(role, loading, _WHOLE, tokenizer)
     if config is not None:
         try:
             model = PeftModel.from_pretrained(model, path).merge_and_unload()

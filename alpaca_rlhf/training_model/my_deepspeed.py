@@ -133,6 +133,7 @@ def launch(argv: list[str]) -> None:
     logging.disable(logging.WARNING)  # deepspeed warns where there is no accelerator
     from alpaca_rlhf.training_model import launching
     from alpaca_rlhf.utils import distributed
+    from alpaca_rlhf.utils.files import expanded
 
     distributed.on_cpu()
     logging.disable(logging.NOTSET)
@@ -142,6 +143,10 @@ def launch(argv: list[str]) -> None:
     own, argv = OwnFlags().take(argv, lambda words: runner.parse_args(defaults + words))
     options = runner.parse_args(defaults + argv)
     first_of_script = len(argv) - len(options.user_args) - 1
+    # The shell leaves the ~ of --hostfile=~/x.
+    argv[: first_of_script + 1] = ["=".join(map(expanded, word.split("=", 1)))
+                                   for word in argv[: first_of_script + 1]]
+    options = runner.parse_args(defaults + argv)
     launcher_flags, script_and_flags = argv[:first_of_script], argv[first_of_script:]
     if not (options.module or options.no_python or os.path.exists(options.user_script)):
         raise ValueError(f"no training script {options.user_script} (seen from {os.getcwd()})")

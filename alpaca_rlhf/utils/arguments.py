@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -46,7 +45,7 @@ from alpaca_rlhf.utils.configs import (
     options,
 )
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.files import UNREADABLE, read_text
+from alpaca_rlhf.utils.files import UNREADABLE, expanded, read_text
 
 Record = TypeVar("Record")
 
@@ -131,6 +130,8 @@ def notices(args: StepConfig) -> list[str]:
         for flag, role in _offloaded(args):
             if role.lora_dim and args.lora.only_optimize_lora:
                 lines.append(f"--{flag} has no effect: with LoRA there is no second model")
+            elif role.zero_stage < 3:
+                lines.append(f"--{flag} has no effect: {role.flag('zero_stage')} is not 3")
     return lines
 
 
@@ -192,14 +193,9 @@ def _reader(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any
     return read
 
 
-def _text(text: str) -> str:
-    """Replace a home folder at the start, which the shell leaves in `--flag=~/x`."""
-    return os.path.expanduser(text) if re.match(r"~\w*(/|$)", text) else text
-
-
 _READERS: dict[Any, Callable[[str], Any]] = {
     int: _reader(int, "a whole number"), float: _reader(_finite, "a number"),
-    bool: _reader(_boolean, "true or false"), str: _text,
+    bool: _reader(_boolean, "true or false"), str: expanded,
 }
 _WORDS = ("prompt", "system")  # flags whose text is never a path
 _KINDS: dict[Any, str] = {
@@ -453,14 +449,14 @@ def _check_lora(args: StepConfig) -> None:
 def _check_engine(args: StepConfig) -> None:
     if args.engine.deepspeed_config is not None:
         _read_mapping("deepspeed_config", args.engine.deepspeed_config)
+    given = {option.flag: value for option, value in values(args)}
     for role in roles(args).values():
+        if given[f"disable_{role.prefix}dropout"] and role.dropout:
+            _refuse(f"{role.prefix}dropout", role.dropout,
+                    f"contradicts --disable_{role.prefix}dropout; remove one of the two")
         if args.engine.offload and role.zero_stage == 0:
             _refuse("offload", True,
                     f"needs ZeRO; give {role.flag('zero_stage')} 1, 2 or 3, or remove the flag")
-    for flag, role in _offloaded(args) if isinstance(args, Step3Config) else ():
-        if role.zero_stage != 3:
-            _refuse(flag, True, f"needs ZeRO-3; give {role.flag('zero_stage')} 3, or remove the "
-                    "flag")
 
 
 def _check_step3(args: Step3Config) -> None:
@@ -492,11 +488,6 @@ def _check_step3(args: Step3Config) -> None:
         _refuse("kl_coef", 0, "--kl_controller adaptive multiplies it, and 0 would stay 0; give "
                 "a start above 0, such as 0.05")
     ppo = args.ppo
-    for role, disabled in ((args.actor, ppo.disable_actor_dropout),
-                           (args.critic, ppo.disable_critic_dropout)):
-        if disabled and role.dropout:
-            _refuse(f"{role.prefix}dropout", role.dropout,
-                    f"contradicts --disable_{role.prefix}dropout; remove one of the two")
     if ppo.unsupervised_dataset_config_name is not None and ppo.unsupervised_dataset_name is None:
         _refuse("unsupervised_dataset_config_name", ppo.unsupervised_dataset_config_name,
                 "needs --unsupervised_dataset_name; give it or remove the flag")

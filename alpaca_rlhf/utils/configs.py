@@ -251,6 +251,7 @@ class BatchConfig(Group, title="batches"):
         on_resume="free")
     eval_iters: Count | None = option(
         None, "batches of one evaluation (default: all)", on_resume="free")
+    disable_dropout: bool = _no_effect(False, "dropout is 0 unless --dropout is given")
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -439,7 +440,7 @@ class PPOConfig(Group, title="PPO"):
     unsupervised_dataset_config_name: str | None = option(
         None, "configuration of that data set")
     unsup_coef: NonNegative = option(1.0, "weight of the language-model (ptx) loss")
-    enable_mixed_precision_lora: bool = _unavailable(False, "frozen weights are not quantized")
+    enable_mixed_precision_lora: bool = _no_effect(False, "frozen weights are not quantized")
     align_overflow: bool = option(
         False, "in fp16, skip the step of both models when the gradient of one overflows")
     disable_actor_dropout: bool = _no_effect(

@@ -8,6 +8,8 @@ import codecs
 import gzip
 import io
 import lzma
+import os
+import re
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,16 +19,31 @@ from alpaca_rlhf.utils.errors import UserError
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")  # of compressed files; what they hold decides
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-_STAND_INS = {
+_POINTERS = {
     b"version https://git-lfs": "a pointer of git LFS, not the data itself; run git lfs pull, or "
     "download the file",
     b"/annex/objects/": "a pointer of git-annex, not the data itself; run git annex get",
+}
+_STAND_INS = {
+    **_POINTERS,
     b"PK\3\4": "a zip archive; unpack it",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it (zstd -d)",
 }
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
           codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
           codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def expanded(text: str) -> str:
+    """Replace a home folder at the start, which the shell leaves in `--flag=~/x`."""
+    return os.path.expanduser(text) if re.match(r"~\w*(/|$)", text) else text
+
+
+def pointer_problem(path: Path) -> str:
+    """Return what is wrong with a file that is a pointer of git LFS or git-annex, else ""."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    return next((problem for magic, problem in _POINTERS.items() if start.startswith(magic)), "")
 
 
 def opened(path: Path) -> BinaryIO:

@@ -9,7 +9,7 @@ the adapters.
 import errno
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ from transformers.models.auto import modeling_auto
 from alpaca_rlhf.utils import console, distributed, ds_config, optimizer
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import pointer_problem
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.causal_lm import attention, load_config
+from alpaca_rlhf.utils.model.causal_lm import attention, is_multimodal, load_config
+from alpaca_rlhf.utils.model.reward_model import require_reward_model
 
 GB = 1e9
 # Bytes per trained parameter, in fp32: Adam's moments; master weights; sums of gradients.
@@ -39,8 +41,8 @@ class Planned:
 
     role: RoleConfig
     loading: LoadingConfig
-    adapters: AdapterConfig
-    engine: EngineConfig
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     scores: bool = False  # a sequence classifier with one label instead of a causal LM
     # The model as it was loaded is needed too (the reference model, the reward model).
     needs_frozen_copy: bool = False
@@ -70,8 +72,8 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
     Raises:
         UserError: a hub model is not in the cache and there is no network; a compiler or a
             tracker's package is missing; --deepspeed_config asks for what is not supported; the
-            weights do not fit; a model is of a kind that is not served. A folder that is no model
-            is left to its loader.
+            weights do not fit; a model is of a kind that is not served, or the critic is no
+            reward model. A folder that is no model is left to its loader.
     """
     tracker.require_packages(trackers)
     paths = [model.role.model_name_or_path for model in models]
@@ -79,6 +81,10 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
         if path is not None:
             require_cached(path)
     fetch(models)
+    for model in models:
+        require_weights(model.role.model_name_or_path)
+        if model.scores and model.decodes:
+            require_reward_model(model.role, model.loading)
     engine = models[0].engine
     if engine.deepspeed_config:
         for line in ds_config.check_overrides(engine.deepspeed_config, engine.offload):
@@ -109,6 +115,15 @@ def require_cached(path: str) -> None:
         f"({constants.HF_HUB_CACHE}) has nothing of that name; give a folder, unset "
         f"HF_HUB_OFFLINE, or fill the cache where there is a network (hf download {path})"
     )
+
+
+def require_weights(path: str) -> None:
+    """Raise UserError where a folder's weights or configuration are pointers of git LFS."""
+    folder = Path(path)
+    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for file in [*folder.glob("config.json"), *weights]:
+        if problem := pointer_problem(file):
+            raise UserError(f"no model can be loaded from {path}: its {file.name} is {problem}")
 
 
 def fetch(models: Sequence[Planned]) -> None:
@@ -169,9 +184,9 @@ def require_served(model: Planned) -> list[str]:
     )
     if model.decodes and recurrent:
         raise UserError(
-            f"{role.flag('model_name_or_path')} {role.model_name_or_path}: {config.model_type} has "
-            "recurrent layers, and the hybrid engine decodes rows of different lengths with a KV "
-            "cache; give a model with attention in every layer")
+            f"{role.model_name_or_path}: {config.model_type} has recurrent layers, and rows of "
+            "different lengths are decoded with a KV cache; give a model with attention in every "
+            "layer")
     if model.scores and not isinstance(getattr(made, "score", None), nn.Linear):
         raise UserError(f"{role.model_name_or_path}: {type(made).__name__} has no score layer to "
                         "make a reward model of; give a causal decoder, as LLaMA")
@@ -193,11 +208,9 @@ def _empty(model: Planned) -> Any:
     if config.is_encoder_decoder or kind in _ENCODERS:
         raise UserError(f"{path}: {kind} is an encoder, not a causal decoder, which predicts the "
                         "next token; give a model such as LLaMA or Qwen")
-    if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or (
-        config.get_text_config() is not config and len(config.sub_configs) > 1
-    ):
-        raise UserError(f"{path}: {kind} is a multimodal model, with parts for vision or audio; "
-                        "give a model of text alone (its text part saved by itself)")
+    if is_multimodal(config):
+        raise UserError(f"{path}: {kind} is a multimodal model, with parts for vision or audio, "
+                        "whose text part is no causal LM by itself; give a model of text alone")
     auto_class: Any = AutoModelForCausalLM
     if model.scores:
         auto_class, config.num_labels = AutoModelForSequenceClassification, 1
@@ -249,7 +262,7 @@ def need(models: Sequence[Planned], ranks: int) -> Need:
         state = MOMENTS + (MASTER_COPY if width < MASTER_COPY else 0)
         states = trained * state / (ranks if stage >= 1 else 1)
         moved = (states + (held if stage == 3 else 0)) if model.engine.offload else 0.0
-        if model.offloads_frozen_copy and copies == 2 and not model.engine.offload:
+        if model.offloads_frozen_copy and stage == 3 and copies == 2 and not model.engine.offload:
             moved = held / 2
         device += held + gradients + states - moved
         host += moved

@@ -39,10 +39,8 @@ from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import collate_prompts, text_batches
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat, load_tokenizer, require_same
-from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, MAX_KL, Alarms
 from alpaca_rlhf.utils.logging.tracker import Tracker
-from alpaca_rlhf.utils.model.reward_model import is_reward_model
 from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run import export
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints, Found, open_run
@@ -113,18 +111,13 @@ def load_shared_chat(args: Step3Config) -> ChatFormat:
     """Load the tokenizer of all four roles.
 
     Raises:
-        UserError: actor and critic have different ones, or the critic is no reward model.
+        UserError: actor and critic have different ones.
     """
     template, critic = args.data.chat_template, args.critic.model_name_or_path
     chat = load_chat(args.actor.model_name_or_path, args.loading, template, fixed=True)
     require_same(chat.tokenizer, load_tokenizer(
         critic, template, args.loading.trust_remote_code, fixed=True
     ))
-    if not is_reward_model(args.critic, args.loading):
-        raise UserError(
-            f"--critic_model_name_or_path {critic}: is no reward model (a sequence classifier "
-            "with one label); give the folder that step 2 wrote"
-        )
     return chat
 
 

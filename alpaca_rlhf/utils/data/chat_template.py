@@ -2,8 +2,9 @@
 
 A template renders bos, the turns and the generation prompt, so `tokenizer.apply_chat_template` in
 any other tool gives the ids that were trained on. An assistant turn ends with eos and nothing else:
-the policy learns to emit one token. A user turn in Stanford Alpaca's format has `instruction` and
-`input` beside its content, which is both; only `alpaca` and `alpaca_short` read them.
+the policy learns to emit one token. Whitespace at the start of a response stays. A user turn in
+Stanford Alpaca's format has `instruction` and `input` beside its content, which is both; only
+`alpaca` and `alpaca_short` read them.
 """
 
 DEFAULT = "human_assistant"
@@ -34,7 +35,7 @@ def _turns(user: str, assistant: str, system: str, generation_prompt: str = "") 
 
 _HUMAN_ASSISTANT = _turns(
     user="{{- 'Human: ' + (message['content'] | trim) + '\\n\\n' -}}",
-    assistant="{{- 'Assistant: ' + (message['content'] | trim) + eos_token -}}",
+    assistant="{{- 'Assistant: ' + message['content'].rstrip() + eos_token -}}",
     system="{{- (message['content'] | trim) + '\\n\\n' -}}",
     generation_prompt="Assistant:",
 )
@@ -59,7 +60,7 @@ _ALPACA_TURNS = _turns(
     "{%- else -%}"
     "{{- '### Instruction:\\n' + (message['content'] | trim) + '\\n\\n' -}}"
     "{%- endif -%}",
-    assistant="{{- '### Response:\\n' + (message['content'] | trim) + eos_token -}}",
+    assistant="{{- '### Response:\\n' + message['content'].rstrip() + eos_token -}}",
     system="{{- (message['content'] | trim) + '\\n\\n' -}}",
     generation_prompt="### Response:\\n",
 )
@@ -72,7 +73,7 @@ _VICUNA = (
     "{%- endif -%}"
 ) + _turns(
     user="{{- 'USER: ' + (message['content'] | trim) + ' ' -}}",
-    assistant="{{- 'ASSISTANT: ' + (message['content'] | trim) + eos_token -}}",
+    assistant="{{- 'ASSISTANT: ' + message['content'].rstrip() + eos_token -}}",
     system="{{- (message['content'] | trim) + ' ' -}}",
     generation_prompt="ASSISTANT:",
 )
@@ -84,7 +85,7 @@ _LLAMA2 = "{%- set state = namespace(system='') -%}" + _turns(
     "{%- endif -%}"
     "{{- '[INST] ' + state.system + (message['content'] | trim) + ' [/INST]' -}}"
     "{%- set state.system = '' -%}",
-    assistant="{{- ' ' + (message['content'] | trim) + eos_token -}}",
+    assistant="{{- ' ' + message['content'].rstrip() + eos_token -}}",
     system="{%- set state.system = '<<SYS>>\\n' + (message['content'] | trim) + "
     "'\\n<</SYS>>\\n\\n' -%}",
 )
@@ -95,7 +96,9 @@ _CHATML = (
     "{%- if message['role'] not in ('system', 'user', 'assistant') -%}" + _UNKNOWN_ROLE
     + "{%- endif -%}"
     "{%- if not loop.first -%}{{- '\\n' -}}{%- endif -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] | trim) -}}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{{- message['content'].rstrip() if message['role'] == 'assistant' else "
+    "message['content'] | trim -}}"
     "{{- '<|im_end|>' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '\\n<|im_start|>assistant\\n' -}}{%- endif -%}"

@@ -36,8 +36,10 @@ from alpaca_rlhf.utils.data.samples import (
     number_of,
     pair_of,
     parse_dialogue,
+    response_text,
     sample_of,
     split_turns,
+    stripped,
     text_of,
     turns_of,
     user_turn,
@@ -122,7 +124,8 @@ def _is_harmless(name: str) -> bool:
 
 def _repeats(value: Any, sample: Sample) -> bool:
     """Return whether a value is one of the texts of a sample, or a rendering of the sample."""
-    texts = {sample.chosen, sample.rejected, *(m["content"] for m in sample.messages)}
+    said = (sample.chosen, sample.rejected or "", *(m["content"] for m in sample.messages))
+    texts = {text.strip() for text in said}
     last = sample.messages[-1]
     if isinstance(value, str):
         rendered = sample.chosen in value and last.get("instruction", last["content"]) in value
@@ -213,7 +216,7 @@ def _earlier(history: Any) -> list[Message]:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise Unusable("history is neither pairs of texts nor messages")
             turns += [user_turn(text_of(pair[0], "history")),
-                      {"role": "assistant", "content": text_of(pair[1], "history")}]
+                      {"role": "assistant", "content": response_text(pair[1], "history")}]
     if not all(turn["content"] for turn in turns):
         raise Unusable("empty turn")
     return turns
@@ -261,11 +264,13 @@ def _prompt_chosen_rejected(row: _Reading) -> Sample:
         for start in (begin, "Assistant:") if is_open else (begin,):
             if all(side.lstrip().startswith(start) for side in sides):
                 # The prompt is repeated, or the name as in yitingxie/rlhf-reward-datasets.
-                sides = [side.lstrip().removeprefix(start) for side in sides]
+                sides = [side.lstrip().removeprefix(start).removeprefix(" ") for side in sides]
                 break
         else:
             if all(is_dialogue(side) and parse_dialogue(side)[0] == messages[0] for side in sides):
                 return _chosen_rejected(row)
+            if is_open:
+                sides = [side.removeprefix(" ") for side in sides]
     return pair_of(messages, *sides)
 
 
@@ -295,7 +300,7 @@ def _webgpt(row: Row) -> Sample:
     question = text_of(value_of(row["question"], "full_text", "question"), "question")
     responses = []
     for i in (0, 1):
-        answer = text_of(row[f"answer_{i}"], f"answer_{i}")
+        answer = response_text(row[f"answer_{i}"], f"answer_{i}")
         without_marks = re.sub(r"\s?\[\d+(?:,\s*\d+)*\]", "", answer)
         responses.append((number_of(row[f"score_{i}"], "score"), without_marks))
     return best_and_worst([user_turn(question)], responses)
@@ -370,7 +375,7 @@ _USER_ASSISTANT = re.compile(r"(?:^|\s|</s>)(USER|ASSISTANT):")
 def _user_assistant_prompt(row: _Reading) -> Sample:
     """Read `USER: … ASSISTANT:` text, with or without a system text before it."""
     before, turns = split_turns(text_of(row["prompt"], "prompt"), _USER_ASSISTANT)
-    turns = [{**turn, "content": turn["content"].replace("</s>", "").strip()} for turn in turns]
+    turns = [{**turn, "content": turn["content"].replace("</s>", "").rstrip()} for turn in turns]
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()
     system: list[Message] = [{"role": "system", "content": before.strip()}]
@@ -381,11 +386,12 @@ def _user_assistant_prompt(row: _Reading) -> Sample:
 def _question_answer(question: str, answer: str) -> Callable[[Row], Sample]:
     """Read two columns; "column[]" is the first of the column's list."""
 
-    def value(row: Row, name: str) -> str:
+    def value(row: Row, name: str) -> tuple[Any, str]:
         column = name.removesuffix("[]")
-        return text_of(row[column] if name == column else list_of(row[column], column)[0], column)
+        return row[column] if name == column else list_of(row[column], column)[0], column
 
-    return lambda row: sample_of([user_turn(value(row, question))], value(row, answer))
+    return lambda row: sample_of(
+        [user_turn(text_of(*value(row, question)))], response_text(*value(row, answer)))
 
 
 def _mkqa(row: Row) -> Iterator[Sample | Unusable]:
@@ -393,7 +399,7 @@ def _mkqa(row: Row) -> Iterator[Sample | Unusable]:
         try:
             question = text_of(value_of(row["queries"], language, "queries"), "query")
             answers = list_of(value_of(row["answers"], language, "answers"), "answers")
-            answer = text_of(value_of(answers[0], "text", "answer"), "answer")
+            answer = response_text(value_of(answers[0], "text", "answer"), "answer")
             yield sample_of([user_turn(question)], answer, language=language)
         except Unusable as reason:
             yield reason
@@ -427,7 +433,7 @@ def _tree_samples(row: Row) -> Iterator[Sample | Unusable]:
         except Unusable as reason:
             yield reason
         for response in reversed(responses):
-            turn = {"role": "assistant", "content": response["text"].strip()}
+            turn = {"role": "assistant", "content": stripped(response["text"])}
             open_nodes += [(child, [*turns, turn]) for child in reversed(_children(response))]
 
 

@@ -41,7 +41,7 @@ from alpaca_rlhf.utils.data.split import Split
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
 from alpaca_rlhf.utils.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 """Part of the cache key: raise it when this package makes other rows from the same data."""
 
 PROMPT = "prompt"  # column of a row: the digest of its prompt

@@ -69,6 +69,20 @@ def text_of(value: Any, what: str) -> str:
     return value.strip()
 
 
+def response_text(value: Any, what: str) -> str:
+    """Check for text that is not empty, and strip its end."""
+    text_of(value, what)
+    return stripped(value)
+
+
+def stripped(response: str) -> str:
+    """Strip a response at its end, and at its start of the single space that follows a name.
+
+    Other whitespace at its start, as before indented code, is the response's.
+    """
+    return re.sub(r"\A (?=\S)", "", response.rstrip())
+
+
 def list_of(value: Any, what: str) -> list[Any]:
     """Check for a list that is not empty."""
     if not isinstance(value, list):
@@ -103,9 +117,8 @@ _ROLES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
     "bing": "assistant", "model": "assistant",
-    **dict.fromkeys(("tool", "function", "ipython", "observation", "function_call", "tool_call",
-                     "function_response", "tool_response", "tool_result"), "tool"),
 }
+_TOOL_ROLE = re.compile(r"tool|function|ipython|observation")
 ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 # Marks of what is trained: OpenAI's and axolotl's, and those of other trainers.
 MARK_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_weight")
@@ -168,9 +181,13 @@ def split_turns(text: str, names: re.Pattern[str]) -> tuple[str, list[Message]]:
     if doubled:
         found = found[:doubled] + (found[-1:] if roles[-1] == "assistant" else [])
     ends = [match.start() for match in found] + [len(text)]
-    turns = [{"role": _ROLES[match[1].lower()], "content": text[match.end() : end].strip()}
+    turns = [_message(_ROLES[match[1].lower()], text[match.end() : end].removeprefix(" "))
              for match, end in zip(found, ends[1:], strict=True)]
     return text[: ends[0]], turns
+
+
+def _message(role: str, text: str) -> Message:
+    return {"role": role, "content": stripped(text) if role == "assistant" else text.strip()}
 
 
 def turns_of(value: Any, what: str) -> list[Message]:
@@ -188,15 +205,16 @@ def turns_of(value: Any, what: str) -> list[Message]:
 
 def _turn(turn: dict[str, Any], what: str) -> Message:
     role, content = first_of(turn, ROLE_KEYS), first_of(turn, TEXT_KEYS)
-    name = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    if name == "tool" or any(turn.get(key) for key in _TOOL_KEYS):
+    spelled = role.strip().lower() if isinstance(role, str) else ""
+    name = _ROLES.get(spelled)
+    if _TOOL_ROLE.match(spelled) or any(turn.get(key) for key in _TOOL_KEYS):
         raise Unusable("tool turns")
     text = joined(content)
     if not isinstance(role, str) or not isinstance(text, str):
         raise Unusable(f"{what} is neither text nor messages")
     if name is None:
         raise Unusable(f"role {json.dumps(role[:40])} is not system, user or assistant")
-    message: Message = {"role": name, "content": text.strip()}
+    message = _message(name, text)
     mark = first_of(turn, MARK_KEYS)
     if name == "assistant" and mark is not None:
         trained = flag_of(mark)
@@ -280,7 +298,7 @@ def response_of(value: Any, side: str) -> str:
             raise Unusable(f"{side} does not end with an assistant turn")
     if isinstance(value, dict):
         value = first_of(value, TEXT_KEYS)
-    return text_of(joined(value), side)
+    return response_text(joined(value), side)
 
 
 def sample_of(
@@ -289,7 +307,7 @@ def sample_of(
     """Make a sample; without `rejected` it is no pair, and with `lacking` a prompt alone."""
     better = "" if lacking else response_of(chosen, "chosen")
     worse = None if rejected is None else response_of(rejected, "rejected")
-    if better == worse:
+    if worse is not None and better.strip() == worse.strip():
         raise Unusable("chosen equals rejected")
     earlier = [message for message in messages if message["role"] == "assistant"]
     untrained = tuple(i for i, message in enumerate(earlier) if _UNTRAINED in message)

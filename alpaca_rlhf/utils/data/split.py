@@ -175,9 +175,13 @@ def check_record(
     for name, flag in (("seed", "--seed"), ("shares", "--data_split")):
         mine, theirs = _shown(split[name]), _shown(record.get(name))
         if mine != theirs:
+            remedy = f"give {flag} {theirs}"
+            if name == "shares" and not record[name][split["step"] - 1]:
+                remedy = ("give each step data of its own, or all of them one --data_split with a "
+                          "share for each, such as 2,4,4")
             lines.append(
                 f"data: {flag} {mine} here, {theirs} for {what} ({folder}): the steps' parts of "
-                f"the data differ; give {flag} {theirs}"
+                f"the data differ; {remedy}"
             )
     for prompts, kind in ((train, "prompts"), (held_out, "held-out prompts")):
         unique = np.unique(np.asarray(prompts, dtype=np.int64))

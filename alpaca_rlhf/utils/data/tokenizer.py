@@ -20,6 +20,7 @@ from alpaca_rlhf.utils import console
 from alpaca_rlhf.utils.configs import LoadingConfig
 from alpaca_rlhf.utils.data import chat_template
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.files import pointer_problem
 
 # {"role": "system" | "user" | "assistant", "content": text}; see `samples.Sample` for two more.
 Message = dict[str, str]
@@ -71,12 +72,13 @@ class ChatFormat:
                 "precedes a response; choose human_assistant"
             )
         self._separator, ending = after.rsplit(_PROBE, 1)
-        # Qwen3's template puts a thinking block before the last response only.
+        # Qwen3's templates put a thinking block before the last response only, and some open it in
+        # the generation prompt.
         self._earlier_separator = self._separator
         with contextlib.suppress(TemplateRefusal):
             earlier = self.prompt_text([*question, answer, *question])
-            if earlier.startswith(prompt):
-                self._earlier_separator = earlier[len(prompt) :].split(_PROBE, 1)[0]
+            shared = len(os.path.commonprefix([earlier, prompt]))
+            self._earlier_separator = earlier[shared:].split(_PROBE, 1)[0]
         if not ending.startswith(tokenizer.eos_token):
             raise UserError(
                 f"--chat_template tokenizer: an assistant turn ends with {ending!r}, not with "
@@ -179,7 +181,7 @@ class ChatFormat:
 
     def _rendered(self, text: str) -> str:
         """Return what the template makes of a last response, from the end of the prompt to eos."""
-        text = self._without_specials(text).strip()
+        text = self._without_specials(text).rstrip()
         if self._is_ours or not text:
             return self._separator + text
         question: list[Message] = [{"role": "user", "content": _PROBE}]
@@ -206,8 +208,11 @@ class ChatFormat:
         return [*self._encode([self._without_specials(text)])[0], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated ids, without control tokens."""
-        return self.text(ids).strip()
+        """Return the text of generated ids, without control tokens and the template's space."""
+        # Sentencepiece drops a space at the start of what it decodes, unless something precedes it.
+        before = [] if ids[:1] == [self.tokenizer.bos_token_id] else self._anchor_ids
+        text = self.text([*before, *ids]).removeprefix(self.text(before))
+        return text.removeprefix(self._separator if self._separator.isspace() else "").rstrip()
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of ids without control tokens, with the spaces around it."""
@@ -348,6 +353,9 @@ def _problem(path: str, error: Exception) -> str:
     if not folder.is_dir():
         hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
         return f"{message.splitlines()[0] if hub_id else 'no such folder'}; check the name"
+    for name in ("tokenizer_config.json", *_VOCABULARIES):
+        if (folder / name).is_file() and (pointer := pointer_problem(folder / name)):
+            return f"its {name} is {pointer}"
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         if (folder / name).is_file() and not _holds_object(folder / name):
             return f"its {name} is broken; save or download it again"

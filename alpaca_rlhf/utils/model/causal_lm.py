@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.models.auto import modeling_auto
 
 from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
@@ -22,25 +18,30 @@ from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX, Head
 from alpaca_rlhf.utils.model.lora import unwrapped
 
+# Names of weights in a multimodal model, and in a causal LM that is its text part.
+_TEXT_PART = {r"^language_model\.lm_head\.": "lm_head.",
+              r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
+
+
+def is_multimodal(config: Any) -> bool:
+    """Return whether a model has parts for images or sound."""
+    return config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or (
+        config.get_text_config() is not config and len(config.sub_configs) > 1)
+
 
 def load_config(role: RoleConfig, loading: LoadingConfig) -> Any:
     """Load the model's configuration, with the role's dropout, and without a pad it has no row for.
 
+    Of a multimodal model it is that of the text part, if that is a causal LM by itself.
+
     Raises:
         UserError: there is none at the role's path.
     """
-    path = role.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
-        parts = (config, config.get_text_config(decoder=True))
-    except (OSError, ValueError) as error:
-        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-            reason = "the folder has no config.json; give a Hugging Face model folder"
-        elif Path(path).exists():
-            reason = f"{_first_line(error)}; give a Hugging Face model folder"
-        else:
-            reason = "no such folder, and no model of that name can be had; check the name"
-        raise UserError(f"no model can be loaded from {path}: {reason}") from error
+    config = _read_config(role, loading)
+    parts = (config, config.get_text_config(decoder=True))
+    if is_multimodal(config) and type(parts[1]) in AutoModelForCausalLM._model_mapping:
+        parts[1].tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+        config = parts[1]
     for part in parts:
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, int | float):
@@ -49,6 +50,22 @@ def load_config(role: RoleConfig, loading: LoadingConfig) -> Any:
         if pad is not None and rows and not 0 <= pad < rows:
             part.pad_token_id = None
     return config
+
+
+def _read_config(role: RoleConfig, loading: LoadingConfig) -> Any:
+    path = role.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
+        config.get_text_config(decoder=True)  # raises where there are several
+        return config
+    except (OSError, ValueError) as error:
+        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+            reason = "the folder has no config.json; give a Hugging Face model folder"
+        elif Path(path).exists():
+            reason = f"{_first_line(error)}; give a Hugging Face model folder"
+        else:
+            reason = "no such folder, and no model of that name can be had; check the name"
+        raise UserError(f"no model can be loaded from {path}: {reason}") from error
 
 
 def attention(auto_class: Any, config: Any, wanted: str) -> str:
@@ -81,10 +98,14 @@ def load_model(
     # To the device at once: below ZeRO-3 every rank would hold the whole model in host memory.
     sharded = ds_config["zero_optimization"]["stage"] == 3
     device_map = None if sharded or distributed.on_cpu() else {"": distributed.device()}
+    is_part = config.model_type != _read_config(role, loading).model_type
+    if is_part:
+        console.say(f"{path}: of a multimodal model the text part ({config.model_type}) is taken")
     with _partitioned_loading(ds_config):
         try:
-            model = auto_class.from_pretrained(
-                path, config=config, dtype=distributed.resolve_dtype(loading.dtype),
+            model, found = auto_class.from_pretrained(
+                path, config=config, key_mapping=_TEXT_PART if is_part else None,
+                output_loading_info=True, dtype=distributed.resolve_dtype(loading.dtype),
                 attn_implementation=attention(auto_class, config, loading.attn_implementation),
                 trust_remote_code=loading.trust_remote_code, device_map=device_map,
             )
@@ -94,6 +115,9 @@ def load_model(
             ) from error
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"no model can be loaded from {path}: {_first_line(error)}") from error
+        if is_part and (missing := set(found["missing_keys"]) - {"score.weight"}):
+            raise UserError(f"{path}: its weights have no text part of type {config.model_type} "
+                            f"({min(missing)} is missing); give a model of text alone")
         _enlarge_embeddings(model, 1 + max(tokenizer.get_vocab().values()))
     if role.gradient_checkpointing:
         # Inputs must require grad, or no layer after a frozen embedding is trained.

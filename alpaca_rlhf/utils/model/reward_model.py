@@ -108,6 +108,15 @@ def is_reward_model(role: RoleConfig, loading: LoadingConfig) -> bool:
     return names[0].endswith("ForSequenceClassification") and config.num_labels == 1
 
 
+def require_reward_model(role: RoleConfig, loading: LoadingConfig) -> None:
+    """Raise UserError unless the role's path holds a sequence classifier with one label."""
+    if not is_reward_model(role, loading):
+        raise UserError(
+            f"{role.flag('model_name_or_path')} {role.model_name_or_path}: is no reward model (a "
+            "sequence classifier with one label); give the folder that step 2 wrote"
+        )
+
+
 def load_reward_model(
     role: RoleConfig, loading: LoadingConfig, ds_config: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -153,6 +162,7 @@ def load_statistics(folder: str) -> tuple[float, float]:
         return float(record["mean"]), float(record["std"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"--reward_normalization checkpoint: {path} is missing or broken; run step 2 again, "
-            "or take --reward_normalization reference"
+            f"--critic_model_name_or_path {folder}: the mean and standard deviation of its scores, "
+            "which step 2 saves, are missing or broken; run step 2 again, or take "
+            "--reward_normalization reference"
         ) from error

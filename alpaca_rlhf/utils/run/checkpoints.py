@@ -197,7 +197,8 @@ def _check_fit(path: Path, allow_changed: bool, step: int, arguments: dict[str, 
             "between two iterations"
         )
     changed = changed_arguments(
-        then, arguments, ranks_then=ranks, ranks_now=distributed.world_size()
+        then, arguments, ranks_then=ranks, ranks_now=distributed.world_size(),
+        started_in=manifest.get("started_in", ""),
     )
     if changed and not allow_changed:
         raise UserError(
@@ -213,9 +214,13 @@ def _check_fit(path: Path, allow_changed: bool, step: int, arguments: dict[str, 
 
 
 def changed_arguments(
-    then: dict[str, Any], now: dict[str, Any], *, ranks_then: int, ranks_now: int
+    then: dict[str, Any], now: dict[str, Any], *, ranks_then: int, ranks_now: int,
+    started_in: str = "",
 ) -> list[str]:
-    """Return a line for each argument that differs between two runs and changes the result."""
+    """Return a line for each argument that differs between two runs and changes the result.
+
+    Paths that lead to one place are equal; those of then were relative to `started_in`.
+    """
     kinds, lines = on_resume(), []
     for flag in dict.fromkeys([*now, *then]):
         kind, old, new = kinds.get(flag, "result"), then.get(flag), now.get(flag)
@@ -225,9 +230,20 @@ def changed_arguments(
             if old * ranks_then != new * ranks_now:
                 lines.append(f"--{flag} was {old} on {ranks_then} rank(s), is {new} on "
                              f"{ranks_now}")
-        elif old != new:
+        elif old != new and _places(old, started_in) != _places(new, ""):
             lines.append(f"--{flag} was {old}, is {new}")
     return lines
+
+
+def _places(value: Any, folder: str) -> Any:
+    """Return where a path leads, also one of `NAME=PATH:SHARE` or in a list; else the value."""
+    if isinstance(value, list):
+        return [_places(one, folder) for one in value]
+    parts = re.fullmatch(r"([^/=]*=)?(.*?)(:[\d.]+)?", value) if isinstance(value, str) else None
+    if parts is None:
+        return value
+    path = os.path.realpath(os.path.join(folder, os.path.expanduser(parts[2])))
+    return parts[1], path, parts[3]
 
 
 # --- writing and restoring -----------------------------------------------------------------------
@@ -401,6 +417,7 @@ class Checkpoints:
         manifest = {
             "format": FORMAT, "step_of_rlhf": self._step, "step": self.progress.step,
             "in_round": mid_iteration, "ranks": distributed.world_size(),
+            "started_in": os.getcwd(),
             "files": _described(temporary),
         }
         if distributed.is_main():
