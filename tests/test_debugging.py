@@ -47,7 +47,7 @@ def test_a_breakpoint_that_pdb_sets_in_ppo_trainer_is_hit_under_debug(small, tmp
         "--max_steps", 1, "--max_answer_seq_len", 4, "--eval_prompts", 0,
         "--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4,
     ]
-    line = line_of(TRAINER, "weight, random_state = global_weight(micro_batches)")
+    line = line_of(TRAINER, "weight, random_state = global_weight(batches)")
     pdb = pexpect.spawn(sys.executable, list(map(str, words)), cwd=str(tmp_path),
                         env=environment(), encoding="utf-8", timeout=200)
     try:
@@ -57,7 +57,7 @@ def test_a_breakpoint_that_pdb_sets_in_ppo_trainer_is_hit_under_debug(small, tmp
         pdb.sendline("c")
         pdb.expect_exact(f"{TRAINER}({line})_step()")
         pdb.expect_exact("(Pdb) ")
-        pdb.sendline("p 'rows', len(micro_batches[0])")
+        pdb.sendline("p 'rows', len(batches[0])")
         pdb.expect_exact("('rows', 4)")
         pdb.sendline("c")
         pdb.expect(r"1/1 \[.*nothing is saved")  # a terminal gets a bar

@@ -123,7 +123,7 @@ def test_the_compiled_step_decodes_bf16_nearer_to_fp32_than_the_forward_pass(sma
             assert isinstance(maker._hybrid._fast_step, LlamaStep)
         exact = copy.deepcopy(lora.unwrapped(engine.actor.module)).float().eval()
         with torch.no_grad():
-            logprobs = engine.logprobs(exact, rollout, 1.0)
+            logprobs = rollout.spread(engine.logprobs(exact, rollout, 1.0)[:, 0])
         difference = (rollout.decoded_logprobs - logprobs) * rollout.response_mask
         found[hybrid] = difference.abs().sum() / rollout.response_mask.sum()
     assert found[True] < found[False] < 0.1

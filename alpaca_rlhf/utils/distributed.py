@@ -228,9 +228,9 @@ def _auto_dtype(ranks: int) -> torch.dtype:
     """
     if on_cpu():
         gain = min(gather_rows([bf16_gain()]))
-        bf16 = gain >= WORTH_BF16
-        console.say(f"--dtype auto: {'bf16' if bf16 else 'fp32'}, because this CPU multiplies "
-                    f"matrices {gain:.1f} times as fast in bf16 as in fp32")
+        if bf16 := gain >= WORTH_BF16:
+            console.say(f"--dtype auto: bf16, because this CPU multiplies matrices {gain:.1f} "
+                        "times as fast as in fp32")
     elif not (bf16 := has_bf16()):
         console.say("--dtype auto: this accelerator has no bf16, so it is fp32; --dtype fp16 is "
                     "faster and takes less memory")
