@@ -53,7 +53,7 @@ prepare_environment requirements.txt
 
 # Raise it when a new version of a step gives other results for the same configuration and flags:
 # outputs of older versions are then not reused.
-format=2
+format=3
 
 # .stepN.state says that OUTPUT was written by this script: "running HASH", then "done HASH". HASH
 # covers the format, the configuration, the flags and the HASH of the step before.
