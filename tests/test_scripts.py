@@ -140,8 +140,8 @@ def test_the_number_of_ranks_goes_to_the_launcher(tree):
 def raise_format(tree: Tree) -> None:
     script = tree.root / "scripts" / "run_pipeline.sh"
     text = script.read_text()
-    assert "\nformat=2\n" in text
-    script.write_text(text.replace("\nformat=2\n", "\nformat=3\n"))
+    assert "\nformat=3\n" in text
+    script.write_text(text.replace("\nformat=3\n", "\nformat=4\n"))
 
 
 @pytest.mark.parametrize(("change", "again"), [
