@@ -48,6 +48,7 @@ FLOORS = {
     "utils/errors.py": 0,
     "utils/files.py": 0,
     "utils/losses.py": 0,
+    "utils/projection.py": 0,
     "utils/rl_math.py": 0,
     "utils/data/chat_template.py": 0,
     "__init__.py": 0,
@@ -66,6 +67,7 @@ THIRD_PARTY = {
     "utils/arguments.py": {"transformers", "yaml"},
     "utils/console.py": {"deepspeed", "torch", "transformers"},
     "utils/losses.py": {"torch"},
+    "utils/projection.py": {"torch"},
     "utils/rl_math.py": {"torch"},
 }
 # Programs that print before or beside the ranks that `console.say` speaks for.

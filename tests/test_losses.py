@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from plain import entropy
 from torch.testing import assert_close
 
-from alpaca_rlhf.utils import losses
+from alpaca_rlhf.utils import projection
 from alpaca_rlhf.utils.losses import (
-    Head,
     chosen_logprobs,
     pairwise_loss,
     policy_loss,
     token_loss,
     value_loss,
 )
+from alpaca_rlhf.utils.projection import Head
 
 # --- tokens and pairs ----------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def compared(loss, plain, *, dtype, head, trained="hidden weight bias"):
 
 @pytest.fixture(params=[7 * 50, 33 * 50])
 def most(request, monkeypatch):
-    monkeypatch.setattr(losses, "MOST_LOGITS", request.param)
+    monkeypatch.setattr(projection, "MOST_LOGITS", request.param)
 
 
 @pytest.mark.usefixtures("most")
@@ -118,7 +118,7 @@ def test_an_entropy_without_a_gradient_is_a_number_only():
 
 
 def test_no_logits_of_all_tokens_stand_at_once(monkeypatch):
-    monkeypatch.setattr(losses, "MOST_LOGITS", 10 * 500)
+    monkeypatch.setattr(projection, "MOST_LOGITS", 10 * 500)
     largest, right = [], F.linear
     monkeypatch.setattr(F, "linear", lambda *given: largest.append(
         (made := right(*given)).numel()) or made)
