@@ -1,4 +1,4 @@
-"""How the cost of step 1 grows with sequence length, vocabulary and batch: `steps.py --grow`.
+"""Growth of the cost of step 1 with sequence length, vocabulary and batch: `steps.py --grow`.
 
 Models have the embedded one's layers, random weights and one of several vocabularies; every row is
 as long as the limit. The expected line is a constant and a multiple of the arithmetic, which is

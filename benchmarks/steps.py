@@ -43,7 +43,7 @@ Report = dict[str, Any]
 
 
 class Work(NamedTuple):
-    """What is measured: a step, flags of ours, rank of LoRA, unit of the speed."""
+    """A measured work: a step, flags of ours, rank of LoRA, unit of the speed."""
 
     step: int
     title: str

@@ -169,7 +169,7 @@ def test_groups_are_cut_where_that_saves_most_padding(lengths, count, expected):
 def test_every_rank_gets_as_many_micro_batches_as_the_rank_that_needs_most(
     monkeypatch, others, expected
 ):
-    """Of (micro-batches, rows) of the other ranks; never more than a rank has rows."""
+    """`others`: (micro-batches, rows) of the other ranks; never more than a rank has rows."""
     monkeypatch.setattr(distributed, "gather_rows", lambda mine: [*mine, *others])
     cuts = micro_batches(range(5), [9, 8, 7, 2, 1], 4, 18)
     assert len(cuts) == expected

@@ -1,4 +1,4 @@
-"""What is computed of some tokens of a causal LM: only their positions are projected."""
+"""Numbers of some tokens of a causal LM: only their positions are projected."""
 
 import pytest
 import torch

@@ -115,6 +115,27 @@ def test_a_non_finite_loss_changes_nothing_and_leaves_no_gradient_behind(small, 
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_non_finite_loss_with_a_finite_gradient_changes_nothing(small, stage):
+    engine = actor(small, stage)
+    before = snapshot(engine.module)
+
+    def far(engine, batch):
+        loss, stats = step1.loss(engine, batch)
+        return loss + math.inf, stats
+
+    assert step(engine, tokens([0], [1]), far) is None
+    assert moved(before, engine.module) == set()
+
+
+def test_metrics_are_means_and_maxima_over_all_ranks(monkeypatch):
+    others = torch.tensor([[4.0, 7.0], [6.0, 2.0]], dtype=torch.float64)
+    monkeypatch.setattr(training_loop.distributed, "gather",
+                        lambda mine: torch.cat([mine.unsqueeze(0), others]))
+    sums = {"loss": torch.tensor(2.0).double(), "length_max": torch.tensor(5.0).double()}
+    assert training_loop._over_ranks(sums, torch.tensor(4.0)) == {"loss": 3.0, "length_max": 7.0}
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_non_finite_gradient_of_a_finite_loss_changes_nothing(small, stage, bad):
     engine = actor(small, stage)
