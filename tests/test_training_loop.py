@@ -1,6 +1,7 @@
 """The optimizer step: the gradient of one big batch from uneven micro-batches, or no step."""
 
 import math
+import platform
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
-from alpaca_rlhf.utils import training_loop
+from alpaca_rlhf.utils import distributed, training_loop
 from alpaca_rlhf.utils.data.batches import collate_pairs, collate_tokens
 from alpaca_rlhf.utils.training_loop import global_weight, optimizer_step
 
@@ -163,3 +164,47 @@ def test_the_gradient_norm_is_the_one_before_clipping(small, stage):
     step(engine, tokens([0]))
     assert norm > 1.0
     assert training_loop.gradient_norm(engine) == pytest.approx(norm.item(), rel=1e-4)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_a_single_rank_without_zero_does_not_copy_the_gradient(small):
+    # DeepSpeed would flatten all of it, for a sum over one rank.
+    assert not small.trained("actor").enable_backward_allreduce
+    assert small.trained("actor", stage=1).enable_backward_allreduce
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+@pytest.mark.parametrize("returned", [False, True])
+def test_freed_tensors_go_back_to_the_system(imported, tmp_path, returned):
+    script = tmp_path / "memory.py"
+    script.write_text(f"""
+import resource, torch
+from alpaca_rlhf.utils import distributed
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
+if {returned}:
+    distributed.return_freed_memory()
+large = torch.ones(7_500_000)
+del large  # 30 MB: from here on glibc takes smaller blocks from its heap
+before, freed, kept = resident(), [], []
+for _ in range(20):
+    freed.append(torch.ones(2_000_000))
+    kept.append(torch.ones(16_000))
+del freed
+print(resident() - before)
+""")
+    done = imported.run([script], tmp_path)
+    assert done.returncode == 0, done.stderr
+    held = float(done.stdout)  # MB, of 160
+    assert held < 40 if returned else held > 120
+
+
+def test_gradient_checkpointing_returns_freed_memory(small, monkeypatch):
+    called = []
+    monkeypatch.setattr(distributed, "return_freed_memory", lambda: called.append(1))
+    small.causal_lm()
+    assert not called
+    small.causal_lm(gradient_checkpointing=True)
+    assert called

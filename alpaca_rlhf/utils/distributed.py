@@ -10,6 +10,7 @@ collective on tensors waits for it.
 """
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import importlib.util
@@ -38,6 +39,7 @@ DEBUG_RANKS, DEBUG_PORT = "ALPACA_RLHF_DEBUG_RANKS", "ALPACA_RLHF_DEBUG_PORT"
 NO_DEBUGPY = "--debug_ranks needs debugpy: pip install debugpy"
 HOST_TIMEOUT = datetime.timedelta(days=1)  # of waiting for another rank's work on the host
 WORTH_BF16 = 1.5  # times as fast as fp32, from which on `--dtype auto` is bf16 on a CPU
+M_MMAP_THRESHOLD, RETURNED_BYTES = -3, 2**20  # glibc's mallopt: from this size on
 OMPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 
 
@@ -386,6 +388,17 @@ def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
                 free = min(free, int(allowed) - int((groups / used).read_text()))
     host = max(0, free) / _place.local_size
     return host if on_cpu() else get_accelerator().available_memory(), host
+
+
+def return_freed_memory() -> None:
+    """Let a CPU's large tensors go back to the system when they are freed.
+
+    glibc keeps blocks of up to 32 MB in its heap once one was freed, and what is allocated between
+    them leaves gaps: nearly as much memory again as the tensors that gradient checkpointing keeps.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        if on_cpu():
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
 
 
 def memory_gb() -> float:

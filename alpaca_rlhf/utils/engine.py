@@ -71,6 +71,8 @@ def build_trained(
         model=wrap(model) if wrap else model, optimizer=optimizer, lr_scheduler=scheduler,
         config=config,
     )
+    if stage == 0 and distributed.world_size() == 1:
+        made.enable_backward_allreduce = False  # it would copy the whole gradient for nothing
     return made, summary
 
 

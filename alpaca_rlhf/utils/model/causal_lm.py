@@ -121,6 +121,7 @@ def load_model(
                             f"({min(missing)} is missing); give a model of text alone")
         _enlarge_embeddings(model, 1 + max(tokenizer.get_vocab().values()))
     if role.gradient_checkpointing:
+        distributed.return_freed_memory()
         # Inputs must require grad, or no layer after a frozen embedding is trained.
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
