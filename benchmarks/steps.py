@@ -39,6 +39,7 @@ from alpaca_rlhf.utils.model.reward_model import save_statistics
 WORKERS = Path(__file__).with_name("step_workers.py")
 TRL = {1: "1.16.0", 2: "1.16.0", 3: "1.12.0"}  # the last release with PPO is 1.12
 LORA = 8
+CHECKPOINTING = "--gradient_checkpointing"
 Report = dict[str, Any]
 
 
@@ -106,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--steps", type=int, default=8, help="optimizer steps of a round")
     made.add_argument("--warmup", type=int, default=2, help="optimizer steps before the first")
+    made.add_argument("--apart", action="store_true", help="one contender after the other instead "
+                      "of round by round, where they do not fit into memory together")
     made.add_argument("--threads", type=int, default=distributed.usable_cores())
     made.add_argument("--environments", type=Path, help="folder of TRL's environments (default: "
                       "benchmarks, in this package's folder under the user's cache home)")
@@ -254,25 +257,32 @@ def measure(name: str, model: str, args: argparse.Namespace, folder: Path) -> di
         "warmup": args.warmup, "total": total(args), "folder": str(folder / "trl"),
     }
     contenders = {"ours": (sys.executable, {"contender": "ours", "setting": ""})}
+    if work.step < 3 and args.settings:  # as TRL does by default
+        contenders["ours, " + CHECKPOINTING] = (sys.executable, {
+            "contender": "ours", "setting": "checkpointing", "flags": [*given, CHECKPOINTING]})
     home = args.environments or prepare.cache_home(None) / "benchmarks"
     # PPOTrainer pays heed to neither setting: its batches are what it generates.
     for setting in args.settings if work.step < 3 else args.settings[:1] and ["default"]:
         contenders[SETTINGS[setting]] = (environment(home, TRL[work.step]),
                                          {"contender": "trl", "setting": setting})
-    gemm, workers = [], {}
-    with ExitStack() as stack:
-        for title, (python, who) in contenders.items():
-            workers[title] = stack.enter_context(Worker(python, job | who, folder))
-            workers[title].read()
-        for number in range(args.rounds):
-            gemm.append(gemm_rate(args.dtype))
-            for worker in list(workers.values())[:: -1 if number % 2 else 1]:
-                worker.run_round()
-            print(f"{work.title}: round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
-    reports, sizes = {title: worker.reports for title, worker in workers.items()}, shape(model)
+    gemm, reports, sizes = list[float](), dict[str, list[Report]](), shape(model)
+    for together in [[title] for title in contenders] if args.apart else [list(contenders)]:
+        with ExitStack() as stack:
+            workers = []
+            for title in together:
+                python, who = contenders[title]
+                workers.append(stack.enter_context(Worker(python, job | who, folder)))
+                workers[-1].read()
+                reports[title] = workers[-1].reports
+            for number in range(args.rounds):
+                gemm.append(gemm_rate(args.dtype))
+                for worker in workers[:: -1 if number % 2 else 1]:
+                    worker.run_round()
+                print(f"{work.title}: round {number + 1} of {args.rounds}", file=sys.stderr,
+                      flush=True)
     for report in sum(reports.values(), start=[]):
         report["flops"] = sizes.arithmetic(report)
-    return {"work": name, "gemm": gemm, "reports": reports}
+    return {"work": name, "gemm": gemm[: args.rounds], "reports": reports}
 
 
 def gemm_rate(dtype: str, size: int = 1024, repeats: int = 20) -> float:
