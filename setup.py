@@ -54,6 +54,7 @@ setup(
         "filelock>=3.15",
         "matplotlib>=3.9,<4",
         "Jinja2>=3.1,<4",
+        "httpx>=0.27,<1",
         "psutil>=5.9",
         "PyYAML>=6,<7",
         "tqdm>=4.66,<5",

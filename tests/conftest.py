@@ -205,16 +205,17 @@ class Small:
 
     def maker(
         self, engine: Any, hybrid: bool = False, tokens: int = 6, temperature: float = 1.0,
-        seed: int = 7, reward_function: Any = None,
+        seed: int = 7, reward_function: Any = None, rollout_engine: Any = None, **sampling: Any,
     ) -> Any:
         """Generates and scores rollouts."""
         from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RolloutMaker
 
         return RolloutMaker(
             engine,
-            hybrid_engine(engine.actor, hybrid, slots=3),
+            rollout_engine or hybrid_engine(engine.actor, hybrid, slots=3),
             self.chat,
-            sampling=SamplingConfig(max_new_tokens=tokens, temperature=temperature), seed=seed,
+            sampling=SamplingConfig(max_new_tokens=tokens, temperature=temperature, **sampling),
+            seed=seed,
             micro_batch_size=2, reward_function=reward_function,
         )
 

@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 from conftest import Small, fill_adapters, hybrid_engine, learn, moved, snapshot
+from fake_vllm import serving
 from plain import forward_logits
 from programs import exit_codes, fork_ranks
 
@@ -32,7 +33,7 @@ from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience
 from alpaca_rlhf.utils import console, distributed, supervised, training_loop
-from alpaca_rlhf.utils.configs import BatchConfig, SamplingConfig
+from alpaca_rlhf.utils.configs import BatchConfig, RolloutEngineConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import (
     PromptBatch,
     collate_pairs,
@@ -41,12 +42,16 @@ from alpaca_rlhf.utils.data.batches import (
     pad,
     rank_batches,
 )
+from alpaca_rlhf.utils.errors import TrainingStopped
+from alpaca_rlhf.utils.generation.vllm_engine import VLLMEngine
+from alpaca_rlhf.utils.generation.vllm_server import VLLMServer
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.run import export
 
 STAGES = (0, 1, 2, 3)
 # Stage, LoRA rank and hybrid engine of step 3: every pair of values occurs.
+SERVED = ((0, 0), (0, 4), (3, 0), (3, 4))  # stage and LoRA rank of step 3 on a vLLM server
 STEP3 = ((0, 0, False), (0, 4, False), (0, 0, True), (0, 4, True), (1, 0, True), (1, 4, False),
          (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, True))
 # Role, stage and precision of steps 1 and 2.
@@ -109,8 +114,7 @@ def weights(engine: Any, on_this_rank: bool = True) -> dict[str, torch.Tensor]:
     model = engine.module.model if hasattr(engine.module, "model") and hasattr(
         lora.unwrapped(engine.module.model), "score"
     ) else engine.module
-    state = lora.gathered_state_dict(model, on_this_rank)
-    return lora.merged_state_dict(model, state)[0] if on_this_rank else {}
+    return lora.merged_state_dict(model, on_this_rank)[0]
 
 
 def save(folder: Path, name: str, engine: Any, record: Any = None) -> dict[str, Any]:
@@ -345,12 +349,45 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
         made[f"not_finite_{stage}"] = partial(one_rank_not_finite, small, stage)
     for how in STEP3:
         made["step3_{}_{}_{}".format(*how)] = partial(iterations, small, folder, *how)
+    for how in SERVED:
+        made["served_{}_{}".format(*how)] = partial(on_a_server, small, *how)
     for role, stage, dtype in HALF:
         made[f"half_{role}_{stage}_{dtype}"] = partial(
             saved_steps, small, folder, f"half_{role}_{stage}_0_{dtype}", role, stage, 0, dtype)
     for stage, role in product((0, 3), ("actor", "critic")):
         made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)
     return made
+
+
+def on_a_server(small: Small, stage: int, lora_rank: int) -> dict[str, Any]:
+    """Two PPO iterations with a server that both ranks ask; then a transfer without one tensor."""
+    torch.manual_seed(0)
+    roles = small.roles(stage, lora_rank, **small.comparable)
+    fill_adapters(roles.actor.module)
+    prompts, differences, stopped = of_this_rank(small.prompts(8)), [], ""
+    with contextlib.ExitStack() as stack:
+        fake = None
+        if distributed.is_main():
+            fake = stack.enter_context(serving(small.folder / "actor"))
+        url, = distributed.gather_rows([fake.url] if fake else [])
+        server = VLLMServer(url, 60.0)
+        server.describe()
+        maker = small.maker(roles, rollout_engine=VLLMEngine(
+            roles.actor, [server], RolloutEngineConfig(), small.prompts(4).unpadded()))
+        for _ in range(2):
+            experience, metrics = small.experience(maker, prompts=prompts)
+            differences.append(metrics["rollout/decoding_difference_max"])
+            learn(small.trainer(roles, micro=4), experience)
+        if fake:
+            fake.withheld = {"model.layers.1.mlp.down_proj.weight"}
+        try:
+            maker.generate(prompts)
+        except TrainingStopped as stop:
+            stopped = str(stop)
+        stops = distributed.gather_rows([stopped])
+        return {"differences": differences, "stops": stops,
+                "answered": len(fake.prompts) if fake else None,
+                "whole": fake and fake.loaded == set(fake.base.state_dict())}
 
 
 def saved_steps(small: Small, folder: Path, name: str, *how: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ FLOORS = {
     "utils/distributed.py": 1,
     "utils/ds_config.py": 1,
     "utils/optimizer.py": 1,
+    "utils/reward_function.py": 1,
     "utils/arguments.py": 0,
     "utils/configs.py": 0,
     "utils/console.py": 0,

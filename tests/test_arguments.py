@@ -83,6 +83,8 @@ LINES = {(1, 2, 3): """
 --kl_coef 0.1 --kl_controller adaptive --kl_target 3 --kl_horizon 500
 --gamma 0.9 --lam 1 --cliprange 0.1 --cliprange_value 0.1 --entropy_coef 0.01
 --clip_reward_value 10 --missing_eos_penalty 0 --reward_normalization none
+--rollout_engine vllm --vllm_url http://a:1,http://b:2 http://c:3 --vllm_timeout 5
+--vllm_sync_dir weights --rollout_is_clip 2
 --reward_function rewards.simple:length --whiten_advantages false --critic_warmup_steps 5
 """}
 DEFAULTS = {1: {
@@ -443,6 +445,11 @@ HYBRID = "--enable_hybrid_engine --actor_zero_stage 3 --unpin_actor_parameters"
       "pass decodes"]),
     (3, f"--enable_cuda_graph {HYBRID}",
      ["--enable_cuda_graph has no effect: with --unpin_actor_parameters weights come and go"]),
+    (3, "--rollout_engine vllm --vllm_url http://a:1 --enable_hybrid_engine --enable_cuda_graph",
+     ["--enable_hybrid_engine has no effect: --rollout_engine is vllm",
+      "--enable_cuda_graph has no effect: --rollout_engine is vllm"]),
+    (3, "--vllm_timeout 3 --rollout_engine native",
+     ["--vllm_timeout has no effect: --rollout_engine is native"]),
 ])
 def test_flags_that_change_nothing_are_noticed(step, words, lines):
     assert notices(parse(step, words)) == lines

@@ -130,6 +130,20 @@ def test_step_3_runs_with_adapters_under_zero_3_in_bf16_on_two_ranks(results):
     assert first["policy/first_log_ratio_max"] == first["kl/k1"] == 0.0
 
 
+# ------------------------------------------------------------------- step 3 on a vLLM server
+
+
+@pytest.mark.parametrize(("stage", "rank"), worker.SERVED)
+def test_a_server_gets_the_weights_of_both_ranks_and_answers_each_prompt_once(
+    results, stage, rank
+):
+    result = results[f"served_{stage}_{rank}"]
+    assert result["answered"] == 16
+    assert result["whole"]
+    assert max(result["differences"]) < 1e-4
+    assert ["weights not updated" in stop for stop in result["stops"]] == [True, True]
+
+
 # ------------------------------------------------------------------- step 3, run through
 
 

@@ -28,7 +28,7 @@ def logits(model, batch):
 
 
 def merged(model):
-    return lora.merged_state_dict(model, lora.gathered_state_dict(model, on_this_rank=True))[0]
+    return lora.merged_state_dict(model, on_this_rank=True)[0]
 
 
 # --- matched modules -----------------------------------------------------------------------------
@@ -151,7 +151,9 @@ def test_a_plain_model_with_the_merged_weights_gives_the_adapters_logits(small):
 
 
 def test_only_the_rank_that_writes_holds_the_gathered_weights(small):
-    assert lora.gathered_state_dict(small.causal_lm(), on_this_rank=False) == {}
+    model = with_adapter(small.causal_lm())
+    assert lora.gathered_state_dict(model, on_this_rank=False) == {}
+    assert lora.merged_state_dict(model, on_this_rank=False) == ({}, 0.0)
 
 
 def test_folding_gives_the_same_logits_and_restores_every_weight_bit_for_bit(small):

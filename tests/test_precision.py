@@ -104,7 +104,7 @@ def test_an_adapter_that_has_learned_little_decodes_in_half_precision(small, dty
         weight.data.mul_(1e-3 / ratio)
     maker = small.maker(engine, hybrid=True)
     inside = []
-    with maker._hybrid.generation_mode() as decoder:
+    with maker.rollout_engine.generation_mode() as decoder:
         held = {p.data_ptr() for p in engine.actor.module.parameters()}
         inside = [layer.merged for layer in lora.lora_layers(decoder.model)]
     assert not any(inside)
@@ -120,7 +120,7 @@ def test_the_compiled_step_decodes_bf16_nearer_to_fp32_than_the_forward_pass(sma
         maker = small.maker(engine, hybrid, tokens=20)  # 3 slots: rows come and go
         rollout = maker.generate(small.prompts(8), 2)
         if hybrid:
-            assert isinstance(maker._hybrid._fast_step, LlamaStep)
+            assert isinstance(maker.rollout_engine._fast_step, LlamaStep)
         exact = copy.deepcopy(lora.unwrapped(engine.actor.module)).float().eval()
         with torch.no_grad():
             logprobs = rollout.spread(engine.logprobs(exact, rollout, 1.0)[:, 0])
@@ -193,7 +193,7 @@ def test_a_rollout_with_an_adapter_holds_the_actor_once(
     # (fp32 weights without ZeRO-3 are kept beside the merged ones: there is no other copy.)
     monkeypatch.setattr(HybridEngine, "_filled_step", lambda *_: None)  # its layout is a copy
     engine = small.roles(stage, 4, dtype=dtype)
-    hybrid, model = small.maker(engine, hybrid=True)._hybrid, engine.actor.module
+    hybrid, model = small.maker(engine, hybrid=True).rollout_engine, engine.actor.module
     actor = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     before = storages()
     with hybrid.generation_mode():
@@ -260,7 +260,7 @@ def test_the_kv_cache_is_kept_between_rollouts_unless_memory_is_short(small, mon
     free = 1000 if short else 10**9
     monkeypatch.setattr(distributed, "free_memory", lambda: (free, 10**9))
     maker.generate(small.prompts(2))
-    assert (maker._hybrid._decoder.cache.size == 0) is short
+    assert (maker.rollout_engine._decoder.cache.size == 0) is short
 
 
 def masters(engine):

@@ -15,8 +15,6 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import ScoredRo
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     AdaptiveKLController,
     RewardNormalizer,
-    apply_reward_function,
-    load_reward_function,
     make_experience,
 )
 from alpaca_rlhf.utils import distributed, rl_math
@@ -25,6 +23,7 @@ from alpaca_rlhf.utils.data.batches import Rollout, pad
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
+from alpaca_rlhf.utils.reward_function import apply_reward_function, load_reward_function
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Compare the responses of two policies: win rates by each judge, with intervals over prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,24 @@ from alpaca_rlhf.evaluation.statistics import Array, Figures, with_interval
 from alpaca_rlhf.utils.configs import HeldOutConfig, LoadingConfig, SamplingConfig, WinRateConfig
 from alpaca_rlhf.utils.console import say, table
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.reward_function import apply_reward_function, load_reward_function
 
-RewardFunction = Callable[[list[str], list[str]], list[float]]  # of prompts and responses
 Record = dict[str, Any]  # a response as it stands in the results, with a score from each judge
 
 
 def run(
     models: WinRateConfig, *, data: HeldOutConfig, sampling: SamplingConfig,
-    loading: LoadingConfig, reward_function: RewardFunction | None,
+    loading: LoadingConfig,
 ) -> None:
     """Generate with both policies, judge the responses, compare; show and write the results.
 
     Raises:
         UserError: a model or the data cannot be used, or there is no judge.
     """
+    function = load_reward_function(models.reward_function)
     paths = [models.path, models.baseline, models.reward_model]
     chosen = held_out.choose(data, [path for path in paths if path], pairs=False)
-    if not (models.reward_model or reward_function or chosen.embedded):
+    if not (models.reward_model or function or chosen.embedded):
         raise UserError("--reward_model or --reward_function is required: this data has no gold "
                         "rule to judge the responses")
     dialogues = [sample.messages for sample in chosen.samples]
@@ -46,8 +47,9 @@ def run(
         judges = {}
         if scorer is not None:
             judges["reward model"] = [score for score, in scorer.rate(dialogues, side)]
-        if reward_function is not None:
-            judges["reward function"] = reward_function(texts, [one.text for one, in side])
+        if function is not None:
+            judges["reward function"] = apply_reward_function(
+                function, texts, [one.text for one, in side])
         if chosen.embedded:
             judges["gold"] = [score for score, in held_out.gold_scores(dialogues, side)]
         records.append([

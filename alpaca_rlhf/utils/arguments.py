@@ -145,6 +145,14 @@ def _offloaded(args: Step3Config) -> Iterator[tuple[str, RoleConfig]]:
 
 def _hybrid_notices(args: Step3Config) -> Iterator[str]:
     hybrid, stage = args.hybrid, args.actor.zero_stage
+    engine = args.rollout_engine.rollout_engine
+    idle = "hybrid" if engine == "vllm" else "rollout_engine"
+    for option in options(type(args)):
+        if option.group == idle and option.flag in args.given - {"rollout_engine"} and (
+                not option.metadata["no_effect"]):
+            yield f"--{option.flag} has no effect: --rollout_engine is {engine}"
+    if engine == "vllm":
+        return
     off = "without --enable_hybrid_engine "
     if hybrid.unpin_actor_parameters and stage < 3:
         yield "--unpin_actor_parameters has no effect: below ZeRO-3 nothing is gathered"
@@ -480,6 +488,9 @@ def _check_step3(args: Step3Config) -> None:
                 f"must divide the {batch * batches} rollouts of a PPO iteration "
                 f"(--per_device_generation_batch_size {batch} x --generation_batches {batches}); "
                 f"try {_near_divisors(batch * batches, micro)}")
+    if args.rollout_engine.rollout_engine == "vllm" and not args.rollout_engine.urls:
+        _refuse("rollout_engine", "vllm", "needs --vllm_url; give the servers that "
+                "scripts/serve_rollouts.sh has started")
     function = args.reward.reward_function
     name = r"[^\W\d]\w*"
     if function is not None and not re.fullmatch(rf"{name}(\.{name})*:{name}", function):

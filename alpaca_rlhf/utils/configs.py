@@ -378,6 +378,28 @@ class HybridEngineConfig(Group, title="hybrid engine"):
 
 
 @dataclass(frozen=True)
+class RolloutEngineConfig(Group, title="rollout engine"):
+    """Who generates the responses of step 3."""
+
+    rollout_engine: Literal["native", "vllm"] = option(
+        "native", "native: the ranks that train, with the actor's own weights; vllm: the servers "
+        "of --vllm_url, which get the weights before each rollout")
+    vllm_url: list[str] = option(
+        [], "vLLM servers, each http://HOST:PORT (scripts/serve_rollouts.sh starts one); each "
+        "gets its share of the prompts", on_resume="free")
+    vllm_sync_dir: str | None = option(
+        None, "folder that this machine and the servers' see, for weights on their way (default: "
+        "/dev/shm, for servers on this machine)", on_resume="free")
+    vllm_timeout: Positive = option(
+        600.0, "seconds that a request to a server may take", on_resume="free")
+
+    @property
+    def urls(self) -> list[str]:
+        """The servers; commas separate them as well as spaces."""
+        return [url.strip() for given in self.vllm_url for url in given.split(",") if url.strip()]
+
+
+@dataclass(frozen=True)
 class RolloutConfig(Group, title="rollout"):
     """Batches and lengths of the rollout phase."""
 
@@ -431,6 +453,9 @@ class PPOConfig(Group, title="PPO"):
     cliprange: Positive = option(0.2, "clip range of the policy ratio around 1")
     cliprange_value: Positive = option(0.2, "clip range of the values around the old values")
     entropy_coef: NonNegative = option(0.0, "weight of the entropy bonus")
+    rollout_is_clip: Positive | None = option(
+        None, "weigh each token's policy loss by its probability before the update over the one "
+        "it was sampled with, at most this (truncated importance sampling; default: off)")
     critic_warmup_steps: Whole = option(
         0, "optimizer steps at the start that train the critic alone")
     enable_ema: bool = option(False, "keep and export an average of the actor's weights")
@@ -533,6 +558,7 @@ class Step3Config(StepConfig):
     critic: RoleConfig = group("critic_", rates=LearningRates(5e-6, 5e-6, 5e-5))
     rollout: RolloutConfig = group()
     sampling: SamplingConfig = group()
+    rollout_engine: RolloutEngineConfig = group()
     hybrid: HybridEngineConfig = group()
     reward: RewardConfig = group()
     ppo: PPOConfig = group()

@@ -61,7 +61,8 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), summed over the mask.
 
@@ -71,6 +72,7 @@ def policy_loss(
         advantages: [B, R].
         mask: [B, R], 1 on response tokens.
         clip: epsilon.
+        weights: [B, R] of the tokens, from `rl_math.importance_weights`; by default 1.
 
     Returns:
         The sum, and sums over the mask (the maximum for `ratio_max`): `clip_fraction`, `approx_kl`
@@ -90,7 +92,8 @@ def policy_loss(
             "ratio_max": (ratio * mask).max(),
             "clamped": ((raw.abs() > MAX_LOG_RATIO) * mask).sum(),
         }
-    return (torch.maximum(plain, clipped) * mask).sum(), stats
+    loss = torch.maximum(plain, clipped) * mask
+    return (loss if weights is None else loss * weights).sum(), stats
 
 
 def value_loss(

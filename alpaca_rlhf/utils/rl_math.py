@@ -68,6 +68,25 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[
     return log_ratio.sum(-1), k3.sum(-1)
 
 
+def importance_weights(
+    logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, most: float
+) -> Tensor:
+    """Truncated importance weights [B, R] of sampled tokens: min(p / q, most), 0 off the mask.
+
+    They correct for an engine that samples with other rounding than the policy is trained with
+    (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; as
+    OpenRLHF's `tis` with a lower bound of 0). All tensors [B, R].
+
+    Args:
+        logprobs: log p, before the update, nats.
+        sampled_logprobs: log q, by the engine that sampled, nats.
+        mask: 1 on response tokens.
+        most: upper bound.
+    """
+    ratio = ((logprobs - sampled_logprobs) * mask).exp()
+    return ratio.clamp(max=most) * mask
+
+
 def token_rewards(
     logprobs: Tensor, ref_logprobs: Tensor, score: Tensor, mask: Tensor, kl_coef: float
 ) -> Tensor:

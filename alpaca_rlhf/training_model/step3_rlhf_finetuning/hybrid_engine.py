@@ -26,6 +26,7 @@ from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.configs import HybridEngineConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout
 from alpaca_rlhf.utils.generation.decoder import Decoder
+from alpaca_rlhf.utils.generation.rollout_engine import RolloutEngine
 from alpaca_rlhf.utils.generation.steps import DecodingStep, fastest
 from alpaca_rlhf.utils.model.lora import folded, unwrapped
 
@@ -35,7 +36,7 @@ LOOK_EVERY = 4  # decoding steps; an accelerator goes on meanwhile
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class HybridEngine:
+class HybridEngine(RolloutEngine):
     """Takes the actor from training to generation and back.
 
     Args:

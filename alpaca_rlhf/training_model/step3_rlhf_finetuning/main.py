@@ -7,6 +7,7 @@
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -25,10 +26,8 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.ppo_trainer import (
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     AdaptiveKLController,
-    RewardFunction,
     RewardNormalizer,
     RolloutMaker,
-    load_reward_function,
     make_experience,
     mean_over_ranks,
     token_rewards,
@@ -39,9 +38,13 @@ from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import collate_prompts, text_batches
 from alpaca_rlhf.utils.data.prepare import Prepared
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_chat, load_tokenizer, require_same
+from alpaca_rlhf.utils.generation.rollout_engine import RolloutEngine
+from alpaca_rlhf.utils.generation.vllm_engine import PROBES, VLLMEngine, connect
+from alpaca_rlhf.utils.generation.vllm_server import VLLMServer
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, MAX_KL, Alarms
 from alpaca_rlhf.utils.logging.tracker import Tracker
 from alpaca_rlhf.utils.preflight import Planned
+from alpaca_rlhf.utils.reward_function import RewardFunction, load_reward_function
 from alpaca_rlhf.utils.run import export
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints, Found, open_run
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
@@ -63,6 +66,8 @@ def main() -> None:
         console.say(notice)
     folder, found = open_run(args.run, args.checkpoint, step=3, arguments=config)
     preflight.check(planned(args), args.tracking.trackers)
+    servers = connect(args.rollout_engine, args.actor, args.loading, args.sampling, args.ppo,
+                      args.rollout.max_prompt_seq_len)
     reward_function = load_reward_function(args.reward.reward_function)
     normalizer = RewardNormalizer(args.reward, args.critic.model_name_or_path)
 
@@ -75,7 +80,7 @@ def main() -> None:
     data.check_against(args.actor.model_name_or_path, "the actor")
     data.check_against(args.critic.model_name_or_path, "the reward model")
 
-    ppo = PPO(args, chat, data, folder, found, normalizer, reward_function)
+    ppo = PPO(args, chat, data, folder, found, normalizer, reward_function, servers)
     progress = ppo.checkpoints.restore(data.fingerprint())
     if progress.before is None:
         progress.before = ppo.evaluate()
@@ -87,7 +92,7 @@ def main() -> None:
     )
     with tracker, ppo.checkpoints.deferring_signals():
         ppo.train(tracker)
-    after = ppo.evaluate()
+    after = ppo.evaluate_last()
     with ppo.checkpoints.saving_on_failure():
         ppo.export(after)
     folder.finish(config, evaluate_policy.results(data.report, progress.before, after))
@@ -136,6 +141,7 @@ class PPO:
     def __init__(
         self, args: Step3Config, chat: ChatFormat, data: Prepared, folder: RunFolder,
         found: Found | None, normalizer: RewardNormalizer, reward_function: RewardFunction | None,
+        servers: Sequence[VLLMServer] = (),
     ) -> None:
         self._args, self._data, self._folder = args, data, folder
         self._longest = args.rollout.max_prompt_seq_len + args.sampling.max_new_tokens
@@ -158,9 +164,12 @@ class PPO:
         for model in (engine.actor.module, engine.critic.module.model):
             export.rehearse(model, chat.tokenizer, folder.path)
         slots = args.rollout.per_device_generation_batch_size
+        rollout_engine: RolloutEngine = VLLMEngine(
+            engine.actor, servers, args.rollout_engine, data.train[:PROBES]["prompt_ids"],
+        ) if servers else HybridEngine(engine.actor, args.hybrid, slots)
         self.maker = RolloutMaker(
-            engine, HybridEngine(engine.actor, args.hybrid, slots), chat, sampling=args.sampling,
-            seed=args.run.seed, micro_batch_size=micro_batch_size,
+            engine, rollout_engine, chat, sampling=args.sampling, seed=args.run.seed,
+            micro_batch_size=micro_batch_size,
             max_tokens=args.schedule.max_tokens_per_micro_batch, reward_function=reward_function,
         )
         self._guard = NonFiniteGuard(
@@ -199,7 +208,8 @@ class PPO:
         )
         for number, prompts in islice(enumerate(plan, 1), complete, None):
             start = time.perf_counter()
-            iteration = trainer.iteration or self._roll_out(prompts, number - 1)
+            with self.checkpoints.saving_on_stop():
+                iteration = trainer.iteration or self._roll_out(prompts, number - 1)
             metrics = trainer.update(
                 iteration, number - 1, next(texts),
                 before_step=partial(self._boundary, tracker, number, mid_iteration=True),
@@ -224,7 +234,9 @@ class PPO:
         experience, metrics = make_experience(
             scored, self._normalizer, args.reward, args.ppo, self._controller.coef
         )
+        self.maker.rollout_engine.verify(metrics.get("rollout/decoding_difference_mean", 0.0))
         metrics["time/rollout"] = generated - start
+        metrics["time/weight_sync"] = self.maker.sync_seconds
         metrics["time/scoring"] = time.perf_counter() - generated
         metrics["kl/coef"] = self._controller.coef
         if self._gold is not None:
@@ -263,6 +275,13 @@ class PPO:
         held_out = self._data.held_out
         rows = held_out.select(range(min(self._args.report.eval_prompts, len(held_out))))
         return evaluate_policy.evaluate(self.maker, rows, self._args.run.seed + 1, self._gold)
+
+    def evaluate_last(self) -> list[evaluate_policy.Record]:
+        """Evaluate the policy, after which nothing is generated any more."""
+        with self.checkpoints.saving_on_stop():
+            after = self.evaluate()
+        self.maker.rollout_engine.shutdown()
+        return after
 
     def export(self, after: list[evaluate_policy.Record]) -> None:
         """Export actor, critic and, if there is one, the actor's average."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import Experience, Forward
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import RewardNormalizer
-from alpaca_rlhf.utils import distributed, losses
+from alpaca_rlhf.utils import distributed, losses, rl_math
 from alpaca_rlhf.utils.configs import (
     PPOConfig,
     ReportConfig,
@@ -276,9 +276,15 @@ class PPOTrainer:
             entropy_gradient=ppo.entropy_coef != 0,
         )
         logprobs, entropy = batch.spread(found[:, 0]), found[:, 1].sum()
+        weights = None
+        if ppo.rollout_is_clip is not None:
+            weights = rl_math.importance_weights(
+                batch.logprobs, batch.decoded_logprobs, batch.response_mask, ppo.rollout_is_clip)
         loss, stats = losses.policy_loss(
-            logprobs, batch.logprobs, batch.advantages, batch.response_mask, ppo.cliprange
+            logprobs, batch.logprobs, batch.advantages, batch.response_mask, ppo.cliprange, weights
         )
+        if weights is not None:
+            stats["rollout_is_mean"] = weights.sum()
         difference = ((logprobs - batch.logprobs).detach() * batch.response_mask).abs()
         stats |= {"difference_mean": difference.sum(), "difference_max": difference.max()}
         stats["entropy"] = entropy.detach()

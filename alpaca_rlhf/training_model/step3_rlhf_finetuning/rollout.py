@@ -1,9 +1,8 @@
 """The rollout phase: generate responses, score them with the four roles, compute advantages."""
 
-import importlib
 import math
-import traceback
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -16,64 +15,15 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.experience import (
     Forward,
     ScoredRollout,
 )
-from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.rlhf_engine import RLHFEngine
 from alpaca_rlhf.utils import console, distributed, rl_math
 from alpaca_rlhf.utils.configs import PPOConfig, RewardConfig, SamplingConfig
 from alpaca_rlhf.utils.data.batches import PromptBatch, Rollout, micro_batches
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat
-from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.errors import TrainingStopped
+from alpaca_rlhf.utils.generation.rollout_engine import RolloutEngine
 from alpaca_rlhf.utils.model.reward_model import load_statistics, scores
-
-RewardFunction = Callable[[list[str], list[str]], list[float]]
-
-
-def load_reward_function(name: str | None) -> RewardFunction | None:
-    """Import `module:name`, a function of prompts and responses (texts) that returns floats.
-
-    Raises:
-        UserError: no such module, or nothing callable of that name in it.
-    """
-    if name is None:
-        return None
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"--reward_function {name}: {error}; give module:name, with its folder on PYTHONPATH"
-        ) from error
-    if not callable(function):
-        raise UserError(f"--reward_function {name}: is not callable; name a function")
-    return function
-
-
-def apply_reward_function(
-    function: RewardFunction, prompts: list[str], responses: list[str]
-) -> list[float]:
-    """Return the score of each response by a reward function.
-
-    Raises:
-        UserError: it raises, or does not return one number for each response, finite in fp32.
-    """
-    expected = f"return one finite float for each of the {len(responses)} responses"
-    try:
-        given = list(function(prompts, responses))
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"--reward_function: {type(error).__name__}: {error} ({frame.filename}:"
-                        f"{frame.lineno}, in {frame.name}); {expected}") from error
-    if len(given) != len(responses):
-        raise UserError(f"--reward_function: returned {len(given)} values; {expected}")
-    scores = []
-    for value in given:
-        try:
-            scores.append(torch.tensor(float(value), dtype=torch.float32).item())
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            scores.append(math.nan)
-        if not math.isfinite(scores[-1]):
-            raise UserError(f"--reward_function: returned {value!r:.80}; {expected}")
-    return scores
+from alpaca_rlhf.utils.reward_function import RewardFunction, apply_reward_function
 
 
 class RolloutMaker:
@@ -81,22 +31,25 @@ class RolloutMaker:
 
     Args:
         engine: the four roles.
-        hybrid: takes the actor into generation mode.
+        rollout_engine: generates.
         chat: the tokenizer.
         seed: of the sampler; each rank samples its own responses.
         micro_batch_size, max_tokens: rows of a micro-batch, or tokens; see `micro_batches`.
         reward_function: replaces the reward model.
+
+    Attributes:
+        sync_seconds: of the last rollout, until the engine had the weights.
     """
 
     def __init__(
-        self, engine: RLHFEngine, hybrid: HybridEngine, chat: ChatFormat, *,
+        self, engine: RLHFEngine, rollout_engine: RolloutEngine, chat: ChatFormat, *,
         sampling: SamplingConfig, seed: int, micro_batch_size: int,
         max_tokens: int | None = None,
         reward_function: RewardFunction | None = None,
     ) -> None:
         self.engine, self.chat, self.sampling = engine, chat, sampling
         chat.hide(engine.eos_ids.tolist())
-        self._hybrid = hybrid
+        self.rollout_engine, self.sync_seconds = rollout_engine, 0.0
         self._micro_batch = micro_batch_size, max_tokens
         self._reward_function = reward_function
         self.generator = torch.Generator(device=distributed.device())
@@ -116,10 +69,18 @@ class RolloutMaker:
 
     def generate(self, prompts: PromptBatch, num_generations: int = 1) -> Rollout:
         """Sample responses; those to one prompt are consecutive rows."""
-        return self._hybrid.generate(
-            prompts, replace(self.sampling, num_generations=num_generations), self.engine.eos_ids,
-            self.chat.pad_id, self.generator,
-        )
+        start = time.perf_counter()
+        self.rollout_engine.sync_weights(self.engine.actor.global_steps)
+        self.sync_seconds = time.perf_counter() - start
+        before = self.generator.get_state()
+        try:
+            return self.rollout_engine.generate(
+                prompts, replace(self.sampling, num_generations=num_generations),
+                self.engine.eos_ids, self.chat.pad_id, self.generator,
+            )
+        except TrainingStopped:
+            self.generator.set_state(before)  # a resumed run samples these responses
+            raise
 
     def score(
         self, rollout: Rollout, cuts: Sequence[Sequence[int]] | None = None,
@@ -348,6 +309,12 @@ def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:
     k1, k3 = rl_math.kl_estimates(scored.logprobs, scored.ref_logprobs, mask)
     mean, std = _moments_over_ranks(scored.score, torch.ones_like(scored.score))
     difference = (scored.decoded_logprobs - scored.logprobs).abs() * mask
+    agreement = {
+        "rollout/decoding_difference_mean": _moments_over_ranks(difference, mask)[0].item(),
+        "rollout/decoding_difference_max": distributed.max_over_ranks(difference.max()).item(),
+    }
+    if math.isnan(agreement["rollout/decoding_difference_mean"]):
+        agreement = {}  # the engine does not know them
     return {
         "reward/score_mean": mean.item(),
         "reward/score_std": std.item(),
@@ -355,9 +322,8 @@ def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:
         "kl/k3": mean_over_ranks(k3),
         "response/length_mean": mean_over_ranks(mask.sum(-1).float()),
         "response/eos_rate": mean_over_ranks(scored.has_eos.float()),
-        "rollout/decoding_difference_mean": _moments_over_ranks(difference, mask)[0].item(),
-        "rollout/decoding_difference_max": distributed.max_over_ranks(difference.max()).item(),
         "response/repetition": mean_over_ranks(rl_math.repetition(scored.responses, mask)),
+        **agreement,
     }
 
 

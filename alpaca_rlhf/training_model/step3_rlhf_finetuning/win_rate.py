@@ -11,7 +11,6 @@ folders of a run of scripts/run_pipeline.sh.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from alpaca_rlhf.evaluation import results
@@ -27,14 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.check_output(models.output, ".json")
     # Imported here, so that --help and mistakes in the command line need no torch.
     from alpaca_rlhf.evaluation import comparison
-    from alpaca_rlhf.training_model.step3_rlhf_finetuning import rollout
 
     console.quiet_libraries()
-    function = rollout.load_reward_function(models.reward_function)
-    comparison.run(
-        models, data=args.data, sampling=args.sampling, loading=args.loading,
-        reward_function=function and partial(rollout.apply_reward_function, function),
-    )
+    comparison.run(models, data=args.data, sampling=args.sampling, loading=args.loading)
 
 
 def completed(models: WinRateConfig) -> WinRateConfig:

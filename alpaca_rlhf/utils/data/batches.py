@@ -73,6 +73,11 @@ class PromptBatch(Batch):
     input_ids: Tensor  # [B, P]
     attention_mask: Tensor  # [B, P], 0 at padding
 
+    def unpadded(self) -> list[list[int]]:
+        """Return the ids of each prompt."""
+        rows = zip(self.input_ids.tolist(), self.attention_mask.tolist(), strict=True)
+        return [[token for token, real in zip(*row, strict=True) if real] for row in rows]
+
 
 @dataclass(frozen=True)
 class Rollout(Batch):
@@ -84,7 +89,8 @@ class Rollout(Batch):
     input_ids: Tensor  # [B, P + R]
     attention_mask: Tensor  # [B, P + R], 1 on prompt and response tokens
     response_mask: Tensor  # [B, R], 1 up to and including the first eos
-    decoded_logprobs: Tensor  # [B, R] in nats, logits over temperature; 0 outside the mask
+    # [B, R] in nats, logits over temperature; 0 outside the mask, NaN where they are not known.
+    decoded_logprobs: Tensor
 
     @property
     def response_length(self) -> int:

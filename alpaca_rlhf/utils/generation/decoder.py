@@ -74,10 +74,7 @@ class Decoder:
             generator: source of the random numbers, on the model's device.
         """
         copies, device = sampling.num_generations, prompts.input_ids.device
-        rows = [
-            [token for token, real in zip(*row, strict=True) if real]
-            for row in zip(prompts.input_ids.tolist(), prompts.attention_mask.tolist(), strict=True)
-        ]
+        rows = prompts.unpadded()
         # One row of numbers more than is used, so that seeds give the responses they always gave.
         numbers = uniform_numbers(len(rows) * copies + 1, sampling, device, generator)
         responses = [
@@ -92,7 +89,7 @@ class Decoder:
                 session.step()
             else:  # take part in the collectives of the other ranks' forward passes
                 self.model(input_ids=prompts.input_ids[:1, -1:], use_cache=False)
-        return _as_rollout(prompts, responses, pad_id)
+        return as_rollout(prompts, responses, pad_id)
 
     def _busy_on_any_rank(self, session: "DecodingSession") -> bool:
         if not self.in_step:
@@ -355,7 +352,7 @@ class DecodingSession:
                 self._prefilled = Cache(layers=[])
 
 
-def _as_rollout(prompts: PromptBatch, responses: Sequence[Response], pad_id: int) -> Rollout:
+def as_rollout(prompts: PromptBatch, responses: Sequence[Response], pad_id: int) -> Rollout:
     """Join finished responses to their prompts."""
     tokens, mask = pad([response.tokens for response in responses], pad_id)
     longest = mask.shape[1]

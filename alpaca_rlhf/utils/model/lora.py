@@ -6,7 +6,7 @@ Conv1D among them, peft adapts weights that a module holds itself: the experts o
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import deepspeed
 import torch
@@ -171,18 +171,35 @@ def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
     return f"{matched}; trains {sum(counts.values()):,} of {total:,} parameters ({trains})"
 
 
-def gathered_state_dict(model: nn.Module, on_this_rank: bool) -> dict[str, Tensor]:
-    """Return all weights, whole, in host memory; ZeRO-3 gathers one tensor at a time.
+def gathered_state_dict(
+    model: nn.Module, on_this_rank: bool, parts: Sequence[str] = ("",)
+) -> dict[str, Tensor]:
+    """Return weights, whole, in host memory; ZeRO-3 gathers one tensor at a time.
 
-    All ranks must call it; those with `on_this_rank` false get an empty dict.
+    All ranks must call it; those with `on_this_rank` false get an empty dict. `parts` leaves out
+    the weights whose names have none of them.
     """
     state = {}
-    tensors = [*model.named_parameters(), *_persistent_buffers(model)]
-    for name, tensor in tensors:
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
+        if not any(part in name for part in parts):
+            continue
+        with _whole([tensor]):
             if on_this_rank:
-                state[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                state[name] = _on_host(tensor)
     return state
+
+
+def adapter_state_dict(model: nn.Module, on_this_rank: bool) -> dict[str, Tensor]:
+    """Return the weights of the adapter and of a trained head, as `gathered_state_dict` does."""
+    return gathered_state_dict(model, on_this_rank, (".lora_", ".modules_to_save."))
+
+
+def _whole(tensors: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    return deepspeed.zero.GatheredParameters([x for x in tensors if hasattr(x, "ds_id")])
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -190,44 +207,60 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
 
 
-def merged_state_dict(
-    model: nn.Module, state: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], float]:
-    """Return the plain model's weights with the adapter merged (Hu et al. 2021, eq. 3).
+class PlainWeight(NamedTuple):
+    """A weight of the plain model; what merging an adapter changed and lost are squared norms."""
 
-    Each is W + (alpha / r) B A, with W [out, in], A [r, in], B [out, r], summed in fp32 and rounded
-    once; Conv1D has W transposed, and experts have a stack of them.
+    name: str
+    tensor: Tensor
+    update: float = 0.0
+    lost: float = 0.0
+
+
+def plain_weights(
+    model: nn.Module, on_this_rank: bool, *, merge: bool = True, tied: bool = False
+) -> Iterator[PlainWeight]:
+    """Yield the plain model's weights, whole, in host memory, each with its adapter merged.
+
+    Merged (Hu et al. 2021, eq. 3) each is W + (alpha / r) B A, with W [out, in], A [r, in],
+    B [out, r], summed in fp32 and rounded once; Conv1D has W transposed, and experts have a stack
+    of them. The model is not changed, and ZeRO-3 gathers one weight and its adapter at a time.
+
+    All ranks must exhaust it in lockstep; those with `on_this_rank` false get empty tensors.
 
     Args:
-        model: has the scaling; it is not changed.
-        state: from `gathered_state_dict(model)`; it is emptied, so that no weight is held twice.
-
-    Returns:
-        The weights, and the error of rounding as a share of the update, both as norms.
+        merge: False leaves the adapter out.
+        tied: give tied weights under each of their names.
     """
-    if not isinstance(model, PeftModel):
-        return state, 0.0
-    prefix = "base_model.model."
-    plain: dict[str, Tensor] = {}
-    for name in list(state):
-        inside = "" if ".lora_" in name else "base_layer."
-        plain[name.removeprefix(prefix).replace(inside, "")] = state.pop(name)
-    lost = updated = 0.0
-    for name, layer in unwrapped(model).named_modules():
-        if isinstance(layer, LoraLayer):
-            a = plain.pop(f"{name}.lora_A.{ADAPTER}.weight").float()
-            b = plain.pop(f"{name}.lora_B.{ADAPTER}.weight").float()
-            key = f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
-            update = _update(layer, a, b)
-            exact = plain[key].float() + update
-            merged = plain[key] = exact.to(plain[key].dtype)
-            lost += (merged.float() - exact).square().sum().item()
-            updated += update.square().sum().item()
-    trained_head = f".modules_to_save.{ADAPTER}."
-    for name in [name for name in plain if trained_head in name]:
-        plain[name.replace(trained_head, ".")] = plain.pop(name)
-    kept = {name: tensor for name, tensor in plain.items() if ".original_module." not in name}
-    return kept, (lost / updated) ** 0.5 if updated else 0.0
+    plain = unwrapped(model)
+    layers = {id(base_weight(layer)): layer for layer in lora_layers(plain) if merge}
+    named = plain.named_parameters(remove_duplicate=not tied)
+    for name, tensor in [*named, *_persistent_buffers(plain)]:
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        name = name.replace(".base_layer", "").replace(f".modules_to_save.{ADAPTER}", "")
+        layer: Any = layers.get(id(tensor))
+        adapter = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight] if layer else []
+        with _whole([tensor, *adapter]):
+            held = [_on_host(part) for part in (tensor, *adapter) if on_this_rank]
+        if len(held) < 2:
+            yield PlainWeight(name, held[0] if held else torch.empty(0))
+            continue
+        weight, a, b = held
+        update = _update(layer, a.float(), b.float())
+        exact = weight.float() + update
+        merged = exact.to(weight.dtype)
+        yield PlainWeight(name, merged, update.square().sum().item(),
+                          (merged.float() - exact).square().sum().item())
+
+
+def merged_state_dict(model: nn.Module, on_this_rank: bool) -> tuple[dict[str, Tensor], float]:
+    """Return `plain_weights`, and the error of rounding as a share of the update, both as norms.
+
+    All ranks must call it; those with `on_this_rank` false get an empty dict.
+    """
+    weights = [weight for weight in plain_weights(model, on_this_rank) if on_this_rank]
+    updated, lost = (sum(w.update for w in weights), sum(w.lost for w in weights))
+    return {w.name: w.tensor for w in weights}, (lost / updated) ** 0.5 if updated else 0.0
 
 
 def _update(layer: Any, a: Tensor, b: Tensor) -> Tensor:

@@ -357,6 +357,19 @@ class Checkpoints:
             raise TrainingStopped(
                 f"error: the model could not be exported: {reason}{self._remedy()}") from error
 
+    @contextlib.contextmanager
+    def saving_on_stop(self) -> Iterator[None]:
+        """Save a checkpoint if the body ends the run on purpose, which it does on all ranks.
+
+        Raises:
+            TrainingStopped: the body's, with the way to go on.
+        """
+        try:
+            yield
+        except TrainingStopped as stop:
+            self.save()
+            raise TrainingStopped(f"{stop}{self._remedy()}", stop.code) from stop
+
     def _remedy(self) -> str:
         saved = complete_checkpoints(self._root) if self._root else []
         if not saved:

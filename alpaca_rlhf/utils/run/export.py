@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data.tokenizer import eos_ids
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.lora import gathered_state_dict, merged_state_dict, unwrapped
+from alpaca_rlhf.utils.model.lora import adapter_state_dict, merged_state_dict, unwrapped
 from alpaca_rlhf.utils.run.run_folder import ARGUMENTS_FILE
 
 ADAPTER_FOLDER = "adapter"
@@ -39,10 +39,19 @@ def export(
     """
     if folder is None:
         return
-    state = gathered_state_dict(model, distributed.is_main())
+    adapter = adapter_state_dict(model, distributed.is_main())
+    weights, lost = merged_state_dict(model, distributed.is_main())
+    if lost > MERGED_EXACTLY:
+        facts = facts | {"adapter": (
+            f"merged in {unwrapped(model).dtype}, which rounds away {lost:.1%} of its update "
+            f"(norm); exact in {ADAPTER_FOLDER}/")}
     with distributed.failing_together():
         if distributed.is_main():
-            _write(model, tokenizer, folder, title, facts, state)
+            if isinstance(model, PeftModel):
+                model.save_pretrained(
+                    str(folder / ADAPTER_FOLDER), state_dict=adapter, safe_serialization=True)
+            _save_model(unwrapped(model), weights, tokenizer, folder)
+            (folder / "README.md").write_text(model_card(title, facts))
 
 
 def rehearse(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
@@ -64,23 +73,6 @@ def rehearse(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path 
         raise UserError(f"the model could not be saved after the training: "
                         f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; mend its "
                         "config.json, generation_config.json or tokenizer") from error
-
-
-def _write(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, title: str,
-    facts: dict[str, Any], state: dict[str, Tensor],
-) -> None:
-    if isinstance(model, PeftModel):
-        model.save_pretrained(
-            str(folder / ADAPTER_FOLDER), state_dict=state, safe_serialization=True
-        )
-    weights, lost = merged_state_dict(model, state)
-    if lost > MERGED_EXACTLY:
-        facts = facts | {"adapter": (
-            f"merged in {unwrapped(model).dtype}, which rounds away {lost:.1%} of its update "
-            f"(norm); exact in {ADAPTER_FOLDER}/")}
-    _save_model(unwrapped(model), weights, tokenizer, folder)
-    (folder / "README.md").write_text(model_card(title, facts))
 
 
 def _save_model(
