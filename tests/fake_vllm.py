@@ -29,7 +29,8 @@ class FakeVLLM(ThreadingHTTPServer):
         calls: number of requests, by path.
         prompts: of the responses that were written.
         withheld: names of weights that a transfer leaves as they are; None for all of them.
-        broken: HTTP status of the next requests to a path, first to last; 0 hangs up.
+        broken: HTTP status of the next requests to a path, first to last; 0 hangs up, and -1 does
+            so after the work.
         facts: replace what the server says about itself.
         loaded: names of the weights of the last transfer.
     """
@@ -84,7 +85,9 @@ class FakeVLLM(ThreadingHTTPServer):
             self.model = self.base = self.model.unload()
 
     def load_adapter(self, body: dict[str, Any]) -> str:
-        assert body["lora_name"] not in self.adapters and "load_inplace" not in body
+        assert "load_inplace" not in body
+        if body["lora_name"] in self.adapters:
+            raise ValueError("The lora adapter has already been loaded.")
         self.adapters.append(body["lora_name"])
         self.unload()
         self.model = PeftModel.from_pretrained(self.base, body["lora_path"]).eval()
@@ -153,11 +156,14 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         answer: Any = {"error": {"message": "out of order"}}
-        if status == 200:
+        if status in (200, -1):
             try:
                 answer = self._result(path, body)
             except (ValueError, AssertionError) as error:
                 status, answer = 400, {"error": {"message": str(error)}}
+        if status == -1:
+            self.close_connection = True
+            return
         text = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))

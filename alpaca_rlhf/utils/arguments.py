@@ -491,6 +491,9 @@ def _check_step3(args: Step3Config) -> None:
     if args.rollout_engine.rollout_engine == "vllm" and not args.rollout_engine.urls:
         _refuse("rollout_engine", "vllm", "needs --vllm_url; give the servers that "
                 "scripts/serve_rollouts.sh has started")
+    urls = args.rollout_engine.urls
+    if len(set(urls)) < len(urls):
+        _refuse("vllm_url", " ".join(urls), "names a server twice; name each once")
     function = args.reward.reward_function
     name = r"[^\W\d]\w*"
     if function is not None and not re.fullmatch(rf"{name}(\.{name})*:{name}", function):

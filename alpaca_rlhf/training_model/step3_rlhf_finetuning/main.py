@@ -231,10 +231,10 @@ class PPO:
         scored, forward = self.maker.score(
             rollout, list(chain.from_iterable(plan)),
             keep_for=args.ppo if self.trainer.takes_over(plan) else None)
+        self.maker.verify(scored)
         experience, metrics = make_experience(
             scored, self._normalizer, args.reward, args.ppo, self._controller.coef
         )
-        self.maker.rollout_engine.verify(metrics.get("rollout/decoding_difference_mean", 0.0))
         metrics["time/rollout"] = generated - start
         metrics["time/weight_sync"] = self.maker.sync_seconds
         metrics["time/scoring"] = time.perf_counter() - generated

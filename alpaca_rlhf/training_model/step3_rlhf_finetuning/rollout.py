@@ -1,8 +1,9 @@
 """The rollout phase: generate responses, score them with the four roles, compute advantages."""
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -72,14 +73,25 @@ class RolloutMaker:
         start = time.perf_counter()
         self.rollout_engine.sync_weights(self.engine.actor.global_steps)
         self.sync_seconds = time.perf_counter() - start
-        before = self.generator.get_state()
-        try:
+        self._before = self.generator.get_state()
+        with self._sampling_again():
             return self.rollout_engine.generate(
                 prompts, replace(self.sampling, num_generations=num_generations),
                 self.engine.eos_ids, self.chat.pad_id, self.generator,
             )
+
+    def verify(self, scored: ScoredRollout) -> None:
+        """Refuse the rollouts generated last if they come from other weights than the actor's."""
+        with self._sampling_again():
+            self.rollout_engine.verify(decoding_difference(scored)[0])
+
+    @contextlib.contextmanager
+    def _sampling_again(self) -> Iterator[None]:
+        """Put the sampler back if the run is stopped inside: a resumed run samples the same."""
+        try:
+            yield
         except TrainingStopped:
-            self.generator.set_state(before)  # a resumed run samples these responses
+            self.generator.set_state(self._before)
             raise
 
     def score(
@@ -308,13 +320,7 @@ def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:
     mask = scored.response_mask
     k1, k3 = rl_math.kl_estimates(scored.logprobs, scored.ref_logprobs, mask)
     mean, std = _moments_over_ranks(scored.score, torch.ones_like(scored.score))
-    difference = (scored.decoded_logprobs - scored.logprobs).abs() * mask
-    agreement = {
-        "rollout/decoding_difference_mean": _moments_over_ranks(difference, mask)[0].item(),
-        "rollout/decoding_difference_max": distributed.max_over_ranks(difference.max()).item(),
-    }
-    if math.isnan(agreement["rollout/decoding_difference_mean"]):
-        agreement = {}  # the engine does not know them
+    difference = zip(("mean", "max"), decoding_difference(scored), strict=True)
     return {
         "reward/score_mean": mean.item(),
         "reward/score_std": std.item(),
@@ -323,8 +329,17 @@ def rollout_metrics(scored: ScoredRollout) -> dict[str, float]:
         "response/length_mean": mean_over_ranks(mask.sum(-1).float()),
         "response/eos_rate": mean_over_ranks(scored.has_eos.float()),
         "response/repetition": mean_over_ranks(rl_math.repetition(scored.responses, mask)),
-        **agreement,
+        **{f"rollout/decoding_difference_{kind}": value for kind, value in difference
+           if not math.isnan(value)},  # of an engine that does not know them
     }
+
+
+def decoding_difference(scored: ScoredRollout) -> tuple[float, float]:
+    """Return mean and maximum, over all ranks, of decoding's difference to scoring, in nats."""
+    mask = scored.response_mask
+    difference = (scored.decoded_logprobs - scored.logprobs).abs() * mask
+    return (_moments_over_ranks(difference, mask)[0].item(),
+            distributed.max_over_ranks(difference.max()).item())
 
 
 def mean_over_ranks(values: Tensor) -> float:

@@ -27,7 +27,7 @@ from typing import Any
 import deepspeed
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
@@ -60,9 +60,11 @@ PROBES = 8  # prompts
 ADAPTER_FOLDER = "adapter"
 SHARED_MEMORY = "/dev/shm"
 # Mean difference of log-probabilities, in nats: in fp32 and in half precision. After the first
-# transfer also: at most JUMP times what it was then, where that is not below FLOOR.
+# transfer also: at most JUMP times what it was then, where that is not below a floor.
 FP32, HALF = 1e-4, 5e-2
-JUMP, FLOOR = 3.0, 1e-6
+JUMP, FLOOR, HALF_FLOOR = 3.0, 1e-6, 2e-2
+# vLLM's: the ranks that it can be started with, and the lowest temperature but 0.
+LORA_RANKS, LEAST_TEMPERATURE = (8, 16, 32, 64, 128, 256, 320, 512), 0.01
 
 
 def connect(
@@ -93,7 +95,9 @@ def connect(
 
 def _home(config: RolloutEngineConfig) -> str | None:
     """Return the folder for weights on their way; None is the system's for temporary files."""
-    return config.vllm_sync_dir or (SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None)
+    if config.vllm_sync_dir:
+        return os.path.abspath(config.vllm_sync_dir)
+    return SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None
 
 
 def _check_model(
@@ -114,9 +118,11 @@ def _check_model(
     if served.dtype != dtype:
         raise UserError(f"{flag}: serves in {served.dtype}, and the actor trains in {dtype} "
                         f"(precision); serve with --dtype {dtype}")
-    if actor.lora_dim and dtype != "float32" and not served.lora:
-        raise UserError(f"{flag}: takes no adapters, and in {dtype} the adapter itself is sent; "
-                        f"serve with --enable-lora --max-lora-rank {actor.lora_dim}")
+    if dtype != "float32" and actor.lora_dim > served.max_lora_rank:
+        rank = next((rank for rank in LORA_RANKS if rank >= actor.lora_dim), actor.lora_dim)
+        raise UserError(
+            f"{flag}: takes adapters up to rank {served.max_lora_rank}, and in {dtype} the adapter "
+            f"itself is sent; serve with --enable-lora --max-lora-rank {rank}")
 
 
 def _check_responses(
@@ -133,6 +139,9 @@ def _check_responses(
         raise UserError(
             f"{flag}: has room for {served.max_length} tokens, and --max_prompt_seq_len + "
             f"--max_answer_seq_len is {needed}; serve with --max-model-len {needed}, or shorten")
+    if sampling.temperature < LEAST_TEMPERATURE:
+        raise UserError(f"--temperature {sampling.temperature}: vLLM samples at "
+                        f"{LEAST_TEMPERATURE} or more; raise it, or take --rollout_engine native")
     if not _known(served, sampling):
         if ppo.rollout_is_clip is not None:
             raise UserError(f"--rollout_is_clip {ppo.rollout_is_clip}: needs log-probabilities of"
@@ -158,9 +167,11 @@ class Freshness:
 
     Args:
         limit: of the mean difference, in nats.
+        floor: a difference that is never a jump.
     """
 
     limit: float
+    floor: float = FLOOR
     _last: tuple[Tensor, Tensor] | None = None
     _first: float = 0.0
 
@@ -179,8 +190,9 @@ class Freshness:
             self._first = mean
         else:
             before, expected = self._last
-            limit = min(self.limit, max(JUMP * self._first, FLOOR))
-            if not mean <= limit or (served.equal(before) and not trained.equal(expected)):
+            limit = min(self.limit, max(JUMP * self._first, self.floor))
+            moved = (trained - expected).abs().mean() > self.limit / 50
+            if not mean <= limit or (moved and served.equal(before)):
                 return (f"weights not updated: log-probabilities differ by {mean:.2g} nats on "
                         f"average (allowed: {limit:.2g})")
         self._last = served, trained
@@ -195,9 +207,6 @@ class VLLMEngine(RolloutEngine):
         servers: from `connect`.
         config: where weights are written on their way.
         probe: ids of some prompts.
-
-    Attributes:
-        seconds: time spent on the last transfer of weights: write, load, probe.
     """
 
     def __init__(
@@ -213,9 +222,9 @@ class VLLMEngine(RolloutEngine):
             if ".lora_" not in name)
         self._probe = [list(ids) for ids in probe if len(ids) > 1]
         self._limit = FP32 if exact else HALF
-        self._freshness = [Freshness(self._limit) for _ in servers]
+        floor = FLOOR if exact else HALF_FLOOR
+        self._freshness = [Freshness(self._limit, floor) for _ in servers]
         self._step: int | None = None
-        self.seconds: dict[str, float] = {}
 
     # --- weights ---------------------------------------------------------------------------------
 
@@ -230,14 +239,10 @@ class VLLMEngine(RolloutEngine):
         """
         if step == self._step:
             return
-        start, folder = time.perf_counter(), None
         with contextlib.ExitStack() as leaving:
             with distributed.failing_together():
-                if distributed.is_main():
-                    folder = Path(leaving.enter_context(tempfile.TemporaryDirectory(
-                        prefix="alpaca_rlhf-weights-", dir=_home(self._config))))
+                folder = self._folder(leaving) if distributed.is_main() else None
             failure = self._write(folder)
-            written = time.perf_counter()
             with distributed.failing_together():
                 if failure:
                     raise TrainingStopped(
@@ -247,11 +252,17 @@ class VLLMEngine(RolloutEngine):
             names = distributed.gather_rows([folder.name] if folder else [])
         for server in self._servers if self._sends_adapter else []:
             server.model, = names
-        loaded = time.perf_counter()
         self._prove()
         self._step = step
-        self.seconds = {"write": written - start, "load": loaded - written,
-                        "probe": time.perf_counter() - loaded}
+
+    def _folder(self, leaving: contextlib.ExitStack) -> Path:
+        """Make a folder that is removed at the end of the transfer."""
+        home = _home(self._config)
+        try:
+            return Path(leaving.enter_context(tempfile.TemporaryDirectory(
+                prefix="alpaca_rlhf-weights-", dir=home, ignore_cleanup_errors=True)))
+        except OSError as error:
+            raise TrainingStopped(f"error: --vllm_sync_dir {home}: {error}") from error
 
     def _write(self, folder: Path | None) -> str | None:
         """Write what the servers need; the ranks in lockstep, of which one has a folder."""
@@ -265,9 +276,16 @@ class VLLMEngine(RolloutEngine):
         if self._sends_adapter:
             adapter = adapter_state_dict(self._actor.module, folder is not None)
             if folder and not failure:
-                module: Any = self._actor.module
-                module.save_pretrained(str(folder / ADAPTER_FOLDER), state_dict=adapter)
+                failure = self._save_adapter(adapter, folder / ADAPTER_FOLDER)
         return failure
+
+    def _save_adapter(self, adapter: dict[str, Tensor], folder: Path) -> str | None:
+        module: Any = self._actor.module
+        try:
+            module.save_pretrained(str(folder), state_dict=adapter, save_embedding_layers=False)
+        except Exception as error:  # the other ranks wait for this one
+            return f"{folder} could not be written: {error}"
+        return None
 
     def _save(self, part: dict[str, Tensor], path: Path) -> str | None:
         """Write a file, look at what a server will find, and return what is wrong."""
@@ -278,7 +296,7 @@ class VLLMEngine(RolloutEngine):
                       metadata={"format": "pt"})
             with safe_open(path, "pt") as file:
                 missing = saved.keys() - file.keys()
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # the other ranks wait for this one
             return f"{path} could not be written: {error}"
         return f"{path} lacks {', '.join(sorted(missing))}" if missing else None
 
@@ -354,13 +372,15 @@ class VLLMEngine(RolloutEngine):
         with distributed.failing_together():
             pool = ThreadPoolExecutor(max(1, min(len(responses), MOST_REQUESTS)))
             try:
-                list(pool.map(partial(self._complete, ends), count(), responses, seeds))
+                # Copies of a prompt go to one server, which computes it once.
+                numbers = (i // sampling.num_generations for i in count())
+                list(pool.map(partial(self._complete, ends), numbers, responses, seeds))
             finally:
                 pool.shutdown(cancel_futures=True)
         return as_rollout(prompts, responses, pad_id)
 
     def _complete(self, eos_ids: list[int], number: int, response: Response, seed: int) -> None:
-        """Let a server write a response, or after a failure the next one."""
+        """Let a server write a response to prompt `number`, or after a failure the next one."""
         for attempt, wait in enumerate((*PAUSES, None)):
             server = self._servers[(distributed.rank() + number + attempt) % len(self._servers)]
             try:

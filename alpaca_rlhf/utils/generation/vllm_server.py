@@ -5,6 +5,7 @@ folder that the server can read; nothing is unpickled on either side. Pausing, l
 the prefix cache are development endpoints, which vLLM has with VLLM_SERVER_DEV_MODE=1.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class Served(NamedTuple):
     max_length: int  # tokens of prompt and response
     dtype: str
     logprobs_mode: str
-    lora: bool  # whether it takes adapters
+    max_lora_rank: int  # of adapters; 0 if it takes none
     shape: dict[str, Any]  # SHAPE, as far as it is known
 
 
@@ -89,11 +90,12 @@ class VLLMServer:
                 name=base["id"], max_length=int(base["max_model_len"]),
                 dtype=str(config["dtype"]).rsplit(".", 1)[-1],
                 logprobs_mode=str(config.get("logprobs_mode")),
-                lora=bool(info.get("lora_config")), shape=_shape(config.get("hf_config")),
+                max_lora_rank=int((info.get("lora_config") or {}).get("max_lora_rank", 0)),
+                shape=_shape(config.get("hf_config")),
             )
             return self.served
         except ServerError as error:
-            missing = "404" in str(error)
+            missing = str(error).startswith("/server_info: HTTP 404")
             remedy = ("it has no development endpoints (VLLM_SERVER_DEV_MODE=1); " if missing
                       else "") + START
             raise UserError(f"--vllm_url {self.url}: {error}; {remedy}") from error
@@ -152,9 +154,15 @@ class VLLMServer:
 
         Under an old name vLLM would read the folder again for every request.
         """
-        self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        try:
+            self._call("POST", "/v1/load_lora_adapter",
+                       {"lora_name": name, "lora_path": str(folder)})
+        except ServerError as error:
+            if "already" not in str(error):  # an attempt whose answer was lost
+                raise
         if self.model != self.served.name:
-            self._call("POST", "/v1/unload_lora_adapter", {"lora_name": self.model})
+            with contextlib.suppress(ServerError):  # at worst it is kept until there is no room
+                self._call("POST", "/v1/unload_lora_adapter", {"lora_name": self.model})
 
     def _resume(self) -> None:
         done = self._call("POST", "/reset_prefix_cache")

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -190,8 +191,9 @@ def gathered_state_dict(
 
 
 def adapter_state_dict(model: nn.Module, on_this_rank: bool) -> dict[str, Tensor]:
-    """Return the weights of the adapter and of a trained head, as `gathered_state_dict` does."""
-    return gathered_state_dict(model, on_this_rank, (".lora_", ".modules_to_save."))
+    """Return what peft saves, as `gathered_state_dict` does: embeddings too, if it wants them."""
+    parts = (".lora_", ".modules_to_save.", *EMBEDDING_LAYER_NAMES)
+    return gathered_state_dict(model, on_this_rank, parts)
 
 
 def _whole(tensors: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
