@@ -23,6 +23,7 @@ from alpaca_rlhf.utils.configs import (
     PPOConfig,
     RewardConfig,
     RoleConfig,
+    RolesConfig,
     SamplingConfig,
     ScheduleConfig,
 )
@@ -184,8 +185,7 @@ class Small:
 
     def roles(
         self, stage: int = 0, lora: int = 0, eos_every: int = 0, needs_reward_model: bool = True,
-        critic_warmup_steps: int = 0, offload_reference: bool = False,
-        offload_reward: bool = False, **changes: Any,
+        critic_warmup_steps: int = 0, places: dict[str, bool] | None = None, **changes: Any,
     ) -> Any:
         """The four roles of step 3; every `eos_every`th id ends a response: lengths differ."""
         import torch
@@ -196,8 +196,7 @@ class Small:
             "actor", "critic", stage=stage, lora=lora, **changes)
         engine = RLHFEngine(
             actor, critic, self.tokenizer, needs_reward_model=needs_reward_model,
-            critic_warmup_steps=critic_warmup_steps, offload_reference=offload_reference,
-            offload_reward=offload_reward, **settings
+            critic_warmup_steps=critic_warmup_steps, roles=RolesConfig(**places or {}), **settings
         )
         if eos_every:
             engine.eos_ids = torch.arange(0, len(self.tokenizer), eos_every)

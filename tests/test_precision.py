@@ -237,10 +237,10 @@ def test_frozen_models_are_offloaded_with_the_trained_ones(small):
     assert found.equal(expected)
 
 
-@pytest.mark.parametrize("flag", ["offload_reference", "offload_reward"])
+@pytest.mark.parametrize("flag", ["offload_reference_model", "offload_reward_model"])
 def test_one_frozen_model_can_be_offloaded_by_itself_and_scores_as_before(small, flag):
-    engine = small.roles(3, **{flag: True})
-    held = {"offload_reference": engine._reference, "offload_reward": engine._reward}
+    engine = small.roles(3, places={flag: True})
+    held = {"offload_reference_model": engine._reference, "offload_reward_model": engine._reward}
     places = {name: model.zero_offload_param() for name, model in held.items()}
     assert {name for name, place in places.items() if place} == {flag}
     assert places[flag].device == "cpu"

@@ -139,7 +139,7 @@ def _offloaded(args: Step3Config) -> Iterator[tuple[str, RoleConfig]]:
     """Yield the flags given for frozen models, and the role that each is a copy of."""
     for flag, role in (("offload_reference_model", args.actor),
                        ("offload_reward_model", args.critic)):
-        if getattr(args.reward, flag):
+        if getattr(args.roles, flag):
             yield flag, role
 
 

@@ -204,6 +204,11 @@ class AdapterConfig(Group, title="LoRA"):
     lora_dropout: Dropout = option(0.0, "dropout before the adapters")
     only_optimize_lora: bool = option(
         None, "freeze all but adapters and heads (default: on with LoRA, else off)")
+    load_in_4bit: bool = option(
+        False, "keep frozen weights in 4 bits (NF4, twice quantized); needs LoRA, bitsandbytes and "
+        "ZeRO 0 to 2")
+    load_in_8bit: bool = option(
+        False, "keep frozen weights in 8 bits (LLM.int8); needs the same")
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -272,6 +277,12 @@ class RunConfig(SeedConfig):
         None, "YAML or JSON file of these flags; the command line wins over it")
     output_dir: str | None = option(
         None, "folder of the trained model (default: none, nothing is saved)", on_resume="free")
+    dry_run: bool = option(
+        False, "check everything, print what memory and time the run will need in each phase, and "
+        "stop before any weights are loaded", on_resume="free")
+    fit: str | None = option(
+        None, "with --dry_run: search for the cheapest flags that fit into this memory of a "
+        "device, such as 24GB", on_resume="free")
     overwrite_output_dir: bool = option(
         False, "allow an --output_dir that holds another run", on_resume="free")
     local_rank: int = option(-1, "set by the launcher; -1: a single process")
@@ -430,6 +441,15 @@ class RewardConfig(Group, title="reward"):
     kl_target: Positive = option(
         6.0, "target KL per sequence in nats for --kl_controller adaptive")
     kl_horizon: Count = option(10000, "horizon in episodes of --kl_controller adaptive")
+
+
+@dataclass(frozen=True)
+class RolesConfig(Group, title="the four roles"):
+    """Where actor, critic, reference and reward model keep their weights."""
+
+    share_backbone: bool = option(
+        False, "one frozen base for all roles, which differ in their adapters: those that steps 1 "
+        "and 2 wrote with LoRA from the same base; needs ZeRO 0 to 2", on_resume="place")
     offload_reference_model: bool = option(
         False, "keep the reference model in host memory, as --offload does; needs "
         "--actor_zero_stage 3", on_resume="place")
@@ -561,6 +581,7 @@ class Step3Config(StepConfig):
     rollout_engine: RolloutEngineConfig = group()
     hybrid: HybridEngineConfig = group()
     reward: RewardConfig = group()
+    roles: RolesConfig = group()
     ppo: PPOConfig = group()
     report: ReportConfig = group()
 

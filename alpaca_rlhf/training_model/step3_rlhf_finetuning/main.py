@@ -104,12 +104,12 @@ def planned(args: Step3Config) -> list[Planned]:
     prompt, response = args.rollout.max_prompt_seq_len, args.sampling.max_new_tokens
     actor = Planned(
         args.actor, args.loading, args.lora, args.engine, needs_frozen_copy=True, decodes=True,
-        length=prompt + response, offloads_frozen_copy=args.reward.offload_reference_model,
+        length=prompt + response, offloads_frozen_copy=args.roles.offload_reference_model,
         length_flags=f"--max_prompt_seq_len {prompt} and --max_answer_seq_len {response}",
     )
     scored = args.reward.reward_function is None
     return [actor, replace(actor, role=args.critic, scores=True, needs_frozen_copy=scored,
-                           offloads_frozen_copy=args.reward.offload_reward_model)]
+                           offloads_frozen_copy=args.roles.offload_reward_model)]
 
 
 def load_shared_chat(args: Step3Config) -> ChatFormat:
@@ -157,8 +157,7 @@ class PPO:
             total_steps=self.plan.total_steps,
             critic_warmup_steps=args.ppo.critic_warmup_steps,
             needs_reward_model=reward_function is None,
-            offload_reference=args.reward.offload_reference_model,
-            offload_reward=args.reward.offload_reward_model,
+            roles=args.roles,
         )
         console.say("\n".join(engine.summary))
         for model in (engine.actor.module, engine.critic.module.model):

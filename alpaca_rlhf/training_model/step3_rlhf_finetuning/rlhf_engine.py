@@ -20,6 +20,7 @@ from alpaca_rlhf.utils.configs import (
     EngineConfig,
     LoadingConfig,
     RoleConfig,
+    RolesConfig,
     ScheduleConfig,
 )
 from alpaca_rlhf.utils.data.batches import Rollout
@@ -45,16 +46,14 @@ class RLHFEngine:
             `build_trained`, of actor and critic alike.
         critic_warmup_steps: of `total_steps`, those that do not train the actor.
         needs_reward_model: False if a function replaces the reward model.
-        offload_reference, offload_reward: keep the frozen model in host memory under ZeRO-3, also
-            where `engine` does not offload.
+        roles: where the frozen models keep their weights.
     """
 
     def __init__(
         self, actor: RoleConfig, critic: RoleConfig, tokenizer: PreTrainedTokenizerBase, *,
-        loading: LoadingConfig, adapters: AdapterConfig, engine: EngineConfig,
+        loading: LoadingConfig, adapters: AdapterConfig, engine: EngineConfig, roles: RolesConfig,
         schedule: ScheduleConfig, micro_batch_size: int, total_steps: int,
         critic_warmup_steps: int = 0, needs_reward_model: bool = True, adam_eps: float = ADAM_EPS,
-        offload_reference: bool = False, offload_reward: bool = False,
     ) -> None:
         build = partial(
             build_trained, loading=loading, adapters=adapters, engine=engine, schedule=schedule,
@@ -68,7 +67,7 @@ class RLHFEngine:
         self.actor, trained = build(load, actor, total_steps=total_steps - critic_warmup_steps)
         self._reference, source = None, "the actor with its adapter disabled"
         if not lora.base_is_frozen(actor, adapters):
-            place = replace(engine, offload=engine.offload or offload_reference)
+            place = replace(engine, offload=engine.offload or roles.offload_reference_model)
             self._reference, source = build_frozen(load, actor, loading, place), "a frozen copy"
         self.summary = [f"actor: {trained}; reference model: {source}"]
         config = lora.unwrapped(self.actor.module).generation_config
@@ -81,7 +80,7 @@ class RLHFEngine:
         if not needs_reward_model:
             source = "a function"
         elif not lora.base_is_frozen(critic, adapters):
-            place = replace(engine, offload=engine.offload or offload_reward)
+            place = replace(engine, offload=engine.offload or roles.offload_reward_model)
             self._reward = build_frozen(
                 lambda *how: TokenScorer(load(*how)), critic, loading, place)
             source = "a frozen copy"
