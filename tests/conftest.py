@@ -9,7 +9,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -296,6 +296,23 @@ def fill_adapters(model: Any) -> Any:
                 if parameter.numel():
                     torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def save_adapted(small: Small, folder: Path) -> Small:
+    """Write what steps 1 and 2 write with LoRA from one base: `actor` and `critic`."""
+    from alpaca_rlhf.utils.model.reward_model import save_statistics
+    from alpaca_rlhf.utils.run.export import export
+
+    actor = fill_adapters(small.trained("actor", lora=4).module)
+    export(actor, small.tokenizer, folder / "actor", "card", {})
+    over = replace(small, folder=folder / "bases")
+    for name in ("actor", "critic"):  # the reward model starts from the causal LM
+        (over.folder / name).parent.mkdir(exist_ok=True)
+        (over.folder / name).symlink_to(small.actor)
+    critic = fill_adapters(over.trained("critic", lora=4).module.model)
+    export(critic, small.tokenizer, folder / "critic", "card", {})
+    save_statistics(folder / "critic", 0.5, 2.0, 40)
+    return replace(small, folder=folder, overrides=small.unclipped)
 
 
 def with_adapter(model: Any, names: str | None = None, only_lora: bool = True) -> Any:

@@ -101,9 +101,11 @@ def two_steps(
     return engine, {"loss": result["loss"], "norm": training_loop.gradient_norm(engine)}
 
 
-def ppo_step(small: Small, stage: int, lora_rank: int, experience: Experience) -> Any:
+def ppo_step(
+    small: Small, stage: int, lora_rank: int, experience: Experience, share: bool = False
+) -> Any:
     """One update from the same eight rollouts, dealt out over all ranks."""
-    engine = small.roles(stage, lora_rank, **small.comparable)
+    engine = small.roles(stage, lora_rank, places={"share_backbone": share}, **small.comparable)
     mine = experience.rows(list(range(8))[distributed.rank() :: distributed.world_size()])
     learn(small.trainer(engine, micro=8), mine)
     return engine
@@ -345,6 +347,10 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
                 saved_steps, small, folder, f"{role}_{stage}_{rank}", role, stage, rank)
     for stage in STAGES:
         made[f"ppo_{stage}"] = partial(saved_ppo_step, small, folder, stage, experience)
+        if stage < 3:
+            adapted = replace(small, folder=folder / "adapted")
+            made[f"shared_{stage}"] = partial(
+                saved_ppo_step, adapted, folder, stage, experience, "shared")
         made[f"ema_{stage}"] = partial(averaged, small, stage)
         made[f"not_finite_{stage}"] = partial(one_rank_not_finite, small, stage)
     for how in STEP3:
@@ -396,12 +402,13 @@ def saved_steps(small: Small, folder: Path, name: str, *how: Any) -> dict[str, A
 
 
 def saved_ppo_step(
-    small: Small, folder: Path, stage: int, experience: Experience
+    small: Small, folder: Path, stage: int, experience: Experience, kind: str = "ppo"
 ) -> dict[str, Any]:
-    """Save actor and critic after a step of PPO."""
-    engine = ppo_step(small, stage, 0, experience)
-    save(folder, f"ppo_actor_{stage}", engine.actor)
-    return save(folder, f"ppo_critic_{stage}", engine.critic)
+    """Save actor and critic after a step of PPO; kind "shared" has one base and four adapters."""
+    share = kind == "shared"
+    engine = ppo_step(small, stage, 4 if share else 0, experience, share)
+    save(folder, f"{kind}_actor_{stage}", engine.actor)
+    return save(folder, f"{kind}_critic_{stage}", engine.critic)
 
 
 def run_cases() -> None:

@@ -285,6 +285,14 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
     (3, "--hybrid_engine_backend deepspeed", "--hybrid_engine_backend deepspeed: DeepSpeed's own "
         "kernels leave LoRA adapters out and do not follow today's LLaMA; take native, or remove "
         "the flag"),
+    (3, "--share_backbone --actor_lora_dim 8", "--share_backbone: needs --critic_lora_dim, the "
+        "rank that the adapter of the earlier step has, and --only_optimize_lora"),
+    (3, "--share_backbone --actor_lora_dim 8 --critic_lora_dim 8 --critic_zero_stage 3",
+        "--critic_zero_stage 3: does not go with --share_backbone: the engines of actor and critic "
+        "would each gather and release the shared weights; take 2"),
+    (3, "--share_backbone --actor_lora_dim 8 --critic_lora_dim 8 --actor_lora_module_name q_proj",
+        "--actor_lora_module_name q_proj: has no use with --share_backbone: the adapters of steps "
+        "1 and 2 are taken; leave it out"),
     (3, "--unsupervised_dataset_config_name v1", "--unsupervised_dataset_config_name v1: needs "
         "--unsupervised_dataset_name; give it or remove the flag"),
     (2, "--train_on_prompt", "unknown flag --train_on_prompt; see --help"),

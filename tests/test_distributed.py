@@ -11,7 +11,7 @@ from itertools import islice
 import distributed_worker as worker
 import pytest
 import torch
-from conftest import Small, fill_adapters
+from conftest import Small, fill_adapters, save_adapted
 from programs import REPOSITORY
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -46,6 +46,7 @@ def folder(alone, experience):
     overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0},
                  "gradient_clipping": 1e6}
     (alone.folder / "overrides.json").write_text(json.dumps(overrides))
+    save_adapted(alone, alone.folder / "adapted")
     record = {f.name: getattr(experience, f.name) for f in dataclasses.fields(experience)}
     torch.save(record, alone.folder / "experience.pt")
     return alone.folder
@@ -107,6 +108,16 @@ def test_one_rank_and_two_ranks_take_the_same_step_of_ppo(
 ):
     same_weights(folder, f"ppo_actor_{stage}", ppo_reference.actor, alone.causal_lm())
     same_weights(folder, f"ppo_critic_{stage}", ppo_reference.critic, alone.reward_model())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_one_rank_and_two_ranks_take_the_same_step_with_a_shared_backbone(
+    results, folder, alone, experience, stage
+):
+    adapted = dataclasses.replace(alone, folder=folder / "adapted")
+    reference = worker.ppo_step(adapted, 0, 4, experience, share=True)
+    same_weights(folder, f"shared_actor_{stage}", reference.actor, adapted.causal_lm())
+    same_weights(folder, f"shared_critic_{stage}", reference.critic, adapted.reward_model())
 
 
 @pytest.mark.parametrize(("role", "stage", "dtype"), worker.HALF)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fill_adapters, learn
+from conftest import fill_adapters, learn, save_adapted
 from fake_vllm import serving
 from programs import MAINS
 from torch.testing import assert_close
@@ -241,6 +241,16 @@ def test_a_base_that_trains_is_sent_beside_the_adapter(small):
             assert rollout_metrics(scored)["rollout/decoding_difference_mean"] < HALF
             assert server.calls["/collective_rpc"] == number
             step(small, roles, made)
+
+
+def test_a_server_gets_the_actor_of_a_shared_backbone_whole(small, server, tmp_path):
+    adapted = save_adapted(small, tmp_path)
+    roles = adapted.roles(0, 4, places={"share_backbone": True}, **adapted.comparable)
+    made = maker(adapted, roles, server)
+    for _ in range(2):
+        scored, _ = made.score(made.generate(small.prompts(4)))
+        assert rollout_metrics(scored)["rollout/decoding_difference_max"] < FP32
+        step(adapted, roles, made)
 
 
 # --- weights that do not arrive ------------------------------------------------------------------

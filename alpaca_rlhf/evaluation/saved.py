@@ -29,6 +29,7 @@ from alpaca_rlhf.utils.data.batches import PromptBatch, pad
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, eos_ids, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import Decoder
+from alpaca_rlhf.utils.model.backbone import base_model
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import (
     TokenScorer,
@@ -196,7 +197,8 @@ def _open(
         right_kind = is_reward_model(RoleConfig(model_name_or_path=path), loading) == scorer
     else:
         adapter = read_json(Path(config), f"no adapter in {path}")
-        base = _base_model(path, adapter)
+        base = base_model(path, adapter)
+        preflight.require_cached(base)
         tokenizer_path = _tokenizer_path(path, base)
         right_kind = not scorer or "score" in (adapter.get("modules_to_save") or [])
     if not right_kind and scorer:
@@ -224,22 +226,6 @@ def _open(
     context = min((n for n in stated if isinstance(n, int) and 0 < n < _NO_LIMIT),
                   default=_DEFAULT_CONTEXT)
     return model.to(distributed.device()).eval(), ChatFormat(tokenizer), context
-
-
-def _base_model(path: str, adapter: dict[str, Any]) -> str:
-    """Return the base model of an adapter; a relative path may be in any folder around it."""
-    base = adapter.get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{path}: the adapter does not name its base model; set "
-                        "base_model_name_or_path in its adapter_config.json")
-    around = [Path(), *Path(path).absolute().parents]
-    found = next((str(folder / base) for folder in around if (folder / base).is_dir()), None)
-    if found is None and (Path(base).is_absolute() or base.count("/") != 1 or base[0] == "."):
-        raise UserError(f"{path}: the adapter's base model is {base}, and there is no such folder; "
-                        "put it there, or set base_model_name_or_path in adapter_config.json")
-    if found is None:
-        preflight.require_cached(base)
-    return found or base
 
 
 def _tokenizer_path(path: str, base: str) -> str:

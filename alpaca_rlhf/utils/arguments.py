@@ -488,6 +488,8 @@ def _check_step3(args: Step3Config) -> None:
                 f"must divide the {batch * batches} rollouts of a PPO iteration "
                 f"(--per_device_generation_batch_size {batch} x --generation_batches {batches}); "
                 f"try {_near_divisors(batch * batches, micro)}")
+    if args.roles.share_backbone:
+        _check_shared_backbone(args)
     if args.rollout_engine.rollout_engine == "vllm" and not args.rollout_engine.urls:
         _refuse("rollout_engine", "vllm", "needs --vllm_url; give the servers that "
                 "scripts/serve_rollouts.sh has started")
@@ -505,6 +507,20 @@ def _check_step3(args: Step3Config) -> None:
     if ppo.unsupervised_dataset_config_name is not None and ppo.unsupervised_dataset_name is None:
         _refuse("unsupervised_dataset_config_name", ppo.unsupervised_dataset_config_name,
                 "needs --unsupervised_dataset_name; give it or remove the flag")
+
+
+def _check_shared_backbone(args: Step3Config) -> None:
+    for role in (args.actor, args.critic):
+        if not role.lora_dim or args.lora.only_optimize_lora is False:
+            raise UserError(f"--share_backbone: needs {role.flag('lora_dim')}, the rank that the "
+                            "adapter of the earlier step has, and --only_optimize_lora")
+        if role.zero_stage == 3:
+            _refuse(f"{role.prefix}zero_stage", 3, "does not go with --share_backbone: the "
+                    "engines of actor and critic would each gather and release the shared "
+                    "weights; take 2")
+        if role.lora_module_name is not None:
+            _refuse(f"{role.prefix}lora_module_name", role.lora_module_name, "has no use with "
+                    "--share_backbone: the adapters of steps 1 and 2 are taken; leave it out")
 
 
 # --- small helpers -------------------------------------------------------------------------------

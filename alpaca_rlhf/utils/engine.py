@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 from deepspeed import DeepSpeedEngine as Engine
+from peft import PeftModel
 from torch import nn
 
 from alpaca_rlhf.utils import distributed, ds_config
@@ -33,7 +34,7 @@ def build_trained(
     """Load a model, add LoRA if the role has it, and give it to DeepSpeed.
 
     Args:
-        load: loads the model.
+        load: loads the model, which may have its adapter already.
         role, loading, adapters, engine, schedule: its options.
         micro_batch_size: rows of a micro-batch on each rank.
         total_steps: optimizer steps of the whole training.
@@ -50,8 +51,11 @@ def build_trained(
         offload=engine.offload, overrides=engine.deepspeed_config,
     )
     model = load(role, loading, config)
-    targets = lora.match_modules(model, role) if role.lora_dim else None
-    if targets is not None:
+    targets = None
+    if isinstance(model, PeftModel):
+        targets = model.base_model.targeted_module_names
+    elif role.lora_dim:
+        targets = lora.match_modules(model, role)
         model = lora.add_lora(model, targets, role, adapters)
     summary = lora.describe_training(model, targets)
     # DeepSpeed's buffers for gradients need not be larger than all of them.

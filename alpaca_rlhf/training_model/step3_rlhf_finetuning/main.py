@@ -43,6 +43,7 @@ from alpaca_rlhf.utils.generation.vllm_engine import PROBES, VLLMEngine, connect
 from alpaca_rlhf.utils.generation.vllm_server import VLLMServer
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, MAX_KL, Alarms
 from alpaca_rlhf.utils.logging.tracker import Tracker
+from alpaca_rlhf.utils.model.backbone import require_shareable
 from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.reward_function import RewardFunction, load_reward_function
 from alpaca_rlhf.utils.run import export
@@ -65,9 +66,7 @@ def main() -> None:
     for notice in arguments.notices(args):
         console.say(notice)
     folder, found = open_run(args.run, args.checkpoint, step=3, arguments=config)
-    preflight.check(planned(args), args.tracking.trackers)
-    servers = connect(args.rollout_engine, args.actor, args.loading, args.sampling, args.ppo,
-                      args.rollout.max_prompt_seq_len)
+    servers = check(args)
     reward_function = load_reward_function(args.reward.reward_function)
     normalizer = RewardNormalizer(args.reward, args.critic.model_name_or_path)
 
@@ -97,6 +96,15 @@ def main() -> None:
         ppo.export(after)
     folder.finish(config, evaluate_policy.results(data.report, progress.before, after))
     page.write_beside(folder.final)
+
+
+def check(args: Step3Config) -> list[VLLMServer]:
+    """Check models and servers before anything is loaded, and return the servers."""
+    preflight.check(planned(args), args.tracking.trackers)
+    if args.roles.share_backbone:
+        require_shareable((args.actor, args.critic), args.lora)
+    return connect(args.rollout_engine, args.actor, args.loading, args.sampling, args.ppo,
+                   args.rollout.max_prompt_seq_len)
 
 
 def planned(args: Step3Config) -> list[Planned]:

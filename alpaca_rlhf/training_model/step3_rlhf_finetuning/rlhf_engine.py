@@ -2,7 +2,8 @@
 
 With LoRA on the actor the reference model is the actor with its adapter disabled, and with LoRA on
 the critic the reward model is the critic with its adapter disabled and its saved head: no second
-copy of the weights. Models are loaded one after the other.
+copy of the weights. With a shared backbone the four are adapters on one frozen base. Models are
+loaded one after the other.
 """
 
 import contextlib
@@ -25,8 +26,9 @@ from alpaca_rlhf.utils.configs import (
 )
 from alpaca_rlhf.utils.data.batches import Rollout
 from alpaca_rlhf.utils.data.tokenizer import eos_ids
-from alpaca_rlhf.utils.engine import build_frozen, build_trained
+from alpaca_rlhf.utils.engine import Load, build_frozen, build_trained
 from alpaca_rlhf.utils.model import lora
+from alpaca_rlhf.utils.model.backbone import Backbone
 from alpaca_rlhf.utils.model.causal_lm import at_labels, load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model
 
@@ -63,27 +65,31 @@ class RLHFEngine:
         # its graph outlives the passes of other models.
         self.repeatable = not (actor.dropout or critic.dropout or adapters.lora_dropout) and (
             max(actor.zero_stage, critic.zero_stage) < 3)
-        load = partial(load_causal_lm, tokenizer=tokenizer)
+        backbone = Backbone(
+            (actor, critic), loading, adapters, tokenizer) if roles.share_backbone else None
+        copied = "an adapter of its own" if backbone else "a frozen copy"
+        load: Load = backbone.policy if backbone else partial(load_causal_lm, tokenizer=tokenizer)
         self.actor, trained = build(load, actor, total_steps=total_steps - critic_warmup_steps)
         self._reference, source = None, "the actor with its adapter disabled"
-        if not lora.base_is_frozen(actor, adapters):
+        if backbone or not lora.base_is_frozen(actor, adapters):
             place = replace(engine, offload=engine.offload or roles.offload_reference_model)
-            self._reference, source = build_frozen(load, actor, loading, place), "a frozen copy"
+            self._reference, source = build_frozen(load, actor, loading, place), copied
         self.summary = [f"actor: {trained}; reference model: {source}"]
         config = lora.unwrapped(self.actor.module).generation_config
         ends = eos_ids(tokenizer, config.eos_token_id)
         self.eos_ids = torch.tensor(ends, device=distributed.device())
 
-        load = partial(load_reward_model, tokenizer=tokenizer)
+        load = backbone.reward_model if backbone else partial(
+            load_reward_model, tokenizer=tokenizer)
         self.critic, trained = build(load, critic, total_steps=total_steps, wrap=TokenScorer)
         self._reward, source = None, "the critic with its adapter disabled"
         if not needs_reward_model:
             source = "a function"
-        elif not lora.base_is_frozen(critic, adapters):
+        elif backbone or not lora.base_is_frozen(critic, adapters):
             place = replace(engine, offload=engine.offload or roles.offload_reward_model)
             self._reward = build_frozen(
                 lambda *how: TokenScorer(load(*how)), critic, loading, place)
-            source = "a frozen copy"
+            source = copied
         self.summary.append(f"critic: {trained}; reward model: {source}")
 
     @contextlib.contextmanager

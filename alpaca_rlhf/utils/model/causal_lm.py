@@ -121,11 +121,16 @@ def load_model(
                             f"({min(missing)} is missing); give a model of text alone")
         _enlarge_embeddings(model, 1 + max(tokenizer.get_vocab().values()))
     if role.gradient_checkpointing:
-        distributed.return_freed_memory()
-        # Inputs must require grad, or no layer after a frozen embedding is trained.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        recompute_activations(model)
     return model
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    distributed.return_freed_memory()
+    # Inputs must require grad, or no layer after a frozen embedding is trained.
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def load_causal_lm(

@@ -16,10 +16,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data.tokenizer import eos_ids
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.model.backbone import ADAPTER_FOLDER, sample_base, save_adapter
 from alpaca_rlhf.utils.model.lora import adapter_state_dict, merged_state_dict, unwrapped
 from alpaca_rlhf.utils.run.run_folder import ARGUMENTS_FILE
 
-ADAPTER_FOLDER = "adapter"
 MERGED_EXACTLY = 1e-3  # share of the adapter's update up to which rounding is not mentioned
 
 
@@ -39,7 +39,10 @@ def export(
     """
     if folder is None:
         return
-    adapter = adapter_state_dict(model, distributed.is_main())
+    adapter, sample = {}, {}
+    if isinstance(model, PeftModel):
+        adapter = adapter_state_dict(model, distributed.is_main())
+        sample = sample_base(model, distributed.is_main())
     weights, lost = merged_state_dict(model, distributed.is_main())
     if lost > MERGED_EXACTLY:
         facts = facts | {"adapter": (
@@ -47,9 +50,8 @@ def export(
             f"(norm); exact in {ADAPTER_FOLDER}/")}
     with distributed.failing_together():
         if distributed.is_main():
-            if isinstance(model, PeftModel):
-                model.save_pretrained(
-                    str(folder / ADAPTER_FOLDER), state_dict=adapter, safe_serialization=True)
+            if adapter:
+                save_adapter(model, adapter, sample, folder / ADAPTER_FOLDER)
             _save_model(unwrapped(model), weights, tokenizer, folder)
             (folder / "README.md").write_text(model_card(title, facts))
 
