@@ -114,6 +114,19 @@ def test_the_header_has_hardware_memory_and_command_and_says_that_no_one_has_run
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_the_readme_lists_every_recipe():
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| | 1 × 24 GB |"))
+    listed = set()
+    for line in lines[head + 2 :]:
+        if not line.startswith("|"):
+            break
+        models, *cells = line.strip("|").split("|")
+        listed |= {f"{model}_{target}" for model in re.findall(r"`([^`]+)`", models)
+                   for target, cell in zip(HARDWARE, cells, strict=True) if cell.strip()}
+    assert listed == set(PLANNED)
+
+
 # --- whether the steps fit together --------------------------------------------------------------
 
 
