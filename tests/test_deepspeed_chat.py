@@ -1,13 +1,17 @@
-"""Flags of DeepSpeed-Chat's training scripts and of alpaca-rlhf's README go on working."""
+"""Flags of DeepSpeed-Chat's training scripts and of alpaca-rlhf's README go on working.
+
+And docs/from_deepspeed_chat.md says of each what it is here.
+"""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from families import FAMILIES, save
-from programs import BOOTSTRAP, TRAINING, environment
+from programs import BOOTSTRAP, REPOSITORY, TRAINING, environment
 
 from alpaca_rlhf.training_model import launching
 from alpaca_rlhf.utils import arguments
@@ -181,6 +185,30 @@ LISTS = {
        for more in ("--enable_hybrid_engine",
                     "--tokenizer_name_or_path decapoda-research/llama-7b-hf")},
 }
+# Every flag of their programs, those that no script gives included.
+_ALL = """data_path data_split data_output_path num_train_epochs gradient_accumulation_steps
+lr_scheduler_type num_warmup_steps output_dir seed local_rank offload dtype only_optimize_lora
+compute_fp32_loss enable_tensorboard tensorboard_path add_eot_token deepspeed deepspeed_config
+tokenizer_name_or_path"""
+_SUPERVISED = f"""{_ALL} model_name_or_path per_device_train_batch_size per_device_eval_batch_size
+max_seq_len learning_rate weight_decay gradient_checkpointing dropout disable_dropout zero_stage
+lora_dim lora_module_name lora_learning_rate"""
+_ROLE = """model_name_or_path learning_rate weight_decay zero_stage gradient_checkpointing dropout
+lora_dim lora_module_name lora_learning_rate"""
+THEIRS = {step: set(flags.split()) for step, flags in {
+    1: f"{_SUPERVISED} sft_only_data_path eot_token print_loss",
+    2: f"{_SUPERVISED} num_padding_at_beginning eval_interval eval_iters",
+    3: f"""{_ALL} {' '.join(f"{role}_{flag}" for role in ("actor", "critic")
+                            for flag in _ROLE.split())}
+    disable_actor_dropout disable_critic_dropout num_padding_at_beginning
+    per_device_generation_batch_size per_device_training_batch_size generation_batches
+    per_device_train_batch_size per_device_mini_train_batch_size generation_batch_numbers
+    ppo_epochs max_prompt_seq_len max_answer_seq_len preprocessing_num_workers
+    unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef
+    enable_hybrid_engine unpin_actor_parameters release_inference_cache inference_tp_size
+    tp_gather_partition_size offload_reference_model enable_ema enable_mixed_precision_lora
+    align_overflow print_answers print_answers_interval enable_test_mode test_stop_step""",
+}.items()}
 LAUNCHER = ["", "--num_gpus 1", "--num_gpus=1", "--num_nodes=1", "--master_port 12346",
             "--num_nodes=1 --num_gpus=16"]
 
@@ -200,14 +228,17 @@ def test_every_list_parses_and_no_flag_is_lost(name, words):
     assert all("has no effect" in line for line in notices(args))
 
 
-@pytest.mark.parametrize(("batch", "size"), [(16, "2"), (4, "8 --tp_gather_partition_size 4")])
-def test_tensor_parallel_generation_is_refused_in_one_line(batch, size):
+@pytest.mark.parametrize(("batch", "old", "size"), [
+    (16, False, "--inference_tp_size 2"),
+    (4, True, f"--inference_tp_size 8 --tp_gather_partition_size 4 {DECAYS}"),
+], ids=["13b", "66b"])
+def test_tensor_parallel_generation_is_refused_in_one_line(batch, old, size):
     text = ppo(batch, "5e-4", 3, "--actor_gradient_checkpointing --disable_actor_dropout", HYBRID,
-               ACTOR_LORA, f"--inference_tp_size {size}")
+               ACTOR_LORA, size, old=old)
     with pytest.raises(UserError) as refused:
         arguments.parse(Step3Config, text.split())
     assert str(refused.value) == (
-        f"--inference_tp_size {size[0]}: not available in this version: every rank generates with "
+        f"{' '.join(size.split()[:2])}: not available in this version: every rank generates with "
         "the whole model; remove the flag")
 
 
@@ -223,6 +254,64 @@ def test_a_flag_that_only_saves_memory_says_that_it_has_no_effect():
         "--num_padding_at_beginning has no effect: the score is read at the last real token",
         "--enable_mixed_precision_lora has no effect: frozen weights are not quantized",
         "--offload_reference_model has no effect: with LoRA there is no second model"]
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+PAGE = (REPOSITORY / "docs" / "from_deepspeed_chat.md").read_text()
+SECTIONS = {"All steps": (1, 2, 3), "Steps 1 and 2": (1, 2), "Step 3": (3,)}
+
+
+def mapped() -> dict[int, dict[str, str]]:
+    """What the page's tables say of each flag of a step."""
+    found: dict[int, dict[str, str]] = {step: {} for step in RECORDS}
+    for title, steps in SECTIONS.items():
+        section = PAGE.partition(f"\n### {title}\n")[2].partition("\n#")[0]
+        for names, status in re.findall(r"^\| (`--[^|]+) \| ([^|]+) \|", section, re.MULTILINE):
+            for name in re.findall(r"--(\w+)", names):
+                for step in steps:
+                    assert name not in found[step], name
+                    found[step][name] = status
+    return found
+
+
+def declared(step: int) -> dict[str, str]:
+    """The same of each flag and each other name that the program has."""
+    found = {}
+    for option in arguments.options(RECORDS[step]):
+        status = ("no effect" if option.metadata["no_effect"] else
+                  "refused" if option.metadata["unavailable"] else "same")
+        found |= {option.flag: status, **dict.fromkeys(option.metadata["aliases"], "renamed")}
+    return found
+
+
+@pytest.mark.parametrize("step", RECORDS)
+def test_the_page_says_of_each_of_their_flags_what_the_program_does(step):
+    said, ours = mapped()[step], declared(step)
+    given = {flag for name, text in LISTS.items() if int(name[0]) == step
+             for flag in re.findall(r"--(\w+)", text)}
+    assert said.keys() >= THEIRS[step] | given
+    only_step_1 = {"sft_only_data_path"} if step == 2 else set()
+    assert {flag: ours[flag] for flag in said.keys() - only_step_1} == {
+        flag: status for flag, status in said.items() if flag not in only_step_1}
+
+
+def test_the_page_has_every_flag_that_is_there_for_old_scripts():
+    for step in RECORDS:
+        old = {flag for flag, status in declared(step).items() if status != "same"}
+        assert old <= set(re.findall(r"--(\w+)", PAGE))
+
+
+def test_every_flag_of_the_page_is_one_of_a_step_s_or_the_launcher_s():
+    known = {flag for step in RECORDS for flag in declared(step)}
+    pipeline = {"config-dir", "output-dir"}
+    launchers = set(re.findall(r"--(\w+)", " ".join(LAUNCHER)))
+    assert set(re.findall(r"--(\w[\w-]*)", PAGE)) <= known | launchers | pipeline
+
+
+def test_every_link_of_the_page_leads_to_a_file():
+    for link in re.findall(r"\]\(([^)]+)\)", PAGE):
+        assert (REPOSITORY / "docs" / link).exists()
 
 
 # --- one list of each step, run ------------------------------------------------------------------
