@@ -299,7 +299,7 @@ def test_prompt_and_response_together_count_in_step_3(monkeypatch):
     args = arguments.parse(Step3Config, [
         "--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c",
         "--max_prompt_seq_len", "300", "--max_answer_seq_len", "213"])
-    for model in step3.planned(args):
+    for model in preflight.planned(args):
         assert (model.length, model.decodes) == (513, True)
         assert model.length_flags == "--max_prompt_seq_len 300 and --max_answer_seq_len 213"
 
