@@ -64,7 +64,7 @@ SETTINGS = {
 LENGTHS = {1: "--max_seq_len 256 --per_device_train_batch_size 4 --eval_iters 1",
            2: "--max_seq_len 256 --per_device_train_batch_size 2 --per_device_eval_batch_size 4 "
               "--eval_iters 1",
-           3: "--max_prompt_seq_len 64 --max_answer_seq_len 64"}
+           3: "--max_prompt_seq_len 256 --max_answer_seq_len 64"}
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def _data(folder: Path) -> Path:
     """Write pairs that are longer than all limits."""
     path = folder / "long.jsonl"
     if not path.exists():
-        rows = [{"prompt": f"Count from {i}: " + " ".join(map(str, range(i, i + 90))),
+        rows = [{"prompt": f"Count from {i}: " + " ".join(map(str, range(i, i + 30))),
                  "chosen": " ".join(map(str, range(i, i + 300))),
                  "rejected": " ".join(map(str, range(i + 1, i + 301)))} for i in range(400)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from alpaca_rlhf.utils import preflight
+from alpaca_rlhf.utils import memory_plan, preflight
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.data.chat_template import jinja
 from alpaca_rlhf.utils.data.encode import (
@@ -412,7 +412,8 @@ def test_the_parameters_counted_for_experts_are_those_that_peft_makes(tmp_path):
     made = adapted(expert_model("mixtral"))
     weights = [(w.numel(), w.requires_grad) for w in made.parameters()]
     total, trained = sum(n for n, _ in weights), sum(n for n, train in weights if train)
-    assert preflight.size(planned(path, lora_dim=2)) == (total, trained)
+    found = memory_plan.sizes(planned(path, lora_dim=2))
+    assert (found.base + found.adapter, found.trained) == (total, trained)
 
 
 # --- templates -----------------------------------------------------------------------------------

@@ -38,7 +38,6 @@ GATHERED, PREFETCHED, KEPT_WHOLE = 1e9, 5e7, 1e5
 # these; LLM.int8.
 NF4, INT8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 CONTEXT = 0.5e9  # of an accelerator's runtime on the device
-HEADROOM = 1.15  # the next larger weight while another is merged or read
 
 Parts = dict[str, float]  # name of a part -> bytes
 
@@ -128,6 +127,7 @@ class Sizes(NamedTuple):
         adapted: in weights with an adapter.
         laid_out: in weights that the compiled decoding step copies; 0 if there is no such step.
         small: of parameters that ZeRO-3 keeps whole.
+        heaviest: of the largest weight.
     """
 
     base: int
@@ -138,6 +138,7 @@ class Sizes(NamedTuple):
     adapted: int
     laid_out: int
     small: int
+    heaviest: int
 
 
 def sizes(model: Planned) -> Sizes:
@@ -178,6 +179,7 @@ def _sizes(model: Planned) -> Sizes:
         adapted=sum(weight.numel() for weight in targets),
         laid_out=sum(inside) + heads[0].weight.numel() if compiled else 0,
         small=sum(n for n in [*every, *pairs] if n <= KEPT_WHOLE),
+        heaviest=max(every),
     )
 
 
@@ -203,9 +205,9 @@ def _passes(model: Planned, job: Job) -> Passes:
 class _Model:
     """A planned model in its place, and what stands of it all the time."""
 
-    def __init__(self, planned: Planned, args: StepConfig, place: Place) -> None:
+    def __init__(self, planned: Planned, place: Place) -> None:
         role, dtype = planned.role, planned.dtype
-        self.planned, self.args, self.place = planned, args, place
+        self.planned, self.place = planned, place
         self.sizes, self.width = sizes(planned), dtype.itemsize
         self.stage = ds_config.effective_stage(role.zero_stage, dtype)
         self.name = role.prefix.rstrip("_") or "model"
@@ -219,7 +221,7 @@ class _Model:
     @property
     def base(self) -> float:
         """Bytes of the weights without adapter on one rank, whole (ZeRO-3: its shard)."""
-        config, linear = self.args.lora, self.sizes.linear
+        config, linear = self.planned.adapters, self.sizes.linear
         bits = NF4 if config.load_in_4bit else INT8 if config.load_in_8bit else self.width
         own = linear * bits + (self.sizes.base - linear) * self.width
         kept = self.sizes.small * self.width if self.shares > 1 else 0
@@ -234,7 +236,7 @@ class _Model:
     def gathered(self) -> float:
         """Bytes that ZeRO-3 gathers for a pass, beside the shards; or of a dequantized weight."""
         base = self.sizes.base
-        if self.args.lora.load_in_4bit or self.args.lora.load_in_8bit:
+        if self.planned.adapters.load_in_4bit or self.planned.adapters.load_in_8bit:
             return self.width * self.sizes.largest
         both = min(base, GATHERED) + min(base, PREFETCHED)
         return self.width * both if self.shares > 1 else 0.0
@@ -268,25 +270,36 @@ class _Model:
         return (kept, states) if self.planned.engine.offload else (states | kept, {})
 
     def moments(self, job: Job, accumulates: bool) -> list[Parts]:
-        """Return the parts of a backward pass when activations are most, and at its end."""
-        trained, ranks, peak = self.sizes.trained, self.place.ranks, passes(
-            self.planned, job).training
-        parts = {"activations": peak.activations, "logits": peak.logits,
-                 "gathered weights": self.gathered}
-        sums = GRADIENT * trained / (ranks if self.stage > 1 else 1)
+        """Return what a backward pass adds: early, late (see `Passes`), and at its end."""
+        trained, ranks = self.sizes.trained, self.place.ranks
+        found, sums = passes(self.planned, job), GRADIENT * trained / (
+            ranks if self.stage > 1 else 1)
+        gradients, buckets, end = sums, self.bucket, 2 * self.bucket  # stages 1 and 2
         if self.stage == 0:
-            sent = self.bucket if ranks > 1 else 0.0
-            before = sums if accumulates else peak.gradients
-            return [parts | {"gradients": before}, {"gradients": sums, "buckets": sent}]
-        if self.stage == 3:
-            return [parts, {"buckets": 2 * self.bucket}]
-        kept = sums if accumulates or self.width < GRADIENT else 0.0
-        return [parts | {"gradients": kept, "buckets": self.bucket},
-                {"gradients": kept, "buckets": 2 * self.bucket}]
+            buckets, end = 0.0, self.bucket if ranks > 1 else 0.0
+        elif self.stage == 3:
+            gradients = buckets = 0.0  # they stand all the time
+        elif not accumulates and self.width == GRADIENT:
+            gradients = 0.0
+        during = [{"activations": peak.activations, "logits": peak.logits,
+                   "gathered weights": self.gathered,
+                   "buckets": min(buckets, peak.gradients * GRADIENT / self.width)
+                   if self.place.cpu else buckets,  # which is there as it is filled
+                   "gradients": gradients if self.stage or accumulates else peak.gradients}
+                  for peak in (found.early, found.late)]
+        return [*during, {"gradients": gradients, "buckets": end}]
 
     def export(self) -> float:
         """Bytes of the whole model in its precision, as it is exported."""
         return self.sizes.base * self.width
+
+
+def held(model: Planned, ranks: int = 1) -> float:
+    """Return bytes of a rank before an optimizer step: weights, optimizer states and gradients."""
+    made = _Model(model, Place(ranks))
+    states = sum(sum(parts.values()) for parts in made.states())
+    sums = GRADIENT * made.sizes.trained / (ranks if made.stage > 1 else 1)
+    return made.base + made.sizes.adapter * made.width + states + (sums if made.stage < 3 else 0)
 
 
 # --- phases --------------------------------------------------------------------------------------
@@ -319,7 +332,7 @@ def plan(args: StepConfig, place: Place) -> Plan:
     Raises:
         UserError: there is no such model, or it is of a kind that is not served.
     """
-    models = [_Model(planned, args, place) for planned in preflight.planned(args)]
+    models = [_Model(planned, place) for planned in preflight.planned(args)]
     shared = isinstance(args, Step3Config) and args.roles.share_backbone
     weights = [model.weights(shared) for model in models]
     states = [model.states() for model in models]
@@ -331,8 +344,9 @@ def plan(args: StepConfig, place: Place) -> Plan:
     reading = {"file being read": largest} if place.cpu else {}
     found = _ppo(args, models, place) if isinstance(args, Step3Config) else _supervised(
         args, models[0], place)
-    saved = [HEADROOM * largest, *([models[0].sizes.trained * GRADIENT])]
-    saving = {"export": max(saved)} if args.run.output_dir else {}
+    # While it is written, the largest weight is there twice more.
+    exported = max(model.export() + 2 * model.sizes.heaviest * model.width for model in models)
+    saving = {"export": exported} if args.run.output_dir else {}
     phases = [Phase("load", _sum(loaded[0], reading), loaded[1]), *(
         Phase(name, _sum(device, parts), host, seconds) for name, parts, seconds in found)]
     phases.append(Phase("save", _sum(device, saving if place.cpu else {}),
@@ -351,7 +365,7 @@ def plan(args: StepConfig, place: Place) -> Plan:
 
 def activations(args: StepConfig, place: Place) -> list[float]:
     """Return bytes of activations and logits of a micro-batch, without and with checkpointing."""
-    model = _Model(preflight.planned(args)[0], args, place)
+    model = _Model(preflight.planned(args)[0], place)
     return [sum(passes(model.planned, _job(model, args)._replace(checkpointing=on)).training[:2])
             for on in (False, True)]
 

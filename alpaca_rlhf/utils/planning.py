@@ -94,8 +94,10 @@ def _with_roles(args: Any, **changes: Any) -> Any:
 
 def _bf16(args: Any, place: Place) -> Any:
     fp32 = distributed.resolve_dtype(args.loading.dtype).itemsize == 4
-    return replace(args, loading=replace(args.loading, dtype="bf16")) if fp32 and (
-        not place.cpu or distributed.has_bf16()) else None
+    elsewhere = place.cpu != distributed.on_cpu()
+    if not fp32 or not (elsewhere or distributed.has_bf16()):
+        return None
+    return replace(args, loading=replace(args.loading, dtype="bf16"))
 
 
 def _release_cache(args: Any, place: Place) -> Any:
@@ -224,12 +226,6 @@ def fit(
     def fits(found: Plan) -> bool:
         return found.peak <= device and found.host <= host
 
-    def changed(changes: list[Change]) -> Any:
-        now = args
-        for change in changes:
-            now = change(now, place) or now
-        return now
-
     made, now, found = list[Change](), args, memory_plan.plan(args, place)
     for change in CHANGES:
         while not fits(found) and (next_one := change(now, place)) is not None:
@@ -242,9 +238,16 @@ def fit(
     for change in reversed(made[:-1]):
         fewer = list(made)
         fewer.remove(change)
-        if fits(memory_plan.plan(changed(fewer), place)):
+        if fits(memory_plan.plan(_changed(args, fewer, place), place)):
             made = fewer
-    return changed(made), flags(args, changed(made))
+    now = _changed(args, made, place)
+    return now, flags(args, now)
+
+
+def _changed(args: Any, changes: list[Change], place: Place) -> Any:
+    for change in changes:
+        args = change(args, place) or args
+    return args
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -279,8 +282,9 @@ def here(args: StepConfig, longest: int | None = None) -> Place:
     dtype = distributed.resolve_dtype(args.loading.dtype)
     given = args.run.speeds
     return Place(
-        distributed.world_size(), distributed.on_cpu(), psutil.Process().memory_info().rss,
-        longest, Speed(*given) if given else memory_plan.measured_speed(dtype))
+        ranks=distributed.world_size(), cpu=distributed.on_cpu(), longest=longest,
+        process=psutil.Process().memory_info().rss,
+        speed=Speed(*given) if given else memory_plan.measured_speed(dtype))
 
 
 def describe(args: StepConfig, place: Place) -> str:

@@ -9,9 +9,10 @@ Torch's fake tensors have shapes only, so nothing is allocated or computed, and 
 layers, attention kernels and checkpoints count.
 """
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import DynamicCache
+from transformers import DynamicCache, masking_utils
 
 from alpaca_rlhf.utils import losses
 from alpaca_rlhf.utils.model.causal_lm import TokenHead
@@ -164,10 +165,10 @@ def passes(model: Any, job: Job, adapted: Callable[[Any], Any] = lambda model: m
 
     def grown(a: Any, b: Any) -> Any:
         if isinstance(a, Moment):
-            return Moment(*(max(0.0, grown(*pair)) for pair in zip(a, b, strict=True)))
+            return Moment._make(max(0.0, grown(*pair)) for pair in zip(a, b, strict=True))
         return b + share * (b - a)
 
-    return Passes(*(grown(*pair) for pair in zip(few, more, strict=True)))
+    return Passes._make(grown(*pair) for pair in zip(few, more, strict=True))
 
 
 def _cut(model: Any, layers: str, depth: int) -> Any:
@@ -188,7 +189,7 @@ def trace(model: Any, job: Job) -> Passes:
             one; it is used up.
         job: the micro-batch.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), _one_sequence_in_a_row():
         _leave_meta(model)
         model.train()
         plain = unwrapped(model)
@@ -219,7 +220,20 @@ def trace(model: Any, job: Job) -> Passes:
                 decoder(input_ids=ids[:1], past_key_values=cache, use_cache=True)
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     alone = Moment(max(0, alone.activations - start), alone.logits)
-    return Passes(alone, saved, early, late, kept / job.length, forward, flops)
+    return Passes(
+        inference=alone, saved=saved, early=early, late=late, cache=kept / job.length,
+        inference_flops=forward, training_flops=flops)
+
+
+@contextlib.contextmanager
+def _one_sequence_in_a_row() -> Iterator[None]:
+    """Let transformers not look for packed sequences, which needs data: rows then have no mask."""
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def _leave_meta(model: nn.Module) -> None:
