@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from transformers import (
@@ -462,3 +466,41 @@ def test_nothing_that_fits_is_an_error_of_one_line(machine, billion):
     args = step1(billion / "actor", "--dry_run", "--fit", "100MB", "--speed", "1,1")
     with pytest.raises(UserError, match="^--fit 100MB: no setting of this model fits; take a sm"):
         planning.report(args, 16)
+
+
+def test_a_size_to_fit_is_an_accelerators_also_where_there_is_none(machine, billion):
+    machine(GB, GB, cpu=True)
+    args = step1(billion / "actor", "--dry_run", "--fit", "24GB")
+    assert planning.here(args, 40).longest == 40
+    assert (planning.here(args).cpu, planning.here(args).speed) == (False, None)
+    given = planning.here(step1(billion / "actor", "--dry_run", "--speed", "1,2"))
+    assert (given.cpu, given.speed) == (True, Speed(1e12, 2e9))
+
+
+def without_weights(path, folder):
+    return shutil.copytree(path, folder / Path(path).name,
+                           ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_a_dry_run_needs_no_weights_checks_all_and_writes_nothing(small, imported, tmp_path):
+    actor, critic = (without_weights(path, tmp_path) for path in (small.actor, small.critic))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"What is {i}?", "chosen": f"It is {i}.",
+                                        "rejected": "No."}) + "\n" for i in range(60)))
+    shared = ["--data_path", rows, "--data_output_path", tmp_path / "cache", "--dry_run",
+              "--output_dir", tmp_path / "out"]
+    steps = {
+        1: ["--model_name_or_path", actor, "--max_seq_len", 64],
+        2: ["--model_name_or_path", actor, "--max_seq_len", 64, "--fit", "2GB"],
+        3: ["--actor_model_name_or_path", actor, "--critic_model_name_or_path", critic,
+            "--max_answer_seq_len", 8],
+    }
+    for step, flags in steps.items():
+        run = imported.run([programs.MAINS[step], *flags, *shared], tmp_path)
+        assert (run.returncode, run.stderr) == (0, ""), run.stdout
+        assert "data: " in run.stdout and " decides: " in run.stdout
+        assert (step == 2) == ("fits into 2 GB with: the flags given" in run.stdout)
+    assert not list(tmp_path.glob("*out*"))
+    run = imported.run([programs.MAINS[1], *steps[1], *shared, "--lora_dim", "4",
+                        "--lora_module_name", "nothing"], tmp_path)
+    assert run.returncode == 2 and "nothing: matches no linear layer" in run.stderr

@@ -283,8 +283,8 @@ class RunConfig(SeedConfig):
         False, "check everything, print what memory and time the run will need in each phase, and "
         "stop before any weights are loaded", on_resume="free")
     fit: str | None = option(
-        None, "with --dry_run: search for the cheapest flags that fit into this memory of a "
-        "device, such as 24GB", on_resume="free")
+        None, "with --dry_run: search for the cheapest flags that fit into this memory of an "
+        "accelerator, such as 24GB", on_resume="free")
     speed: str | None = option(
         None, "with --dry_run: TFLOP/s and GB/s of the device, such as 71,936, for the time of an "
         "iteration (default: measured here)", on_resume="free")

@@ -232,14 +232,16 @@ class _Model:
         """Bytes of DeepSpeed's buffer for gradients, in fp32."""
         return GRADIENT * min(LARGEST_BUCKET, self.sizes.trained)
 
-    @property
-    def gathered(self) -> float:
-        """Bytes that ZeRO-3 gathers for a pass, beside the shards; or of a dequantized weight."""
-        base = self.sizes.base
-        if self.planned.adapters.load_in_4bit or self.planned.adapters.load_in_8bit:
+    def gathered(self, at_start: bool = True) -> float:
+        """Bytes that ZeRO-3 gathers for a pass beside the shards; or of a dequantized weight.
+
+        `at_start`: with what is gathered ahead then, before there are activations.
+        """
+        base, adapters = self.sizes.base, self.planned.adapters
+        if adapters.load_in_4bit or adapters.load_in_8bit:
             return self.width * self.sizes.largest
-        both = min(base, GATHERED) + min(base, PREFETCHED)
-        return self.width * both if self.shares > 1 else 0.0
+        ahead = min(base, PREFETCHED) if at_start else 0.0
+        return self.width * (min(base, GATHERED) + ahead) if self.shares > 1 else 0.0
 
     def weights(self, shared: bool) -> tuple[Parts, Parts]:
         """Return the weights on the device and in host memory, frozen copies among them."""
@@ -270,7 +272,7 @@ class _Model:
         return (kept, states) if self.planned.engine.offload else (states | kept, {})
 
     def moments(self, job: Job, accumulates: bool) -> list[Parts]:
-        """Return what a backward pass adds: early, late (see `Passes`), and at its end."""
+        """Return what passes add: at the start, early, late (see `Passes`), and at the end."""
         trained, ranks = self.sizes.trained, self.place.ranks
         found, sums = passes(self.planned, job), GRADIENT * trained / (
             ranks if self.stage > 1 else 1)
@@ -282,12 +284,13 @@ class _Model:
         elif not accumulates and self.width == GRADIENT:
             gradients = 0.0
         during = [{"activations": peak.activations, "logits": peak.logits,
-                   "gathered weights": self.gathered,
+                   "gathered or dequantized": self.gathered(at_start=False),
                    "buckets": min(buckets, peak.gradients * GRADIENT / self.width)
                    if self.place.cpu else buckets,  # which is there as it is filled
                    "gradients": gradients if self.stage or accumulates else peak.gradients}
                   for peak in (found.early, found.late)]
-        return [*during, {"gradients": gradients, "buckets": end}]
+        return [{"gathered or dequantized": self.gathered()}, *during,
+                {"gradients": gradients, "buckets": end}]
 
     def export(self) -> float:
         """Bytes of the whole model in its precision, as it is exported."""
@@ -318,7 +321,7 @@ def _most(moments: list[Parts]) -> Parts:
 
 def _inference(moment: Moment, gathered: float = 0.0) -> Parts:
     return {"activations": moment.activations, "logits": moment.logits,
-            "gathered weights": gathered}
+            "gathered or dequantized": gathered}
 
 
 def _checkpoint(model: _Model) -> float:
@@ -399,7 +402,7 @@ def _supervised(args: Any, model: _Model, place: Place) -> Found:
         rows=rows, tokens=rows * job.length, checkpointing=False, trains=False))
     flops = accumulation * passes(model.planned, job).training_flops
     update = _most(model.moments(job, accumulation > 1))
-    return [("evaluation", _inference(evaluated.inference, model.gathered), 0.0),
+    return [("evaluation", _inference(evaluated.inference, model.gathered()), 0.0),
             ("update", update, flops / place.speed.flops if place.speed else 0.0)]
 
 
@@ -415,7 +418,7 @@ def _ppo(args: Step3Config, models: list[_Model], place: Place) -> Found:
     stays = _sum({} if args.hybrid.release_inference_cache else _sum(cache, step), {
         "EMA": 4 * actor.sizes.trained / (place.ranks if actor.stage else 1)
     } if args.ppo.enable_ema else {})
-    alone = [_inference(one.inference, model.gathered)
+    alone = [_inference(one.inference, model.gathered())
              for model, one in zip(models, found, strict=True)]
     scoring, kept = _most(alone), Parts()
     moments = [model.moments(job, accumulation > 1)
@@ -469,11 +472,11 @@ def _rollout(args: Step3Config, actor: _Model, job: Job) -> Parts:
     rows, hybrid = args.rollout.per_device_generation_batch_size, args.hybrid.enable_hybrid_engine
     prompt = job.length - args.sampling.max_new_tokens
     filled = passes(actor.planned, Job(rows, prompt, rows, trains=False))
-    parts = _inference(filled.inference, actor.gathered)
+    parts = _inference(filled.inference, actor.gathered())
     parts["KV cache"] = filled.cache * rows / args.sampling.num_generations * prompt
     whole = hybrid and not args.hybrid.unpin_actor_parameters
     if actor.shares > 1 and whole:
-        parts["gathered weights"] = actor.export()
+        parts["gathered or dequantized"] = actor.export()
     elif hybrid and actor.width == GRADIENT:
         parts["folded weights"] = actor.sizes.adapted * GRADIENT
     return parts

@@ -276,15 +276,15 @@ def report(args: StepConfig, longest: int) -> None:
 
 
 def here(args: StepConfig, longest: int | None = None) -> Place:
-    """Return the place that this process is planned in, with its measured speed."""
+    """Return the place that a dry run plans for: this process, or with `--fit` an accelerator."""
     import psutil
 
-    dtype = distributed.resolve_dtype(args.loading.dtype)
-    given = args.run.speeds
-    return Place(
-        ranks=distributed.world_size(), cpu=distributed.on_cpu(), longest=longest,
-        process=psutil.Process().memory_info().rss,
-        speed=Speed(*given) if given else memory_plan.measured_speed(dtype))
+    cpu, given = distributed.on_cpu() and args.run.fit is None, args.run.speeds
+    speed = Speed(*given) if given else None
+    if speed is None and cpu == distributed.on_cpu():
+        speed = memory_plan.measured_speed(distributed.resolve_dtype(args.loading.dtype))
+    return Place(ranks=distributed.world_size(), cpu=cpu, longest=longest, speed=speed,
+                 process=psutil.Process().memory_info().rss)
 
 
 def describe(args: StepConfig, place: Place) -> str:
