@@ -50,7 +50,7 @@ from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import main as step3
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
-from alpaca_rlhf.utils import console, distributed, optimizer, preflight
+from alpaca_rlhf.utils import console, distributed, memory_plan, optimizer, preflight
 from alpaca_rlhf.utils.configs import (
     AdapterConfig,
     EngineConfig,
@@ -678,7 +678,7 @@ def _bytes(folder: Path, width: int, layers: int, stage: Any) -> dict[str, float
         accumulate(engine, [batch], partial(step1.loss, engine), global_weight([batch]))
         held = _held() - before
         engine.step()
-    found = {"planned": preflight.need([plan], 1).device, "held": held}
+    found = {"planned": memory_plan.held(plan), "held": held}
     if not distributed.on_cpu():
         found["peak"] = accelerator.max_memory_allocated() - before
     engine.destroy()

@@ -32,6 +32,8 @@ FLOORS = {
     "utils/supervised.py": 3,
     "utils/training_loop.py": 2,
     "utils/engine.py": 2,
+    "utils/memory_plan.py": 3,
+    "utils/planning.py": 3,
     "utils/preflight.py": 2,
     "utils/run": 2,
     "utils/generation": 2,

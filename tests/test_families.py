@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from alpaca_rlhf.utils import preflight
+from alpaca_rlhf.utils import memory_plan, preflight
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.data.chat_template import jinja
 from alpaca_rlhf.utils.data.encode import (
@@ -299,7 +299,7 @@ def test_prompt_and_response_together_count_in_step_3(monkeypatch):
     args = arguments.parse(Step3Config, [
         "--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c",
         "--max_prompt_seq_len", "300", "--max_answer_seq_len", "213"])
-    for model in step3.planned(args):
+    for model in preflight.planned(args):
         assert (model.length, model.decodes) == (513, True)
         assert model.length_flags == "--max_prompt_seq_len 300 and --max_answer_seq_len 213"
 
@@ -412,7 +412,8 @@ def test_the_parameters_counted_for_experts_are_those_that_peft_makes(tmp_path):
     made = adapted(expert_model("mixtral"))
     weights = [(w.numel(), w.requires_grad) for w in made.parameters()]
     total, trained = sum(n for n, _ in weights), sum(n for n, train in weights if train)
-    assert preflight.size(planned(path, lora_dim=2)) == (total, trained)
+    found = memory_plan.sizes(planned(path, lora_dim=2))
+    assert (found.base + found.adapter, found.trained) == (total, trained)
 
 
 # --- templates -----------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from alpaca_rlhf.utils import distributed, optimizer, preflight
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
@@ -37,117 +36,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-@pytest.fixture(scope="module")
-def billion(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the configuration of a LLaMA of nearly 10^9 parameters, without weights."""
-    folder = tmp_path_factory.mktemp("billion")
-    LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=19, num_attention_heads=32,
-        num_key_value_heads=4, vocab_size=32000, tie_word_embeddings=True,
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-BILLION = 902_379_520  # 32000 x 2048 + 19 x (attention 9,437,184 + MLP 34,603,008 + norms) + norm
-
-
 def planned(path, *, stage=0, lora=0, dtype="fp32", offload=False, prefix="", **needs):
     return Planned(
         RoleConfig(model_name_or_path=path, zero_stage=stage, lora_dim=lora, prefix=prefix),
         LoadingConfig(dtype=dtype), AdapterConfig(only_optimize_lora=lora > 0),
         EngineConfig(offload=offload), **needs,
     )
-
-
-# --- memory that is needed -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scores", [False, True])
-def test_the_parameters_counted_are_those_of_the_loaded_model(small, billion, scores):
-    path, auto = ((small.critic, AutoModelForSequenceClassification) if scores
-                  else (small.actor, AutoModelForCausalLM))
-    count = sum(weight.numel() for weight in auto.from_pretrained(path).parameters())
-    assert preflight.size(planned(path, scores=scores)) == (count, count)
-    assert preflight.size(planned(billion)) == (BILLION, BILLION)
-
-
-def test_adapters_are_counted_as_peft_makes_them(small):
-    weights = list(small.trained("actor", lora=4).module.parameters())
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    total = sum(weight.numel() for weight in weights)
-    assert preflight.size(planned(small.actor, lora=4)) == (total, trained)
-
-
-@pytest.mark.parametrize(("changes", "device", "host"), [
-    ({}, 4 + 4 + 8, 0),
-    ({"needs_frozen_copy": True}, 2 * 4 + 4 + 8, 0),
-    ({"dtype": "bf16"}, 2 + 4 + 8 + 4, 0),
-    ({"ranks": 4, "dtype": "bf16"}, 2 + (4 + 8 + 4) / 4, 0),  # stage 2
-    ({"ranks": 4, "stage": 1}, 4 + 4 + 8 / 4, 0),
-    ({"ranks": 4, "stage": 2}, 4 + 4 / 4 + 8 / 4, 0),
-    ({"ranks": 4, "stage": 3}, 4, 0),
-    ({"ranks": 4, "stage": 2, "offload": True}, 4 + 4 / 4, 8 / 4),
-    ({"stage": 3, "offload": True, "dtype": "bf16"}, 4, 2 + 8 + 4),
-    ({"stage": 3, "needs_frozen_copy": True, "offloads_frozen_copy": True}, 4 + 4 + 8, 4),
-    ({"stage": 3, "offloads_frozen_copy": True}, 4 + 4 + 8, 0),
-    ({"stage": 3, "offload": True, "needs_frozen_copy": True, "offloads_frozen_copy": True}, 4,
-     2 * 4 + 8),
-])
-def test_bytes_per_parameter(machine, billion, changes, device, host):
-    ranks = changes.get("ranks", 1)
-    machine(GB, GB, ranks, bf16=True)
-    options = {name: value for name, value in changes.items() if name != "ranks"}
-    wanted = preflight.need([planned(billion, **options)], ranks)
-    assert (wanted.device / BILLION, wanted.host / BILLION) == pytest.approx((device, host))
-
-
-def test_with_an_adapter_only_it_has_gradients_and_states_and_no_frozen_copy(machine, billion):
-    machine(GB, GB)
-    model = planned(billion, lora=8, needs_frozen_copy=True)
-    total, trained = preflight.size(model)
-    assert trained < BILLION / 100
-    assert preflight.need([model], 1).device == pytest.approx(4 * total + 12 * trained)
-
-
-def test_what_fits_is_not_mentioned(machine, billion):
-    machine(16.1 * BILLION, GB)
-    assert preflight.memory_warning([planned(billion)]) is None
-
-
-def test_weights_that_fit_without_the_rest_are_a_warning_and_no_model_is_left_to_its_loader(
-    machine, billion, capsys, tmp_path
-):
-    machine(10 * GB, 40 * GB)
-    preflight.check([planned(billion)])
-    assert capsys.readouterr().out == (
-        "warning: weights, gradients and optimizer take 14.4 GB on each rank, activations not "
-        "counted, and 10.0 GB are free on the device and 40.0 GB in host memory; try --lora_dim "
-        "16\n")
-    preflight.check([planned(str(tmp_path))])
-    assert capsys.readouterr().out == ""
-
-
-def test_weights_that_do_not_fit_are_refused(machine, billion):
-    machine(3 * GB, 3 * GB, cpu=True)
-    with pytest.raises(UserError) as refused:
-        preflight.check([planned(billion)])
-    assert str(refused.value) == (
-        "the weights alone take 3.6 GB on each rank, and 3.0 GB are free; take a smaller model, "
-        "or more ranks and --zero_stage 3")
-
-
-@pytest.mark.parametrize(("device", "host", "ranks", "bf16", "flags"), [
-    (11, 1, 2, True, "--dtype bf16 --actor_zero_stage 3"),
-    (11.5, 1, 1, True, "--dtype bf16 --actor_lora_dim 16"),
-    (10.1, 1, 2, False, "--actor_zero_stage 3"),
-    (5, 1, 2, False, "--actor_zero_stage 3 --actor_lora_dim 16"),
-    (1, 9, 2, False, "--actor_zero_stage 3 --actor_lora_dim 16 --offload"),
-    (0.1, 9, 1, False, "--actor_lora_dim 16 --offload --actor_zero_stage 3"),
-])
-def test_the_flags_that_help_are_named(machine, billion, device, host, ranks, bf16, flags):
-    machine(device * BILLION, host * BILLION, ranks, bf16=bf16)
-    models = [planned(billion, prefix="actor_", needs_frozen_copy=True)]
-    assert preflight.remedy(models, ranks) == f"try {flags}"
 
 
 # --- memory that is there ------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from alpaca_rlhf.utils import arguments
 from alpaca_rlhf.utils.arguments import notices
 from alpaca_rlhf.utils.configs import Step1Config, Step2Config, Step3Config
 from alpaca_rlhf.utils.data import formats
+from alpaca_rlhf.utils.memory_plan import Place, plan
 
 CONFIGS = REPOSITORY / "configs"
 RECORDS = {1: Step1Config, 2: Step2Config, 3: Step3Config}
 RUN = ("tiny", "smollm2_135m")  # on a CPU, through run_pipeline.sh, which names their folders
+PLANNED_PEAK = r"Memory by the plan: ([\d.]+) GB on each device, in phase (\w+)\."
 FOLDERS = {1: "--output_dir OUT/actor", 2: "--output_dir OUT/critic",
            3: "--output_dir OUT/final --actor_model_name_or_path OUT/actor "
               "--critic_model_name_or_path OUT/critic"}
@@ -72,7 +74,8 @@ def without_weights_of(recipe: str, folder: Path) -> dict[int, Any]:
             (adapter / "adapter_config.json").write_text(json.dumps({
                 "peft_type": "LORA", "r": args.model.lora_dim,
                 "lora_alpha": args.lora.lora_alpha or 2 * args.model.lora_dim,
-                "base_model_name_or_path": bases[step]}))
+                "base_model_name_or_path": bases[step],
+                "modules_to_save": ["score"] if step == 2 else None}))
     return {
         **{step: parse(recipe, step, "--model_name_or_path", bases[step]) for step in (1, 2)},
         3: parse(recipe, 3, "--actor_model_name_or_path", left[1],
@@ -107,7 +110,7 @@ def test_the_header_has_hardware_memory_and_command_and_says_that_no_one_has_run
     target = hardware(recipe)
     assert re.fullmatch(rf"[\w.,\- ]+, step {step} \([\w \-]+\) on {target.text}\. "
                         r"No one has run it yet\.", header[0])
-    assert any(line.startswith("Memory by the plan: ") for line in header)
+    assert re.fullmatch(PLANNED_PEAK, header[-4])
     command = " ".join(header[-3:]).replace(" \\", "")
     assert command == (f"{target.launcher} {MAINS[step].relative_to(REPOSITORY)} "
                        f"--config configs/{recipe}/step{step}.yaml")
@@ -149,7 +152,7 @@ def test_what_shares_a_base_or_quantizes_it_does_so_in_all_steps_with_the_same_r
     if third.roles.share_backbone:
         assert first.model.model_name_or_path == second.model.model_name_or_path
         assert [third.actor.lora_dim, third.critic.lora_dim] == ranks and min(ranks) > 0
-    quantized = {args.lora.load_in_4bit for args in (first, second, third)}
+    quantized = {args.loading.load_in_4bit for args in (first, second, third)}
     assert quantized == {recipe.endswith(("8b_24gb", "llama_7b_24gb"))}
     stages = {first.model.zero_stage, second.model.zero_stage, third.actor.zero_stage,
               third.critic.zero_stage}
@@ -205,3 +208,20 @@ def test_a_recipe_s_models_can_be_configurations_alone(recipe, tmp_path):
             "ForCausalLM" if step == 1 else "ForSequenceClassification")
         assert (Path(role.model_name_or_path) / "adapter").exists() == bool(
             steps[step].model.lora_dim)
+
+
+QUICK = ("smollm2_360m_24gb", "opt_1.3b_8x80gb")  # the others take some seconds a step
+
+
+@pytest.mark.parametrize("recipe", [
+    recipe if recipe in QUICK else pytest.param(recipe, marks=pytest.mark.slow)
+    for recipe in PLANNED])
+def test_the_plan_of_each_step_is_that_of_its_header_and_leaves_a_tenth_of_the_device(
+    recipe, tmp_path
+):
+    target = hardware(recipe)
+    for step, args in without_weights_of(recipe, tmp_path).items():
+        found = plan(args, Place(ranks=target.ranks, cpu=False))
+        assert found.peak < 0.9 * target.memory * 1e9, found.worst.device
+        stated = re.search(PLANNED_PEAK, (CONFIGS / recipe / f"step{step}.yaml").read_text())
+        assert stated.groups() == (f"{found.peak / 1e9:.1f}", found.worst.name)

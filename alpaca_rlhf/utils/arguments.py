@@ -38,6 +38,7 @@ from alpaca_rlhf.utils.configs import (
     Bound,
     Option,
     RoleConfig,
+    RunConfig,
     SourcesConfig,
     Step3Config,
     StepConfig,
@@ -426,6 +427,7 @@ def _check_step(args: StepConfig) -> None:
         _refuse("data_split", args.data.data_split,
                 f"leaves no data for step {args.step}; give its share, number {args.step} of the "
                 "three, a value above 0")
+    _check_plan(args.run)
     _check_lora(args)
     _check_quantized(args)
     _check_engine(args)
@@ -437,6 +439,20 @@ def _check_step(args: StepConfig) -> None:
         if checkpoint.resume_from_checkpoint == "latest":
             _refuse("resume_from_checkpoint", "latest", "needs --output_dir, whose checkpoints it "
                     "looks at; give it, or the folder of a checkpoint")
+
+
+def _check_plan(run: RunConfig) -> None:
+    """Check the flags that only a dry run has."""
+    for flag, name, expected in (
+            ("fit", "fit_bytes", "a size of memory above 0, such as 24GB"),
+            ("speed", "speeds", "two numbers above 0, TFLOP/s and GB/s, such as 71,936")):
+        value = getattr(run, flag)
+        if value is not None and not run.dry_run:
+            _refuse(flag, value, "needs --dry_run; give it or remove the flag")
+        try:
+            getattr(run, name)
+        except ValueError:
+            _refuse(flag, value, f"must be {expected}")
 
 
 def _check_lora(args: StepConfig) -> None:

@@ -8,6 +8,8 @@ record gives to a group: actor and critic are two `RoleConfig`s. Imports no torc
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
@@ -286,14 +288,45 @@ class RunConfig(SeedConfig):
         False, "check everything, print what memory and time the run will need in each phase, and "
         "stop before any weights are loaded", on_resume="free")
     fit: str | None = option(
-        None, "with --dry_run: search for the cheapest flags that fit into this memory of a "
-        "device, such as 24GB", on_resume="free")
+        None, "with --dry_run: search for the cheapest flags that fit into this memory of an "
+        "accelerator, such as 24GB", on_resume="free")
+    speed: str | None = option(
+        None, "with --dry_run: TFLOP/s and GB/s of the device, such as 71,936, for the time of an "
+        "iteration (default: measured here)", on_resume="free")
     overwrite_output_dir: bool = option(
         False, "allow an --output_dir that holds another run", on_resume="free")
     local_rank: int = option(-1, "set by the launcher; -1: a single process")
     collective_timeout: Count = option(
         1800, "seconds after which a rank that waits for another one's tensors ends the run",
         on_resume="free")
+
+    @property
+    def fit_bytes(self) -> float | None:
+        """Bytes of `fit`: "24GB" is 24e9.
+
+        Raises:
+            ValueError: it is no size.
+        """
+        if self.fit is None:
+            return None
+        match = re.fullmatch(r"\s*([\d.]+)\s*([mgt]?)i?b?\s*", self.fit.lower())
+        if match is None or not (number := float(match[1])):
+            raise ValueError(self.fit)
+        return number * {"m": 1e6, "g": 1e9, "": 1e9, "t": 1e12}[match[2]]
+
+    @property
+    def speeds(self) -> tuple[float, float] | None:
+        """FLOP/s and bytes/s of `speed`.
+
+        Raises:
+            ValueError: it is not two numbers.
+        """
+        if self.speed is None:
+            return None
+        flops, bandwidth = (float(part) for part in self.speed.split(","))
+        if not (0 < flops < math.inf and 0 < bandwidth < math.inf):
+            raise ValueError(self.speed)
+        return flops * 1e12, bandwidth * 1e9
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 """Checks before data are read and models are loaded, of what would otherwise fail late.
 
-The memory plan counts weights, gradients and optimizer states of one rank from the models'
-configurations: a lower bound, since activations, logits and the KV cache come on top. Sources:
-Rajbhandari et al. 2020 (ZeRO), section 3, for the bytes per parameter; Hu et al. 2021 (LoRA) for
-the adapters.
+Whether the run fits into memory is for `planning.check` to say.
 """
 
 import errno
@@ -11,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
@@ -20,7 +17,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto import modeling_auto
 
 from alpaca_rlhf.utils import console, distributed, ds_config, optimizer
-from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
+from alpaca_rlhf.utils.configs import (
+    AdapterConfig,
+    EngineConfig,
+    LoadingConfig,
+    RoleConfig,
+    Step3Config,
+    StepConfig,
+    SupervisedConfig,
+)
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.files import pointer_problem
 from alpaca_rlhf.utils.logging import tracker
@@ -29,9 +34,6 @@ from alpaca_rlhf.utils.model.causal_lm import attention, is_multimodal, load_con
 from alpaca_rlhf.utils.model.quantized import require_quantizer
 from alpaca_rlhf.utils.model.reward_model import require_reward_model
 
-GB = 1e9
-# Bytes per trained parameter, in fp32: Adam's moments; master weights; sums of gradients.
-MOMENTS, MASTER_COPY, GRADIENT = 8, 4, 4
 # What is read of a hub id besides weights: configuration, tokenizer and chat template.
 DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 
@@ -59,22 +61,32 @@ class Planned:
         return distributed.resolve_dtype(self.loading.dtype)
 
 
-class Need(NamedTuple):
-    """Bytes of one rank on its device and in host memory; `weights` are part of these."""
-
-    device: float
-    host: float
-    weights: float
+def planned(args: StepConfig) -> list[Planned]:
+    """Return the models that a step trains."""
+    if isinstance(args, SupervisedConfig):
+        length = args.batches.max_seq_len
+        return [Planned(args.model, args.loading, args.lora, args.engine, scores=args.step == 2,
+                        length=length, length_flags=f"--max_seq_len {length}")]
+    assert isinstance(args, Step3Config)
+    prompt, response = args.rollout.max_prompt_seq_len, args.sampling.max_new_tokens
+    actor = Planned(
+        args.actor, args.loading, args.lora, args.engine, needs_frozen_copy=True, decodes=True,
+        length=prompt + response, offloads_frozen_copy=args.roles.offload_reference_model,
+        length_flags=f"--max_prompt_seq_len {prompt} and --max_answer_seq_len {response}",
+    )
+    scored = args.reward.reward_function is None
+    return [actor, replace(actor, role=args.critic, scores=True, needs_frozen_copy=scored,
+                           offloads_frozen_copy=args.roles.offload_reward_model)]
 
 
 def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
-    """Check that models can be found, optimizers and trackers built, and that all of it fits.
+    """Check that models can be found and are served, and optimizers and trackers can be built.
 
     Raises:
         UserError: a hub model is not in the cache and there is no network; a compiler or a
-            tracker's package is missing; --deepspeed_config asks for what is not supported; the
-            weights do not fit; a model is of a kind that is not served, or the critic is no
-            reward model. A folder that is no model is left to its loader.
+            tracker's package is missing; --deepspeed_config asks for what is not supported; a
+            model is of a kind that is not served, or the critic is no reward model. A folder that
+            is no model is left to its loader.
     """
     tracker.require_packages(trackers)
     paths = [model.role.model_name_or_path for model in models]
@@ -93,12 +105,14 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
             console.say(line)
     if engine.offload:
         optimizer.require_offloading()
-    if all(_is_hub_id(path) or (Path(path) / "config.json").exists() for path in paths):
+    if all(map(has_config, paths)):
         for line in dict.fromkeys(line for model in models for line in require_served(model)):
             console.say(line)
-        warning = memory_warning(models)
-        if warning:
-            console.say(warning)
+
+
+def has_config(path: str) -> bool:
+    """Return whether a hub id or a folder with a configuration is named."""
+    return _is_hub_id(path) or (Path(path) / "config.json").exists()
 
 
 def require_cached(path: str) -> None:
@@ -173,7 +187,7 @@ def require_served(model: Planned) -> list[str]:
     Raises:
         UserError: it is of another kind, its positions end too early, or LoRA does not cover it.
     """
-    role, made = model.role, _empty(model)
+    role, made = model.role, empty(model)
     config = made.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 0)
     relative = any(name.startswith("rope") and value for name, value in vars(config).items())
@@ -199,7 +213,7 @@ def require_served(model: Planned) -> list[str]:
     return []
 
 
-def _empty(model: Planned) -> Any:
+def empty(model: Planned) -> Any:
     """Build a model without weights.
 
     Raises:
@@ -228,110 +242,3 @@ def _empty(model: Planned) -> Any:
         remedy = "--attn_implementation eager" if "attn_impl" in str(error) else "another model"
         raise UserError(f"{path}: {kind} cannot be built as a {what} "
                         f"({str(error).strip().splitlines()[0][:200]}); take {remedy}") from error
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-def size(model: Planned) -> tuple[int, int]:
-    """Count all parameters of a model, and the trained ones, without allocating them.
-
-    Raises:
-        UserError: there is no such model, or `--lora_module_name` matches nothing in it.
-    """
-    made = _empty(model)
-    total = sum(weight.numel() for weight in made.parameters())
-    if not model.role.lora_dim:
-        return total, total
-    weights = (lora.target_weight(made, name) for name in lora.match_modules(made, model.role))
-    adapter = sum(
-        model.role.lora_dim * sum(weight.shape[-2:]) * (len(weight) if weight.dim() == 3 else 1)
-        for weight in weights
-    )
-    return total + adapter, adapter if model.adapters.only_optimize_lora else total + adapter
-
-
-def need(models: Sequence[Planned], ranks: int) -> Need:
-    """Return what the models need on one of `ranks` ranks."""
-    device = host = weights = 0.0
-    for model in models:
-        (total, trained), width = size(model), model.dtype.itemsize
-        stage = ds_config.effective_stage(model.role.zero_stage, model.dtype)
-        frozen = lora.base_is_frozen(model.role, model.adapters)
-        copies = 2 if model.needs_frozen_copy and not frozen else 1
-        held = copies * total * width / (ranks if stage == 3 else 1)
-        gradients = trained * GRADIENT / (ranks if stage >= 2 else 1)
-        state = MOMENTS + (MASTER_COPY if width < MASTER_COPY else 0)
-        states = trained * state / (ranks if stage >= 1 else 1)
-        moved = (states + (held if stage == 3 else 0)) if model.engine.offload else 0.0
-        if model.offloads_frozen_copy and stage == 3 and copies == 2 and not model.engine.offload:
-            moved = held / 2
-        device += held + gradients + states - moved
-        host += moved
-        weights += held
-    return Need(device, host, weights)
-
-
-def fits(wanted: Need) -> bool:
-    """Return whether a rank has that much free memory."""
-    device, host = distributed.free_memory()
-    if distributed.on_cpu():
-        return wanted.device + wanted.host <= host
-    return wanted.device <= device and wanted.host <= host
-
-
-def remedy(models: Sequence[Planned], ranks: int) -> str:
-    """Return the flags with which the models would fit."""
-    now = list(models)
-    flags: list[str] = []
-    for saving in range(4):
-        for i, model in enumerate(now):
-            helps, flag, changes = _savings(model, ranks)[saving]
-            if helps:
-                flags.append(flag)
-                now[i] = replace(model, **changes)
-        if flags and fits(need(now, ranks)):
-            return f"try {' '.join(dict.fromkeys(flags))}"
-    return "take a smaller model, or more ranks and --zero_stage 3"
-
-
-def _savings(model: Planned, ranks: int) -> list[tuple[bool, str, dict[str, Any]]]:
-    """Return four savings of memory, the cheapest first: does it help, flags, what they change."""
-    role, stage_3 = model.role, f"{model.role.flag('zero_stage')} 3"
-    sharded = replace(role, zero_stage=3)
-    return [
-        (model.dtype == torch.float32 and distributed.has_bf16(), "--dtype bf16",
-         {"loading": replace(model.loading, dtype="bf16")}),
-        (ranks > 1 and role.zero_stage < 3, stage_3, {"role": sharded}),
-        (role.lora_dim == 0, f"{role.flag('lora_dim')} 16",
-         {"role": replace(role, lora_dim=16),
-          "adapters": replace(model.adapters, only_optimize_lora=True)}),
-        # Below stage 3 the weights stay on the device, and stage 0 cannot offload.
-        (not model.engine.offload and not distributed.on_cpu(),
-         "--offload" if role.zero_stage == 3 else f"--offload {stage_3}",
-         {"role": sharded, "engine": replace(model.engine, offload=True)}),
-    ]
-
-
-def memory_warning(models: Sequence[Planned]) -> str | None:
-    """Return a warning with a remedy if the models will not fit, else None.
-
-    Raises:
-        UserError: not even the weights fit.
-    """
-    ranks = distributed.world_size()
-    wanted = need(models, ranks)
-    if fits(wanted):
-        return None
-    device, host = distributed.free_memory()
-    free = f"{device / GB:.1f} GB are free"
-    if not distributed.on_cpu():
-        free += f" on the device and {host / GB:.1f} GB in host memory"
-    if wanted.weights > (host if distributed.on_cpu() else device + host):
-        raise UserError(f"the weights alone take {wanted.weights / GB:.1f} GB on each rank, and "
-                        f"{free}; {remedy(models, ranks)}")
-    takes = f"{wanted.device / GB:.1f} GB"
-    if wanted.host:
-        takes += f" and {wanted.host / GB:.1f} GB of host memory"
-    return (f"warning: weights, gradients and optimizer take {takes} on each rank, activations "
-            f"not counted, and {free}; {remedy(models, ranks)}")

@@ -5,20 +5,20 @@
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.evaluation.report import page
-from alpaca_rlhf.utils import arguments, console, distributed, losses, preflight, supervised
+from alpaca_rlhf.utils import arguments, console, distributed, losses, planning, supervised
 from alpaca_rlhf.utils.configs import Step1Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import TokenBatch, collate_tokens
 from alpaca_rlhf.utils.data.tokenizer import load_chat
 from alpaca_rlhf.utils.engine import Engine, build_trained
 from alpaca_rlhf.utils.model.causal_lm import at_labels, load_causal_lm
-from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run import checkpoints, export
 from alpaca_rlhf.utils.training_loop import Stats
 
@@ -32,10 +32,8 @@ def main() -> None:
         console.say(notice)
     folder, found = checkpoints.open_run(args.run, args.checkpoint, step=1, arguments=config)
     role = tiny_llama.or_embedded(args.model, prepare.cache_home(args.data.data_output_path))
-    length = args.batches.max_seq_len
-    model = Planned(role, args.loading, args.lora, args.engine, length=length,
-                    length_flags=f"--max_seq_len {length}")
-    preflight.check([model], args.tracking.trackers)
+    args = replace(args, model=role)
+    planning.check(args)
 
     chat = load_chat(role.model_name_or_path, args.loading, args.data.chat_template)
     data = prepare.prepare_sft(
@@ -43,6 +41,8 @@ def main() -> None:
     )
     console.say(data.describe())
     data.check_against(role.model_name_or_path, "the model to start from")
+    if args.run.dry_run:
+        return planning.report(args, max(data.lengths()))
     plan = supervised.Plan(args.schedule, args.batches, args.run.seed, data.lengths())
     engine, summary = build_trained(
         partial(load_causal_lm, tokenizer=chat.tokenizer), role, loading=args.loading,

@@ -4,6 +4,7 @@
         alpaca_rlhf/training_model/step2_reward_model_finetuning/main.py --output_dir output/critic
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.evaluation.report import page
 from alpaca_rlhf.evaluation.statistics import wilson_interval
-from alpaca_rlhf.utils import arguments, console, distributed, losses, preflight, supervised
+from alpaca_rlhf.utils import arguments, console, distributed, losses, planning, supervised
 from alpaca_rlhf.utils.configs import Step2Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import PairBatch, collate_pairs, length_groups
@@ -25,7 +26,6 @@ from alpaca_rlhf.utils.model.reward_model import (
     save_statistics,
     scores,
 )
-from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run import checkpoints, export
 from alpaca_rlhf.utils.training_loop import Stats
 
@@ -42,10 +42,8 @@ def main() -> None:
         console.say(notice)
     folder, found = checkpoints.open_run(args.run, args.checkpoint, step=2, arguments=config)
     role = tiny_llama.or_embedded(args.model, prepare.cache_home(args.data.data_output_path))
-    length = args.batches.max_seq_len
-    model = Planned(role, args.loading, args.lora, args.engine, scores=True, length=length,
-                    length_flags=f"--max_seq_len {length}")
-    preflight.check([model], args.tracking.trackers)
+    args = replace(args, model=role)
+    planning.check(args)
 
     chat = load_chat(role.model_name_or_path, args.loading, args.data.chat_template)
     data = prepare.prepare_pairs(
@@ -53,6 +51,8 @@ def main() -> None:
     )
     console.say(data.describe())
     data.check_against(role.model_name_or_path, "the model to start from")
+    if args.run.dry_run:
+        return planning.report(args, max(data.lengths()))
     plan = supervised.Plan(args.schedule, args.batches, args.run.seed, data.lengths(sequences=2))
     engine, summary = build_trained(
         partial(load_reward_model, tokenizer=chat.tokenizer), role, loading=args.loading,

@@ -8,7 +8,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -32,7 +31,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     mean_over_ranks,
     token_rewards,
 )
-from alpaca_rlhf.utils import arguments, console, distributed, preflight
+from alpaca_rlhf.utils import arguments, console, distributed, planning
 from alpaca_rlhf.utils.configs import Step3Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import collate_prompts, text_batches
@@ -43,8 +42,6 @@ from alpaca_rlhf.utils.generation.vllm_engine import PROBES, VLLMEngine, connect
 from alpaca_rlhf.utils.generation.vllm_server import VLLMServer
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, MAX_KL, Alarms
 from alpaca_rlhf.utils.logging.tracker import Tracker
-from alpaca_rlhf.utils.model.backbone import require_shareable
-from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.reward_function import RewardFunction, load_reward_function
 from alpaca_rlhf.utils.run import export
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints, Found, open_run
@@ -66,18 +63,20 @@ def main() -> None:
     for notice in arguments.notices(args):
         console.say(notice)
     folder, found = open_run(args.run, args.checkpoint, step=3, arguments=config)
-    servers = check(args)
+    planning.check(args)
+    servers = connect(args.rollout_engine, args.actor, args.loading, args.sampling, args.ppo,
+                      args.rollout.max_prompt_seq_len)
     reward_function = load_reward_function(args.reward.reward_function)
     normalizer = RewardNormalizer(args.reward, args.critic.model_name_or_path)
 
     chat = load_shared_chat(args)
-    data = prepare.prepare_prompts(
-        args.data, seed=args.run.seed, max_prompt_seq_len=args.rollout.max_prompt_seq_len,
-        chat=chat,
-    )
+    data = prepare.prepare_prompts(args.data, seed=args.run.seed, chat=chat,
+                                   max_prompt_seq_len=args.rollout.max_prompt_seq_len)
     console.say(data.describe())
     data.check_against(args.actor.model_name_or_path, "the actor")
     data.check_against(args.critic.model_name_or_path, "the reward model")
+    if args.run.dry_run:
+        return planning.report(args, max(data.lengths()))
 
     ppo = PPO(args, chat, data, folder, found, normalizer, reward_function, servers)
     progress = ppo.checkpoints.restore(data.fingerprint())
@@ -96,28 +95,6 @@ def main() -> None:
         ppo.export(after)
     folder.finish(config, evaluate_policy.results(data.report, progress.before, after))
     page.write_beside(folder.final)
-
-
-def check(args: Step3Config) -> list[VLLMServer]:
-    """Check models and servers before anything is loaded, and return the servers."""
-    preflight.check(planned(args), args.tracking.trackers)
-    if args.roles.share_backbone:
-        require_shareable((args.actor, args.critic), args.lora)
-    return connect(args.rollout_engine, args.actor, args.loading, args.sampling, args.ppo,
-                   args.rollout.max_prompt_seq_len)
-
-
-def planned(args: Step3Config) -> list[Planned]:
-    """Return actor and critic for the memory plan."""
-    prompt, response = args.rollout.max_prompt_seq_len, args.sampling.max_new_tokens
-    actor = Planned(
-        args.actor, args.loading, args.lora, args.engine, needs_frozen_copy=True, decodes=True,
-        length=prompt + response, offloads_frozen_copy=args.roles.offload_reference_model,
-        length_flags=f"--max_prompt_seq_len {prompt} and --max_answer_seq_len {response}",
-    )
-    scored = args.reward.reward_function is None
-    return [actor, replace(actor, role=args.critic, scores=True, needs_frozen_copy=scored,
-                           offloads_frozen_copy=args.roles.offload_reward_model)]
 
 
 def load_shared_chat(args: Step3Config) -> ChatFormat:

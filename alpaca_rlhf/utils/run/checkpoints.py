@@ -98,7 +98,8 @@ def open_run(
     """
     wanted = checkpoint.resume_from_checkpoint
     folder = RunFolder(
-        run.output_dir, overwrite=run.overwrite_output_dir, resume=wanted is not None
+        run.output_dir, overwrite=run.overwrite_output_dir, resume=wanted is not None,
+        dry=run.dry_run,
     )
     if wanted is None:
         return folder, None

@@ -47,6 +47,7 @@ class RunFolder:
         overwrite: whether a finished run in it may be replaced, once this one is complete. A model
             there that no run has listed is set aside.
         resume: whether to keep what an unfinished run has left in it.
+        dry: make nothing: the run ends before it writes.
 
     Attributes:
         final: `output_dir`, links followed, where the run is once it is complete; None saves
@@ -60,7 +61,8 @@ class RunFolder:
     """
 
     def __init__(
-        self, output_dir: str | None, *, overwrite: bool = False, resume: bool = False
+        self, output_dir: str | None, *, overwrite: bool = False, resume: bool = False,
+        dry: bool = False,
     ) -> None:
         self.final = Path(output_dir).resolve() if output_dir else None
         self.path = self.final.with_name(f"{self.final.name}.partial") if self.final else None
@@ -90,7 +92,7 @@ class RunFolder:
             )
         # Every rank has looked before rank 0 changes anything.
         distributed.barrier()
-        if distributed.is_main():
+        if distributed.is_main() and not dry:
             self._make(self.path, output_dir, keep=resume)
         distributed.barrier()
 

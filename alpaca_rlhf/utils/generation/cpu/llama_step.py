@@ -42,6 +42,7 @@ class LlamaStep:
 
     name = "the compiled decoding step"
     reusable = True
+    FOR_CPUS = "it is for CPUs"  # the last objection but that of the compiler
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -50,8 +51,6 @@ class LlamaStep:
     @staticmethod
     def objection(model: PreTrainedModel) -> str | None:
         """Return the reason why there is no such step for a model, or None."""
-        if model.get_input_embeddings().weight.device.type != "cpu":
-            return "it is for CPUs"
         if {p.dtype for p in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
             return "it is for fp32 and bf16"
         if getattr(model.config, "sliding_window", None) is not None:
@@ -59,6 +58,8 @@ class LlamaStep:
         layers = list(getattr(getattr(model, "model", None), "layers", []))
         if not layers or not all(_is_llama(layer) for layer in layers):
             return "the model is not made of LLaMA's modules"
+        if model.get_input_embeddings().weight.device.type != "cpu":
+            return LlamaStep.FOR_CPUS
         try:
             library()
         except KernelsMissing as error:
