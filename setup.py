@@ -60,7 +60,7 @@ setup(
         "tqdm>=4.66,<5",
     ],
     # debug: for `my_deepspeed.py --debug_ranks`; tensorboard, wandb, mlflow: for `--tracker`;
-    # quantized: for `--load_in_4bit`; chat: the web chat; serve: the endpoint.
+    # chat: the web chat; serve: the endpoint.
     extras_require={
         "tested": tested(),
         "debug": ["debugpy>=1.8,<2"],
@@ -68,7 +68,6 @@ setup(
         "wandb": ["wandb>=0.19,<1"],
         "mlflow": ["mlflow>=2.20,<4"],
         "chat": ["gradio>=6,<7"],
-        "quantized": ["bitsandbytes>=0.50,<1"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     },
 )

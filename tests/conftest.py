@@ -156,15 +156,14 @@ class Small:
         self, *names: str, stage: int, lora: int, accumulation: int = 1, lora_dropout: float = 0.0,
         only_lora: bool = True, overrides: str | None = None, adam_eps: float = 1e-8,
         dtype: str = "fp32", lr_scheduler_type: Any = "constant", total_steps: int = 100,
-        bits: int | None = None, **role: Any,
+        **role: Any,
     ) -> tuple[list[RoleConfig], dict[str, Any]]:
         """Options of training, with a constant learning rate."""
         role = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3, "zero_stage": stage,
                 "lora_dim": lora, **role}
         roles = [RoleConfig(model_name_or_path=str(self.folder / name), **role) for name in names]
         return roles, {
-            "loading": LoadingConfig(
-                dtype=dtype, load_in_4bit=bits == 4, load_in_8bit=bits == 8),
+            "loading": LoadingConfig(dtype=dtype),
             "adapters": AdapterConfig(lora_dropout=lora_dropout, only_optimize_lora=only_lora),
             "engine": EngineConfig(deepspeed_config=overrides or self.overrides),
             "schedule": ScheduleConfig(
@@ -299,18 +298,18 @@ def fill_adapters(model: Any) -> Any:
     return model
 
 
-def save_adapted(small: Small, folder: Path, **how: Any) -> Small:
+def save_adapted(small: Small, folder: Path) -> Small:
     """Write what steps 1 and 2 write with LoRA from one base: `actor` and `critic`."""
     from alpaca_rlhf.utils.model.reward_model import save_statistics
     from alpaca_rlhf.utils.run.export import export
 
-    actor = fill_adapters(small.trained("actor", lora=4, **how).module)
+    actor = fill_adapters(small.trained("actor", lora=4).module)
     export(actor, small.tokenizer, folder / "actor", "card", {})
     over = replace(small, folder=folder / "bases")
     for name in ("actor", "critic"):  # the reward model starts from the causal LM
         (over.folder / name).parent.mkdir(exist_ok=True)
         (over.folder / name).symlink_to(small.actor)
-    critic = fill_adapters(over.trained("critic", lora=4, **how).module.model)
+    critic = fill_adapters(over.trained("critic", lora=4).module.model)
     export(critic, small.tokenizer, folder / "critic", "card", {})
     save_statistics(folder / "critic", 0.5, 2.0, 40)
     return replace(small, folder=folder, overrides=small.unclipped)

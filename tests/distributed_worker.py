@@ -79,8 +79,7 @@ def of_this_rank(batch: PromptBatch) -> PromptBatch:
 
 
 def two_steps(
-    small: Small, role: str, stage: int, lora_rank: int = 0, dtype: str = "fp32",
-    bits: int | None = None,
+    small: Small, role: str, stage: int, lora_rank: int = 0, dtype: str = "fp32"
 ) -> tuple[Any, dict[str, float]]:
     """Take two optimizer steps over the eight rows: micro-batches of 4 rows over all ranks.
 
@@ -88,7 +87,7 @@ def two_steps(
         The engine, and loss and gradient norm of the second step.
     """
     torch.manual_seed(0)  # of the adapter
-    engine = small.trained(role, stage, lora_rank, dtype=dtype, bits=bits, **small.comparable)
+    engine = small.trained(role, stage, lora_rank, dtype=dtype, **small.comparable)
     world = distributed.world_size()
     if role == "actor":
         rows, collate, loss = TOKENS, collate_tokens, step1.loss
@@ -336,8 +335,6 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
     made: dict[str, Callable[[], dict[str, Any]]] = {
         "gathering": partial(gathering, small), "measured": partial(measured, small),
         "over_ranks": partial(over_ranks, small, experience),
-        "quantized": partial(
-            saved_steps, small, folder, "quantized", "actor", 2, 4, "fp32", 4),
         "half_step3": partial(iterations, small, folder, 3, 4, True, "bf16"),
         # Small weights stay gathered beside their shards, unless DeepSpeed is told otherwise.
         "ema_gathered": partial(averaged, small, 3, overrides=small.unclipped),

@@ -285,20 +285,6 @@ def test_only_optimize_lora_is_on_with_lora_of_any_role(step, words, value):
     (3, "--hybrid_engine_backend deepspeed", "--hybrid_engine_backend deepspeed: DeepSpeed's own "
         "kernels leave LoRA adapters out and do not follow today's LLaMA; take native, or remove "
         "the flag"),
-    (1, "--load_in_4bit", "--load_in_4bit: only frozen weights can be quantized; give --lora_dim "
-        "and no --only_optimize_lora false, or remove the flag"),
-    (3, "--load_in_8bit --actor_lora_dim 8", "--load_in_8bit: only frozen weights can be "
-        "quantized; give --critic_lora_dim and no --only_optimize_lora false, or remove the flag"),
-    (2, "--load_in_8bit --lora_dim 8 --only_optimize_lora false", "--load_in_8bit: only frozen "
-        "weights can be quantized; give --lora_dim and no --only_optimize_lora false, or remove "
-        "the flag"),
-    (1, "--load_in_4bit --load_in_8bit --lora_dim 8", "--load_in_8bit: contradicts --load_in_4bit; "
-        "remove one of the two"),
-    (1, "--load_in_4bit --lora_dim 8 --zero_stage 3", "--zero_stage 3: does not go with "
-        "--load_in_4bit: ZeRO-3 cannot shard quantized weights; take 2"),
-    (3, "--load_in_4bit --actor_lora_dim 8 --critic_lora_dim 8 --rollout_engine vllm --vllm_url "
-        "http://a:1", "--rollout_engine vllm: does not go with --load_in_4bit: the servers would "
-        "compute with weights that are not quantized; take native"),
     (3, "--share_backbone --actor_lora_dim 8", "--share_backbone: needs --critic_lora_dim, the "
         "rank that the adapter of the earlier step has, and --only_optimize_lora"),
     (3, "--share_backbone --actor_lora_dim 8 --critic_lora_dim 8 --critic_zero_stage 3",

@@ -120,12 +120,6 @@ def test_one_rank_and_two_ranks_take_the_same_step_with_a_shared_backbone(
     same_weights(folder, f"shared_critic_{stage}", reference.critic, adapted.reward_model())
 
 
-def test_one_rank_and_two_ranks_take_the_same_step_over_quantized_weights(results, folder, alone):
-    engine, expected = worker.two_steps(alone, "actor", 2, 4, bits=4)
-    same_weights(folder, "quantized", engine, alone.causal_lm())
-    assert results["quantized"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-
-
 @pytest.mark.parametrize(("role", "stage", "dtype"), worker.HALF)
 def test_one_rank_and_two_ranks_take_the_same_step_in_half_precision(
     results, folder, alone, role, stage, dtype

@@ -429,7 +429,6 @@ def _check_step(args: StepConfig) -> None:
                 "three, a value above 0")
     _check_plan(args.run)
     _check_lora(args)
-    _check_quantized(args)
     _check_engine(args)
     if args.run.output_dir is None:
         checkpoint = args.checkpoint
@@ -469,26 +468,6 @@ def _check_lora(args: StepConfig) -> None:
         if value:
             ranks = " or ".join(role.flag("lora_dim") for role in roles(args).values())
             _refuse(flag, value, f"needs LoRA; give {ranks}, or remove the flag")
-
-
-def _check_quantized(args: StepConfig) -> None:
-    loading = args.loading
-    if loading.bits is None:
-        return
-    flag, models = f"load_in_{loading.bits}bit", roles(args).values()
-    if loading.load_in_4bit and loading.load_in_8bit:
-        _refuse("load_in_8bit", True, "contradicts --load_in_4bit; remove one of the two")
-    for role in models:
-        if role.lora_dim == 0 or args.lora.only_optimize_lora is False:
-            _refuse(flag, True, "only frozen weights can be quantized; give "
-                    f"{role.flag('lora_dim')} and no --only_optimize_lora false, or remove the "
-                    "flag")
-        if role.zero_stage == 3:
-            _refuse(f"{role.prefix}zero_stage", 3, f"does not go with --{flag}: ZeRO-3 cannot "
-                    "shard quantized weights; take 2")
-    if isinstance(args, Step3Config) and args.rollout_engine.rollout_engine == "vllm":
-        _refuse("rollout_engine", "vllm", f"does not go with --{flag}: the servers would compute "
-                "with weights that are not quantized; take native")
 
 
 def _check_engine(args: StepConfig) -> None:

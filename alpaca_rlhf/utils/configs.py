@@ -196,16 +196,6 @@ class LoadingConfig(Group, title="loading"):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
         "sdpa", "attention implementation")
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
-    load_in_4bit: bool = option(
-        False, "keep frozen weights in 4 bits (NF4, twice quantized); needs LoRA, bitsandbytes and "
-        "ZeRO 0 to 2")
-    load_in_8bit: bool = option(
-        False, "keep frozen weights in 8 bits (LLM.int8); needs the same")
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of a frozen weight; None: those of `dtype`."""
-        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
 
 @dataclass(frozen=True)
@@ -216,6 +206,11 @@ class AdapterConfig(Group, title="LoRA"):
     lora_dropout: Dropout = option(0.0, "dropout before the adapters")
     only_optimize_lora: bool = option(
         None, "freeze all but adapters and heads (default: on with LoRA, else off)")
+    load_in_4bit: bool = option(
+        False, "keep frozen weights in 4 bits (NF4, twice quantized); needs LoRA, bitsandbytes and "
+        "ZeRO 0 to 2")
+    load_in_8bit: bool = option(
+        False, "keep frozen weights in 8 bits (LLM.int8); needs the same")
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -724,7 +719,7 @@ class ServerConfig(Group, title="server"):
 
 
 def _loading() -> Any:
-    return group(without=("tokenizer_name_or_path", "load_in_4bit", "load_in_8bit"))
+    return group(without=("tokenizer_name_or_path",))
 
 
 def _sampling(**defaults: Any) -> Any:

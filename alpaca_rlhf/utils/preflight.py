@@ -31,7 +31,6 @@ from alpaca_rlhf.utils.files import pointer_problem
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import attention, is_multimodal, load_config
-from alpaca_rlhf.utils.model.quantized import require_quantizer
 from alpaca_rlhf.utils.model.reward_model import require_reward_model
 
 # What is read of a hub id besides weights: configuration, tokenizer and chat template.
@@ -98,7 +97,6 @@ def check(models: Sequence[Planned], trackers: Sequence[str] = ()) -> None:
         require_weights(model.role.model_name_or_path)
         if model.scores and model.decodes:
             require_reward_model(model.role, model.loading)
-    require_quantizer(models[0].loading)
     engine = models[0].engine
     if engine.deepspeed_config:
         for line in ds_config.check_overrides(engine.deepspeed_config, engine.offload):

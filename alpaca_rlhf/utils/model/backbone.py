@@ -26,7 +26,6 @@ from alpaca_rlhf.utils.configs import AdapterConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm, recompute_activations
 from alpaca_rlhf.utils.model.lora import plain_weights
-from alpaca_rlhf.utils.model.quantized import is_quantized, shared_state
 from alpaca_rlhf.utils.model.reward_model import ScoreHead
 
 ADAPTER_FOLDER = "adapter"
@@ -47,7 +46,7 @@ def sample_base(model: nn.Module, on_this_rank: bool) -> dict[str, Tensor]:
     """Return some elements of each weight under the adapters; all ranks must call it."""
     sample = {}
     for name, tensor, *_ in plain_weights(model, on_this_rank, merge=False):
-        if tensor.numel():
+        if tensor.is_floating_point() and tensor.numel():
             flat = tensor.flatten()
             sample[name] = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].clone()
     return sample
@@ -131,11 +130,9 @@ def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
     """Return the first weight of which two samples differ by more than rounding to a precision."""
     for name in one.keys() & other.keys():
         a, b = one[name], other[name]
-        narrow = a.dtype
-        if a.dtype != b.dtype:
-            if is_quantized(a) or is_quantized(b):
-                continue  # stored otherwise
-            narrow = min(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        narrow = min(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        if a.dtype == b.dtype:
+            narrow = a.dtype
         if a.shape != b.shape or not torch.equal(a.to(narrow).float(), b.to(narrow).float()):
             return name
     return None
@@ -186,8 +183,6 @@ class Backbone:
             made = AutoModelForSequenceClassification.from_config(
                 config, attn_implementation=base.config._attn_implementation,
                 trust_remote_code=loading.trust_remote_code)
-        if loading.bits is not None:
-            made.load_unquantized = base.load_unquantized
         setattr(made, made.base_model_prefix, self._twin(getattr(base, base.base_model_prefix)))
         # The adapter brings the head that is used.
         head = nn.Linear(made.score.in_features, 1, made.score.bias is not None,
@@ -200,8 +195,7 @@ class Backbone:
     @staticmethod
     def _twin(module: Any) -> Any:
         """Copy a module but not its weights."""
-        weights = {id(weight): weight for weight in module.parameters()}
-        return copy.deepcopy(module, weights | shared_state(module))
+        return copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
 
     def _adapted(self, model: PreTrainedModel, role: RoleConfig) -> PeftModel:
         folder = Path(role.model_name_or_path) / ADAPTER_FOLDER

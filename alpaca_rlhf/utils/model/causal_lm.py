@@ -16,7 +16,6 @@ from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
-from alpaca_rlhf.utils.model import quantized
 from alpaca_rlhf.utils.model.lora import unwrapped
 from alpaca_rlhf.utils.projection import Head
 
@@ -103,15 +102,13 @@ def load_model(
     is_part = config.model_type != _read_config(role, loading).model_type
     if is_part:
         console.say(f"{path}: of a multimodal model the text part ({config.model_type}) is taken")
-    options = {"key_mapping": _TEXT_PART if is_part else None,
-               "trust_remote_code": loading.trust_remote_code}
     with _partitioned_loading(ds_config):
         try:
             model, found = auto_class.from_pretrained(
-                path, config=config, output_loading_info=True,
-                dtype=distributed.resolve_dtype(loading.dtype),
+                path, config=config, key_mapping=_TEXT_PART if is_part else None,
+                output_loading_info=True, dtype=distributed.resolve_dtype(loading.dtype),
                 attn_implementation=attention(auto_class, config, loading.attn_implementation),
-                quantization_config=quantized.config(loading), device_map=device_map, **options,
+                trust_remote_code=loading.trust_remote_code, device_map=device_map,
             )
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -122,8 +119,6 @@ def load_model(
         if is_part and (missing := set(found["missing_keys"]) - {"score.weight"}):
             raise UserError(f"{path}: its weights have no text part of type {config.model_type} "
                             f"({min(missing)} is missing); give a model of text alone")
-        if loading.bits is not None:
-            quantized.prepare(model, auto_class, path, **options)
         _enlarge_embeddings(model, 1 + max(tokenizer.get_vocab().values()))
     if role.gradient_checkpointing:
         recompute_activations(model)

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from alpaca_rlhf.utils.configs import AdapterConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.quantized import elements, is_quantized, unquantized
 
 ADAPTER = "default"  # peft's name for the only adapter there is
 
@@ -127,9 +126,6 @@ def add_lora(
     )
     # Adapters in the model's precision (peft would make them fp32): DeepSpeed wants only one.
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for name, parameter in wrapped.named_parameters():
-        if ".lora_" in name:  # on quantized weights they would be fp32
-            parameter.data = parameter.data.to(model.dtype)
     if not adapters.only_optimize_lora:
         for name, parameter in wrapped.named_parameters():
             parameter.requires_grad_("original_module" not in name)
@@ -162,7 +158,7 @@ def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
     for name, parameter in model.named_parameters():
         if "original_module" in name:
             continue
-        size = getattr(parameter, "ds_numel", elements(parameter))
+        size = getattr(parameter, "ds_numel", parameter.numel())
         total += size
         if parameter.requires_grad:
             kind = "lora" if "lora_" in name else "head" if "score" in name else "base"
@@ -170,8 +166,7 @@ def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
     trains = ", ".join(f"{kind} {n:,}" for kind, n in counts.items() if n)
     matched = "LoRA off"
     if targets is not None:
-        weights = [base_weight(layer) for layer in lora_layers(model)]
-        covered = sum(getattr(weight, "ds_numel", elements(weight)) for weight in weights)
+        covered = sum(_shape(base_weight(layer)).numel() for layer in lora_layers(model))
         kinds = ", ".join(sorted({target.rsplit(".", 1)[-1] for target in targets}))
         matched = f"LoRA matched {len(targets)} modules ({kinds}) with {covered:,} parameters"
     return f"{matched}; trains {sum(counts.values()):,} of {total:,} parameters ({trains})"
@@ -234,23 +229,18 @@ def plain_weights(
 
     All ranks must exhaust it in lockstep; those with `on_this_rank` false get empty tensors.
 
-    Quantized weights are those that were quantized.
-
     Args:
-        merge: False leaves the adapter out, and gives quantized weights as they are stored.
+        merge: False leaves the adapter out.
         tied: give tied weights under each of their names.
     """
     plain = unwrapped(model)
     layers = {id(base_weight(layer)): layer for layer in lora_layers(plain) if merge}
-    stored = any(map(is_quantized, plain.parameters()))
-    before = unquantized(plain) if stored and merge and on_this_rank else {}
     named = plain.named_parameters(remove_duplicate=not tied)
     for name, tensor in [*named, *_persistent_buffers(plain)]:
         if ".lora_" in name or ".original_module." in name:
             continue
         name = name.replace(".base_layer", "").replace(f".modules_to_save.{ADAPTER}", "")
         layer: Any = layers.get(id(tensor))
-        tensor = before.pop(name) if before and is_quantized(tensor) else tensor
         adapter = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight] if layer else []
         with _whole([tensor, *adapter]):
             held = [_on_host(part) for part in (tensor, *adapter) if on_this_rank]

@@ -87,8 +87,6 @@ def _save_model(
     config = copy.deepcopy(model.config)
     config.pad_token_id = tokenizer.pad_token_id
     config.use_cache = True
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # the weights are whole
     with torch.device("meta"):
         plain = type(model)(config).to(model.dtype)
     if plain.can_generate():
