@@ -194,6 +194,7 @@ class LoadingConfig(Group, title="loading"):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
         "sdpa", "attention implementation")
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
+    bits: int | None = None  # of the linear layers' weights, see AdapterConfig; None: as in dtype
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,11 @@ class AdapterConfig(Group, title="LoRA"):
         "ZeRO 0 to 2")
     load_in_8bit: bool = option(
         False, "keep frozen weights in 8 bits (LLM.int8); needs the same")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of frozen weights; None: those of --dtype."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
 
 # --- training ------------------------------------------------------------------------------------

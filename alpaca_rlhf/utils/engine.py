@@ -50,7 +50,8 @@ def build_trained(
         accumulation_steps=schedule.gradient_accumulation_steps,
         offload=engine.offload, overrides=engine.deepspeed_config,
     )
-    model = load(role, loading, config)
+    bits = adapters.bits if lora.base_is_frozen(role, adapters) else None
+    model = load(role, replace(loading, bits=bits), config)
     targets = None
     if isinstance(model, PeftModel):
         targets = model.base_model.targeted_module_names

@@ -26,6 +26,7 @@ from alpaca_rlhf.utils.files import pointer_problem
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import attention, is_multimodal, load_config
+from alpaca_rlhf.utils.model.quantized import require_quantizer
 from alpaca_rlhf.utils.model.reward_model import require_reward_model
 
 GB = 1e9
@@ -56,6 +57,11 @@ class Planned:
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
         return distributed.resolve_dtype(self.loading.dtype)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the weights of linear layers if they are quantized."""
+        return self.adapters.bits if lora.base_is_frozen(self.role, self.adapters) else None
 
 
 class Need(NamedTuple):
@@ -190,11 +196,27 @@ def require_served(model: Planned) -> list[str]:
     if model.scores and not isinstance(getattr(made, "score", None), nn.Linear):
         raise UserError(f"{role.model_name_or_path}: {type(made).__name__} has no score layer to "
                         "make a reward model of; give a causal decoder, as LLaMA")
+    _require_quantizable(model, made)
     if role.lora_dim:
         lora.require_coverage(made, lora.match_modules(made, role), role, model.adapters)
     if model.loading.attn_implementation == "sdpa" != made.config._attn_implementation:
         return [f"{config.model_type} has no SDPA; --attn_implementation eager is taken"]
     return []
+
+
+def _require_quantizable(model: Planned, made: Any) -> None:
+    path, flag = model.role.model_name_or_path, f"--load_in_{model.bits}bit"
+    given = getattr(made.config, "quantization_config", None)
+    method = getattr(given, "quant_method", None) or (given or {}).get("quant_method")
+    if given and (model.bits or method == "bitsandbytes"):
+        raise UserError(f"{path}: its weights are quantized already ({method}), and what is "
+                        "exported would not be whole; give the model that they were made from")
+    experts = [name for name, weight in made.named_parameters() if weight.dim() == 3]
+    if model.bits and not experts:
+        require_quantizer(model.bits, model.dtype, made)
+    elif model.bits:
+        raise UserError(f"{flag}: {path} keeps its experts in weights such as {experts[0]}, and "
+                        "only linear layers are quantized; remove the flag, or give a dense model")
 
 
 def _empty(model: Planned) -> Any:
