@@ -104,7 +104,11 @@ def test_training_evaluation_and_no_gradient_give_the_same_bits(small, bits):
 
 @BITS
 def test_weights_are_counted_and_not_bytes(small, bits):
-    assert small.roles(lora=4, bits=bits).summary == small.roles(lora=4).summary
+    for found, whole in zip(small.roles(lora=4, bits=bits).summary, small.roles(lora=4).summary,
+                            strict=True):
+        assert found == whole.replace(
+            "); reference", f"); frozen linear layers in {bits} bits; reference").replace(
+            "); reward", f"); frozen linear layers in {bits} bits; reward")
 
 
 @BITS
@@ -268,12 +272,18 @@ def test_the_steps_run_and_step_3_resumes_bit_for_bit(small, tmp_path, monkeypat
         with pytest.raises(TrainingStopped):
             run("stopped")
     run("stopped", "--resume_from_checkpoint", "latest")
-    start = load_file(tmp_path / "actor" / "model.safetensors")
+    base = load_file(f"{small.actor}/model.safetensors")
     for role in ("actor", "critic", "actor_ema"):
+        adapter = load_file(tmp_path / "whole" / role / "adapter" / "adapter_model.safetensors")
         one, other = (load_file(tmp_path / name / role / "model.safetensors")
                       for name in ("whole", "stopped"))
-        assert all(other[name].equal(weight) for name, weight in one.items())
-        assert any(not weight.equal(start[name]) for name, weight in one.items() if "_proj" in name)
+        for name, weight in one.items():
+            assert other[name].equal(weight)
+            if "_proj" in name:
+                a, b = (adapter[f"base_model.model.{name[:-7]}.lora_{part}.weight"]
+                        for part in "AB")
+                assert weight.equal(base[name] + 2.0 * (b @ a))
+                assert not weight.equal(base[name])
 
 
 @BITS
@@ -380,14 +390,26 @@ def test_a_cpu_is_refused_the_widths_that_it_computes_wrongly(tmp_path):
     assert "of 96 inputs is wrong by 2" in refusal(planned(tmp_path / "actor", 4))
 
 
-def test_experts_are_refused(tmp_path):
-    AutoConfig.for_model(
-        "mixtral", vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("kind", "sizes", "weight"), [
+    ("mixtral", {"intermediate_size": 64, "num_local_experts": 2, "num_key_value_heads": 1},
+     "model.layers.0.mlp.gate.weight"),
+    ("falcon", {}, "transformer.h.0.self_attention.query_key_value.weight"),  # a class of its own
+])
+def test_a_model_that_would_stay_whole_is_refused(tmp_path, kind, sizes, weight):
+    AutoConfig.for_model(kind, vocab_size=64, hidden_size=64, num_hidden_layers=1,
+                         num_attention_heads=2, **sizes).save_pretrained(tmp_path)
     assert refusal(planned(tmp_path, 8)) == (
-        f"--load_in_8bit: {tmp_path} keeps its experts in weights such as "
-        "model.layers.0.mlp.experts.gate_up_proj, and only linear layers are quantized; remove "
-        "the flag, or give a dense model")
+        f"--load_in_8bit: only plain linear layers are quantized, and the larger part of {tmp_path}"
+        f" is in others, such as {weight}; remove the flag, or give another model")
+
+
+def test_a_role_without_lora_is_not_quantized_and_a_line_says_so(small):
+    args = arguments.parse(Step3Config, [
+        "--actor_model_name_or_path", small.actor, "--critic_model_name_or_path", small.critic,
+        "--actor_lora_dim", "4", "--load_in_4bit"])
+    assert arguments.notices(args) == [
+        "--load_in_4bit has no effect on the critic: --critic_lora_dim is 0"]
+    assert [model.bits for model in step3.planned(args)] == [4, None]
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -119,6 +119,9 @@ def notices(args: StepConfig) -> list[str]:
         if f"{role.prefix}lora_module_name" in args.given and role.lora_dim == 0:
             lines.append(f"{role.flag('lora_module_name')} has no effect: "
                          f"{role.flag('lora_dim')} is 0")
+        if args.lora.bits is not None and role.lora_dim == 0:
+            lines.append(f"--load_in_{args.lora.bits}bit has no effect on the "
+                         f"{role.prefix.rstrip('_')}: {role.flag('lora_dim')} is 0")
     if args.tracking.logging_dir and not set(args.tracking.trackers) & set(FILE_TRACKERS):
         lines.append("--logging_dir has no effect: no tracker that writes files is asked for")
     if args.checkpoint.allow_changed_args and not args.checkpoint.resume_from_checkpoint:

@@ -491,7 +491,8 @@ class PPOConfig(Group, title="PPO"):
     unsupervised_dataset_config_name: str | None = option(
         None, "configuration of that data set")
     unsup_coef: NonNegative = option(1.0, "weight of the language-model (ptx) loss")
-    enable_mixed_precision_lora: bool = _no_effect(False, "frozen weights are not quantized")
+    enable_mixed_precision_lora: bool = _no_effect(
+        False, "--load_in_4bit and --load_in_8bit quantize frozen weights")
     align_overflow: bool = option(
         False, "in fp16, skip the step of both models when the gradient of one overflows")
     disable_actor_dropout: bool = _no_effect(

@@ -59,6 +59,8 @@ def build_trained(
         targets = lora.match_modules(model, role)
         model = lora.add_lora(model, targets, role, adapters)
     summary = lora.describe_training(model, targets)
+    if bits is not None:
+        summary += f"; frozen linear layers in {bits} bits"
     # DeepSpeed's buffers for gradients need not be larger than all of them.
     sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
     config["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, sum(sizes)))

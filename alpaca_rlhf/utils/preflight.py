@@ -18,6 +18,7 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 from alpaca_rlhf.utils import console, distributed, ds_config, optimizer
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
@@ -205,18 +206,28 @@ def require_served(model: Planned) -> list[str]:
 
 
 def _require_quantizable(model: Planned, made: Any) -> None:
-    path, flag = model.role.model_name_or_path, f"--load_in_{model.bits}bit"
+    """Refuse a model that is quantized already, or of which the larger part would not be."""
+    path = model.role.model_name_or_path
     given = getattr(made.config, "quantization_config", None)
     method = getattr(given, "quant_method", None) or (given or {}).get("quant_method")
     if given and (model.bits or method == "bitsandbytes"):
         raise UserError(f"{path}: its weights are quantized already ({method}), and what is "
                         "exported would not be whole; give the model that they were made from")
-    experts = [name for name, weight in made.named_parameters() if weight.dim() == 3]
-    if model.bits and not experts:
-        require_quantizer(model.bits, model.dtype, made)
-    elif model.bits:
-        raise UserError(f"{flag}: {path} keeps its experts in weights such as {experts[0]}, and "
-                        "only linear layers are quantized; remove the flag, or give a dense model")
+    if model.bits is None:
+        return
+    heads = (made.get_output_embeddings(), getattr(made, "score", None))
+    linear, others = 0, dict[str, int]()
+    for name, module in made.named_modules():
+        for own, weight in module.named_parameters(recurse=False):
+            if type(module) in (nn.Linear, Conv1D):
+                linear += weight.numel() * (module not in heads)
+            elif weight.dim() > 1 and not isinstance(module, nn.Embedding):
+                others[f"{name}.{own}"] = weight.numel()
+    if sum(others.values()) > linear:
+        raise UserError(f"--load_in_{model.bits}bit: only plain linear layers are quantized, and "
+                        f"the larger part of {path} is in others, such as {next(iter(others))}; "
+                        "remove the flag, or give another model")
+    require_quantizer(model.bits, model.dtype, made)
 
 
 def _empty(model: Planned) -> Any:
