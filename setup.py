@@ -60,13 +60,14 @@ setup(
         "tqdm>=4.66,<5",
     ],
     # debug: for `my_deepspeed.py --debug_ranks`; tensorboard, wandb, mlflow: for `--tracker`;
-    # chat: the web chat; serve: the endpoint.
+    # quantized: for `--load_in_4bit` and `--load_in_8bit`; chat: the web chat; serve: the endpoint.
     extras_require={
         "tested": tested(),
         "debug": ["debugpy>=1.8,<2"],
         "tensorboard": ["tensorboard>=2.18,<3"],
         "wandb": ["wandb>=0.19,<1"],
         "mlflow": ["mlflow>=2.20,<4"],
+        "quantized": ["bitsandbytes>=0.50,<1"],
         "chat": ["gradio>=6,<7"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     },

@@ -71,8 +71,8 @@ def small_tokenizer() -> Any:
     )
 
 
-def save_models(folder: Path) -> None:
-    """Write `actor` and `critic` (a reward model, with statistics)."""
+def save_models(folder: Path, **sizes: Any) -> None:
+    """Write `actor` and `critic` (a reward model, with statistics); `sizes` changes them."""
     import torch
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -80,9 +80,9 @@ def save_models(folder: Path) -> None:
 
     tokenizer = small_tokenizer()
     torch.manual_seed(0)
-    actor = LlamaForCausalLM(small_config(tokenizer))
+    actor = LlamaForCausalLM(small_config(tokenizer, **sizes))
     torch.manual_seed(1)
-    critic = LlamaForSequenceClassification(small_config(tokenizer, num_labels=1))
+    critic = LlamaForSequenceClassification(small_config(tokenizer, num_labels=1, **sizes))
     for name, model in (("actor", actor), ("critic", critic)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -156,7 +156,7 @@ class Small:
         self, *names: str, stage: int, lora: int, accumulation: int = 1, lora_dropout: float = 0.0,
         only_lora: bool = True, overrides: str | None = None, adam_eps: float = 1e-8,
         dtype: str = "fp32", lr_scheduler_type: Any = "constant", total_steps: int = 100,
-        **role: Any,
+        bits: int | None = None, **role: Any,
     ) -> tuple[list[RoleConfig], dict[str, Any]]:
         """Options of training, with a constant learning rate."""
         role = {"learning_rate": 1e-3, "lora_learning_rate": 1e-3, "zero_stage": stage,
@@ -164,7 +164,9 @@ class Small:
         roles = [RoleConfig(model_name_or_path=str(self.folder / name), **role) for name in names]
         return roles, {
             "loading": LoadingConfig(dtype=dtype),
-            "adapters": AdapterConfig(lora_dropout=lora_dropout, only_optimize_lora=only_lora),
+            "adapters": AdapterConfig(
+                lora_dropout=lora_dropout, only_optimize_lora=only_lora, load_in_4bit=bits == 4,
+                load_in_8bit=bits == 8),
             "engine": EngineConfig(deepspeed_config=overrides or self.overrides),
             "schedule": ScheduleConfig(
                 lr_scheduler_type=lr_scheduler_type, gradient_accumulation_steps=accumulation

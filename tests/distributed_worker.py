@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,9 @@ STEP3 = ((0, 0, False), (0, 4, False), (0, 0, True), (0, 4, True), (1, 0, True),
          (2, 0, False), (2, 4, True), (3, 0, False), (3, 4, True))
 # Role, stage and precision of steps 1 and 2.
 HALF = (("actor", 0, "bf16"), ("actor", 3, "bf16"), ("critic", 2, "bf16"), ("critic", 3, "bf16"))
+# Role, stage, LoRA rank, precision and bits of quantized weights in steps 1 and 2.
+QUANTIZED = (("actor", 0, 4, "fp32", 4), ("critic", 2, 4, "fp32", 4), ("actor", 2, 4, "fp32", 8),
+             ("critic", 1, 4, "fp32", 8)) if find_spec("bitsandbytes") else ()
 # Prompts that are answered greedily: several waves of 16 on each rank.
 GREEDY = 72
 # Eight rows of unlike length, so that the ranks hold unlike numbers of tokens.
@@ -79,7 +83,8 @@ def of_this_rank(batch: PromptBatch) -> PromptBatch:
 
 
 def two_steps(
-    small: Small, role: str, stage: int, lora_rank: int = 0, dtype: str = "fp32"
+    small: Small, role: str, stage: int, lora_rank: int = 0, dtype: str = "fp32",
+    bits: int | None = None,
 ) -> tuple[Any, dict[str, float]]:
     """Take two optimizer steps over the eight rows: micro-batches of 4 rows over all ranks.
 
@@ -87,7 +92,7 @@ def two_steps(
         The engine, and loss and gradient norm of the second step.
     """
     torch.manual_seed(0)  # of the adapter
-    engine = small.trained(role, stage, lora_rank, dtype=dtype, **small.comparable)
+    engine = small.trained(role, stage, lora_rank, dtype=dtype, bits=bits, **small.comparable)
     world = distributed.world_size()
     if role == "actor":
         rows, collate, loss = TOKENS, collate_tokens, step1.loss
@@ -360,6 +365,9 @@ def cases(small: Small, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]
     for role, stage, dtype in HALF:
         made[f"half_{role}_{stage}_{dtype}"] = partial(
             saved_steps, small, folder, f"half_{role}_{stage}_0_{dtype}", role, stage, 0, dtype)
+    for how in QUANTIZED:
+        name = "quantized_{}_{}_{}".format(*how[:2], how[-1])
+        made[name] = partial(saved_steps, small, folder, name, *how)
     for stage, role in product((0, 3), ("actor", "critic")):
         made[f"export_{role}_{stage}"] = partial(exported, small, folder, stage, role)
     return made

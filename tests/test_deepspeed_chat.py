@@ -252,7 +252,8 @@ def test_a_flag_that_only_saves_memory_says_that_it_has_no_effect():
     args = arguments.parse(Step3Config, LISTS["3 llama2 7b_mixz"].split())
     assert notices(args)[1:] == [
         "--num_padding_at_beginning has no effect: the score is read at the last real token",
-        "--enable_mixed_precision_lora has no effect: frozen weights are not quantized",
+        "--enable_mixed_precision_lora has no effect: --load_in_4bit and --load_in_8bit quantize "
+        "frozen weights",
         "--offload_reference_model has no effect: with LoRA there is no second model"]
 
 

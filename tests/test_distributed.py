@@ -133,6 +133,17 @@ def test_one_rank_and_two_ranks_take_the_same_step_in_half_precision(
     assert record["norm"] == pytest.approx(expected["norm"], rel=1e-2)
 
 
+@pytest.mark.skipif(not worker.QUANTIZED, reason="bitsandbytes is not installed")
+def test_one_rank_and_two_ranks_take_the_same_step_on_quantized_weights(results, folder, alone):
+    for role, stage, rank, dtype, bits in worker.QUANTIZED:
+        name = f"quantized_{role}_{stage}_{bits}"
+        engine, expected = worker.two_steps(alone, role, 0, rank, dtype, bits)
+        start = alone.causal_lm() if role == "actor" else alone.reward_model()
+        same_weights(folder, name, engine, start)
+        assert results[name]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert results[name]["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+
+
 def test_step_3_runs_with_adapters_under_zero_3_in_bf16_on_two_ranks(results):
     result = results["half_step3"]
     first = result["metrics"][0]

@@ -152,7 +152,7 @@ def test_what_shares_a_base_or_quantizes_it_does_so_in_all_steps_with_the_same_r
     if third.roles.share_backbone:
         assert first.model.model_name_or_path == second.model.model_name_or_path
         assert [third.actor.lora_dim, third.critic.lora_dim] == ranks and min(ranks) > 0
-    quantized = {args.loading.load_in_4bit for args in (first, second, third)}
+    quantized = {args.lora.load_in_4bit for args in (first, second, third)}
     assert quantized == {recipe.endswith(("8b_24gb", "llama_7b_24gb"))}
     stages = {first.model.zero_stage, second.model.zero_stage, third.actor.zero_stage,
               third.critic.zero_stage}

@@ -120,6 +120,9 @@ def notices(args: StepConfig) -> list[str]:
         if f"{role.prefix}lora_module_name" in args.given and role.lora_dim == 0:
             lines.append(f"{role.flag('lora_module_name')} has no effect: "
                          f"{role.flag('lora_dim')} is 0")
+        if args.lora.bits is not None and role.lora_dim == 0:
+            lines.append(f"--load_in_{args.lora.bits}bit has no effect on the "
+                         f"{role.prefix.rstrip('_')}: {role.flag('lora_dim')} is 0")
     if args.tracking.logging_dir and not set(args.tracking.trackers) & set(FILE_TRACKERS):
         lines.append("--logging_dir has no effect: no tracker that writes files is asked for")
     if args.checkpoint.allow_changed_args and not args.checkpoint.resume_from_checkpoint:
@@ -429,6 +432,7 @@ def _check_step(args: StepConfig) -> None:
                 "three, a value above 0")
     _check_plan(args.run)
     _check_lora(args)
+    _check_quantization(args)
     _check_engine(args)
     if args.run.output_dir is None:
         checkpoint = args.checkpoint
@@ -464,10 +468,32 @@ def _check_lora(args: StepConfig) -> None:
         return
     lora = args.lora
     for flag, value in (("only_optimize_lora", lora.only_optimize_lora),
-                        ("lora_alpha", lora.lora_alpha), ("lora_dropout", lora.lora_dropout)):
+                        ("lora_alpha", lora.lora_alpha), ("lora_dropout", lora.lora_dropout),
+                        ("load_in_4bit", lora.load_in_4bit), ("load_in_8bit", lora.load_in_8bit)):
         if value:
             ranks = " or ".join(role.flag("lora_dim") for role in roles(args).values())
             _refuse(flag, value, f"needs LoRA; give {ranks}, or remove the flag")
+
+
+def _check_quantization(args: StepConfig) -> None:
+    """Refuse what quantized weights do not go with; `_check_lora` has seen that there is LoRA."""
+    lora = args.lora
+    if lora.load_in_4bit and lora.load_in_8bit:
+        _refuse("load_in_8bit", True, "contradicts --load_in_4bit; remove one of the two")
+    if lora.bits is None:
+        return
+    flag = f"--load_in_{lora.bits}bit"
+    if lora.only_optimize_lora is False:
+        _refuse("only_optimize_lora", False, f"does not go with {flag}: quantized weights cannot "
+                "be trained; remove one of the two")
+    for role in roles(args).values():
+        if role.lora_dim and role.zero_stage == 3:
+            _refuse(f"{role.prefix}zero_stage", 3, f"does not go with {flag}: ZeRO-3 cannot shard "
+                    "quantized weights, nor --offload move them; take 2")
+    if isinstance(args, Step3Config) and args.actor.lora_dim and (
+            args.rollout_engine.rollout_engine == "vllm"):
+        _refuse("rollout_engine", "vllm", f"does not go with {flag}: the servers would compute "
+                "with weights that are not quantized; take native")
 
 
 def _check_engine(args: StepConfig) -> None:

@@ -196,6 +196,7 @@ class LoadingConfig(Group, title="loading"):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
         "sdpa", "attention implementation")
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
+    bits: int | None = None  # of the linear layers' weights, see AdapterConfig; None: as in dtype
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,11 @@ class AdapterConfig(Group, title="LoRA"):
         "ZeRO 0 to 2")
     load_in_8bit: bool = option(
         False, "keep frozen weights in 8 bits (LLM.int8); needs the same")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of frozen weights; None: those of --dtype."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -518,7 +524,8 @@ class PPOConfig(Group, title="PPO"):
     unsupervised_dataset_config_name: str | None = option(
         None, "configuration of that data set")
     unsup_coef: NonNegative = option(1.0, "weight of the language-model (ptx) loss")
-    enable_mixed_precision_lora: bool = _no_effect(False, "frozen weights are not quantized")
+    enable_mixed_precision_lora: bool = _no_effect(
+        False, "--load_in_4bit and --load_in_8bit quantize frozen weights")
     align_overflow: bool = option(
         False, "in fp16, skip the step of both models when the gradient of one overflows")
     disable_actor_dropout: bool = _no_effect(

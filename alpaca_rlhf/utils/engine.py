@@ -50,7 +50,8 @@ def build_trained(
         accumulation_steps=schedule.gradient_accumulation_steps,
         offload=engine.offload, overrides=engine.deepspeed_config,
     )
-    model = load(role, loading, config)
+    bits = adapters.bits if lora.base_is_frozen(role, adapters) else None
+    model = load(role, replace(loading, bits=bits), config)
     targets = None
     if isinstance(model, PeftModel):
         targets = model.base_model.targeted_module_names
@@ -58,6 +59,8 @@ def build_trained(
         targets = lora.match_modules(model, role)
         model = lora.add_lora(model, targets, role, adapters)
     summary = lora.describe_training(model, targets)
+    if bits is not None:
+        summary += f"; frozen linear layers in {bits} bits"
     # DeepSpeed's buffers for gradients need not be larger than all of them.
     sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
     config["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, sum(sizes)))

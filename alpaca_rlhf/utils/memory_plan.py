@@ -154,8 +154,8 @@ def _key(model: Planned) -> Planned:
     """Return the model without what changes neither its size nor its passes."""
     role = replace(model.role, learning_rate=0.0, lora_learning_rate=None, weight_decay=0.0,
                    zero_stage=0, gradient_checkpointing=False)
-    loading = replace(model.loading, load_in_4bit=False, load_in_8bit=False)
-    return Planned(role, loading, model.adapters, scores=model.scores)
+    adapters = replace(model.adapters, load_in_4bit=False, load_in_8bit=False)
+    return Planned(role, model.loading, adapters, scores=model.scores)
 
 
 @cache
@@ -221,7 +221,7 @@ class _Model:
     @property
     def base(self) -> float:
         """Bytes of the weights without adapter on one rank, whole (ZeRO-3: its shard)."""
-        bits, linear = self.planned.loading.bits, self.sizes.linear
+        bits, linear = self.planned.bits, self.sizes.linear
         width = NF4 if bits == 4 else INT8 if bits == 8 else self.width
         own = linear * width + (self.sizes.base - linear) * self.width
         kept = self.sizes.small * self.width if self.shares > 1 else 0
@@ -238,7 +238,7 @@ class _Model:
         `at_start`: with what is gathered ahead then, before there are activations.
         """
         base = self.sizes.base
-        if self.planned.loading.bits is not None:
+        if self.planned.bits is not None:
             return self.width * self.sizes.largest
         ahead = min(base, PREFETCHED) if at_start else 0.0
         return self.width * (min(base, GATHERED) + ahead) if self.shares > 1 else 0.0

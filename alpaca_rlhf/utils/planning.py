@@ -142,7 +142,7 @@ def _generation_batch(args: Any, place: Place) -> Any:
 def _stage(stage: int) -> "Change":
     def change(args: Any, place: Place) -> Any:
         lower = min(role.zero_stage for role in _roles(args).values()) < stage
-        quantized = args.loading.bits is not None
+        quantized = args.lora.bits is not None
         shares = isinstance(args, Step3Config) and args.roles.share_backbone
         if place.ranks == 1 or not lower or (stage == 3 and (quantized or shares)):
             return None
@@ -171,10 +171,10 @@ def _share(args: Any, place: Place) -> Any:
 
 def _quantize(bits: int) -> "Change":
     def change(args: Any, place: Place) -> Any:
-        if (args.loading.bits or 16) <= bits or not _frozen(args):
+        if (args.lora.bits or 16) <= bits or not _frozen(args):
             return None
-        return replace(args, loading=replace(
-            args.loading, load_in_4bit=bits == 4, load_in_8bit=bits == 8))
+        return replace(args, lora=replace(
+            args.lora, load_in_4bit=bits == 4, load_in_8bit=bits == 8))
     return change
 
 

@@ -15,6 +15,7 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 from alpaca_rlhf.utils import console, distributed, ds_config, optimizer
 from alpaca_rlhf.utils.configs import (
@@ -31,6 +32,7 @@ from alpaca_rlhf.utils.files import pointer_problem
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import attention, is_multimodal, load_config
+from alpaca_rlhf.utils.model.quantized import require_quantizer
 from alpaca_rlhf.utils.model.reward_model import require_reward_model
 
 # What is read of a hub id besides weights: configuration, tokenizer and chat template.
@@ -58,6 +60,11 @@ class Planned:
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
         return distributed.resolve_dtype(self.loading.dtype)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the weights of linear layers if they are quantized."""
+        return self.adapters.bits if lora.base_is_frozen(self.role, self.adapters) else None
 
 
 def planned(args: StepConfig) -> list[Planned]:
@@ -204,11 +211,37 @@ def require_served(model: Planned) -> list[str]:
     if model.scores and not isinstance(getattr(made, "score", None), nn.Linear):
         raise UserError(f"{role.model_name_or_path}: {type(made).__name__} has no score layer to "
                         "make a reward model of; give a causal decoder, as LLaMA")
+    _require_quantizable(model, made)
     if role.lora_dim:
         lora.require_coverage(made, lora.match_modules(made, role), role, model.adapters)
     if model.loading.attn_implementation == "sdpa" != made.config._attn_implementation:
         return [f"{config.model_type} has no SDPA; --attn_implementation eager is taken"]
     return []
+
+
+def _require_quantizable(model: Planned, made: Any) -> None:
+    """Refuse a model that is quantized already, or of which the larger part would not be."""
+    path = model.role.model_name_or_path
+    given = getattr(made.config, "quantization_config", None)
+    method = getattr(given, "quant_method", None) or (given or {}).get("quant_method")
+    if given and (model.bits or method == "bitsandbytes"):
+        raise UserError(f"{path}: its weights are quantized already ({method}), and what is "
+                        "exported would not be whole; give the model that they were made from")
+    if model.bits is None:
+        return
+    heads = (made.get_output_embeddings(), getattr(made, "score", None))
+    linear, others = 0, dict[str, int]()
+    for name, module in made.named_modules():
+        for own, weight in module.named_parameters(recurse=False):
+            if type(module) in (nn.Linear, Conv1D):
+                linear += weight.numel() * (module not in heads)
+            elif weight.dim() > 1 and not isinstance(module, nn.Embedding):
+                others[f"{name}.{own}"] = weight.numel()
+    if sum(others.values()) > linear:
+        raise UserError(f"--load_in_{model.bits}bit: only plain linear layers are quantized, and "
+                        f"the larger part of {path} is in others, such as {next(iter(others))}; "
+                        "remove the flag, or give another model")
+    require_quantizer(model.bits, model.dtype, made)
 
 
 def empty(model: Planned) -> Any:

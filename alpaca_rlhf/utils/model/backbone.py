@@ -26,6 +26,7 @@ from alpaca_rlhf.utils.configs import AdapterConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm, recompute_activations
 from alpaca_rlhf.utils.model.lora import plain_weights
+from alpaca_rlhf.utils.model.quantized import mark_like, twin
 from alpaca_rlhf.utils.model.reward_model import ScoreHead
 
 ADAPTER_FOLDER = "adapter"
@@ -158,6 +159,7 @@ class Backbone:
         path = base_model(str(folder), _config(folder).to_dict())
         role = replace(roles[0], model_name_or_path=path, gradient_checkpointing=False)
         whole = ds_config.make(zero_stage=0, dtype=distributed.resolve_dtype(loading.dtype))
+        loading = replace(loading, bits=adapters.bits)
         self._base = load_causal_lm(role, loading, whole, tokenizer)
         self._base.requires_grad_(False)
         sample = sample_base(self._base, True)
@@ -184,6 +186,7 @@ class Backbone:
                 config, attn_implementation=base.config._attn_implementation,
                 trust_remote_code=loading.trust_remote_code)
         setattr(made, made.base_model_prefix, self._twin(getattr(base, base.base_model_prefix)))
+        mark_like(made, base)
         # The adapter brings the head that is used.
         head = nn.Linear(made.score.in_features, 1, made.score.bias is not None,
                          device=base.device, dtype=base.dtype)
@@ -195,7 +198,7 @@ class Backbone:
     @staticmethod
     def _twin(module: Any) -> Any:
         """Copy a module but not its weights."""
-        return copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
+        return twin(module)
 
     def _adapted(self, model: PreTrainedModel, role: RoleConfig) -> PeftModel:
         folder = Path(role.model_name_or_path) / ADAPTER_FOLDER

@@ -1,7 +1,9 @@
 """Load Hugging Face models for training, and run a causal LM as the losses need it."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
+from alpaca_rlhf.utils.model import quantized
 from alpaca_rlhf.utils.model.lora import unwrapped
 from alpaca_rlhf.utils.projection import Head
 
@@ -85,7 +88,7 @@ def load_model(
     Args:
         auto_class: AutoModelForCausalLM or AutoModelForSequenceClassification.
         role: path, dropout and gradient checkpointing.
-        loading: precision and attention.
+        loading: precision and attention; with `bits` the weights of linear layers are quantized.
         ds_config: DeepSpeed's configuration, which has the ZeRO stage.
         tokenizer: the embeddings are enlarged when it has more tokens than they have rows.
         **config_changes: attributes set on the model's configuration.
@@ -99,17 +102,25 @@ def load_model(
     # To the device at once: below ZeRO-3 every rank would hold the whole model in host memory.
     sharded = ds_config["zero_optimization"]["stage"] == 3
     device_map = None if sharded or distributed.on_cpu() else {"": distributed.device()}
+    dtype = distributed.resolve_dtype(loading.dtype)
     is_part = config.model_type != _read_config(role, loading).model_type
     if is_part:
         console.say(f"{path}: of a multimodal model the text part ({config.model_type}) is taken")
+    read = partial(
+        auto_class.from_pretrained, path, key_mapping=_TEXT_PART if is_part else None, dtype=dtype,
+        attn_implementation=attention(auto_class, config, loading.attn_implementation),
+        trust_remote_code=loading.trust_remote_code,
+    )
+    quantization = {}
+    if loading.bits is not None:
+        device_map, originals = {"": distributed.device()}, partial(
+            read, config=copy.deepcopy(config))
+        quantization["quantization_config"] = quantized.config(
+            loading.bits, dtype, scores="num_labels" in config_changes)
     with _partitioned_loading(ds_config):
         try:
-            model, found = auto_class.from_pretrained(
-                path, config=config, key_mapping=_TEXT_PART if is_part else None,
-                output_loading_info=True, dtype=distributed.resolve_dtype(loading.dtype),
-                attn_implementation=attention(auto_class, config, loading.attn_implementation),
-                trust_remote_code=loading.trust_remote_code, device_map=device_map,
-            )
+            model, found = read(config=config, output_loading_info=True, device_map=device_map,
+                                **quantization)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"no model can be loaded from {path}: {_first_line(error)}; copy or train it again"
@@ -120,6 +131,8 @@ def load_model(
             raise UserError(f"{path}: its weights have no text part of type {config.model_type} "
                             f"({min(missing)} is missing); give a model of text alone")
         _enlarge_embeddings(model, 1 + max(tokenizer.get_vocab().values()))
+    if loading.bits is not None:
+        quantized.settle(model, originals)
     if role.gradient_checkpointing:
         recompute_activations(model)
     return model

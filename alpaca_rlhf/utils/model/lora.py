@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alpaca_rlhf.utils.configs import AdapterConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.model.quantized import is_quantized, originals, whole_shape
 
 ADAPTER = "default"  # peft's name for the only adapter there is
 
@@ -59,8 +60,8 @@ def match_modules(model: PreTrainedModel, role: RoleConfig) -> list[str]:
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:
-    """Return the whole shape, also of a weight that ZeRO-3 has sharded."""
-    return getattr(weight, "ds_shape", weight.shape)
+    """Return the whole shape, also of a weight that ZeRO-3 has sharded or that is quantized."""
+    return getattr(weight, "ds_shape", whole_shape(weight))
 
 
 def _holds_module(model: nn.Module, target: str) -> bool:
@@ -158,7 +159,7 @@ def describe_training(model: nn.Module, targets: Sequence[str] | None) -> str:
     for name, parameter in model.named_parameters():
         if "original_module" in name:
             continue
-        size = getattr(parameter, "ds_numel", parameter.numel())
+        size = _shape(parameter).numel()
         total += size
         if parameter.requires_grad:
             kind = "lora" if "lora_" in name else "head" if "score" in name else "base"
@@ -201,7 +202,7 @@ def _whole(tensors: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return tensor.detach().as_subclass(Tensor).to("cpu", copy=True).contiguous()
 
 
 def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -226,21 +227,26 @@ def plain_weights(
     Merged (Hu et al. 2021, eq. 3) each is W + (alpha / r) B A, with W [out, in], A [r, in],
     B [out, r], summed in fp32 and rounded once; Conv1D has W transposed, and experts have a stack
     of them. The model is not changed, and ZeRO-3 gathers one weight and its adapter at a time.
+    For a quantized W the one that was quantized is taken.
 
     All ranks must exhaust it in lockstep; those with `on_this_rank` false get empty tensors.
 
     Args:
-        merge: False leaves the adapter out.
+        merge: False leaves the adapter out, and quantized weights as they are stored.
         tied: give tied weights under each of their names.
     """
     plain = unwrapped(model)
     layers = {id(base_weight(layer)): layer for layer in lora_layers(plain) if merge}
+    reads = merge and on_this_rank and any(map(is_quantized, plain.parameters()))
+    before = originals(plain) if reads else {}
     named = plain.named_parameters(remove_duplicate=not tied)
     for name, tensor in [*named, *_persistent_buffers(plain)]:
         if ".lora_" in name or ".original_module." in name:
             continue
         name = name.replace(".base_layer", "").replace(f".modules_to_save.{ADAPTER}", "")
         layer: Any = layers.get(id(tensor))
+        if reads and is_quantized(tensor):
+            tensor = before.pop(name)
         adapter = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight] if layer else []
         with _whole([tensor, *adapter]):
             held = [_on_host(part) for part in (tensor, *adapter) if on_this_rank]
@@ -270,7 +276,9 @@ def _update(layer: Any, a: Tensor, b: Tensor) -> Tensor:
     scaling = layer.scaling[ADAPTER]
     experts = getattr(layer, "num_experts", 1)
     if experts == 1:
-        return scaling * (b @ a).T if layer.fan_in_fan_out else scaling * (b @ a)
+        # A Conv1D that is quantized holds its weight transposed.
+        conv = getattr(layer.get_base_layer(), "source_cls", None) is Conv1D
+        return scaling * (b @ a).T if layer.fan_in_fan_out or conv else scaling * (b @ a)
     b, a = b.view(len(b), -1, experts).permute(2, 0, 1), a.view(experts, -1, a.shape[-1])
     update = scaling * (b @ a)  # [experts, out, in]
     return update if layer._did_swap_in_out_features else update.transpose(1, 2)
