@@ -381,6 +381,18 @@ def test_a_folder_that_is_no_model_is_left_to_its_loader(machine, tmp_path, caps
     assert capsys.readouterr().out == ""
 
 
+def test_a_model_that_cannot_be_planned_runs_with_a_warning(machine, billion, monkeypatch):
+    def choose_experts(*_):
+        raise RuntimeError("data-dependent\nshape")
+
+    machine(60 * GB, 60 * GB)
+    monkeypatch.setattr(footprint, "passes", choose_experts)
+    args = step1(billion / "actor", "--max_seq_len", 77)
+    assert planning.memory_warning(args) == (
+        f"warning: {billion / 'actor'}: its memory cannot be planned, for its layers do not run on "
+        "tensors without data (data-dependent); leave out --dry_run")
+
+
 @pytest.mark.parametrize(("limit", "flags"), [(9, ""), (5, "--dtype bf16")])
 def test_the_search_gives_the_cheapest_flags_that_fit(machine, billion, limit, flags):
     machine(GB, GB, bf16=True)
