@@ -4,7 +4,7 @@
 
 Each setting is planned by a process with `--dry_run`, and then run for a few optimizer steps (PPO
 iterations); measured is the peak resident memory of its largest rank. All sequences are as long as
-the limits. glibc gives large tensors back at once (MALLOC_MMAP_THRESHOLD_), as the plan assumes.
+the limits. glibc gives tensors back at once (MALLOC_MMAP_THRESHOLD_), as the plan assumes.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def _run(setting: Setting, words: list[str]) -> tuple[float | None, str]:
     if setting.ranks > 1:
         launcher = ROOT / "alpaca_rlhf/training_model/my_deepspeed.py"
         command = [sys.executable, str(launcher), "--num_gpus", str(setting.ranks), *command[1:]]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "PYTHONPATH": str(ROOT),
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16), "PYTHONPATH": str(ROOT),
                                 "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

@@ -381,6 +381,18 @@ def test_a_folder_that_is_no_model_is_left_to_its_loader(machine, tmp_path, caps
     assert capsys.readouterr().out == ""
 
 
+def test_a_model_that_cannot_be_planned_runs_with_a_warning(machine, billion, monkeypatch):
+    def choose_experts(*_):
+        raise RuntimeError("data-dependent\nshape")
+
+    machine(60 * GB, 60 * GB)
+    monkeypatch.setattr(footprint, "passes", choose_experts)
+    args = step1(billion / "actor", "--max_seq_len", 77)
+    assert planning.memory_warning(args) == (
+        f"warning: {billion / 'actor'}: its memory cannot be planned, for its layers do not run on "
+        "tensors without data (data-dependent); leave out --dry_run")
+
+
 @pytest.mark.parametrize(("limit", "flags"), [(9, ""), (5, "--dtype bf16")])
 def test_the_search_gives_the_cheapest_flags_that_fit(machine, billion, limit, flags):
     machine(GB, GB, bf16=True)
@@ -390,16 +402,24 @@ def test_the_search_gives_the_cheapest_flags_that_fit(machine, billion, limit, f
     assert memory_plan.plan(made, Place(cpu=False)).peak <= limit * GB
 
 
-def test_the_search_takes_back_what_was_not_needed_and_gives_up_where_nothing_fits(
-    machine, billion
-):
+def test_the_search_takes_back_what_was_not_needed(machine, billion, monkeypatch):
+    machine(GB, GB, bf16=True)
+    monkeypatch.setattr(planning, "CHANGES", (planning._checkpointing, planning._bf16))
+    args, place = step1(billion / "actor", "--max_seq_len", 32, "--lora_dim", 8), Place(cpu=False)
+    half = planning._bf16(args, place)
+    limit = memory_plan.plan(half, place).peak
+    assert memory_plan.plan(planning._checkpointing(args, place), place).peak > limit
+    assert planning.fit(args, place, limit) == (half, "--dtype bf16")
+
+
+def test_the_search_gives_up_where_nothing_fits(machine, billion):
     machine(GB, GB, bf16=True)
     args = step3(billion, "--actor_lora_dim", 8, "--critic_lora_dim", 8, "--max_prompt_seq_len",
                  32, "--max_answer_seq_len", 32)
-    place = Place(cpu=False)
-    shared, words = planning.fit(args, place, 4 * GB)
-    assert "--share_backbone" in words and memory_plan.plan(shared, place).peak <= 4 * GB
-    assert planning.fit(args, place, 0.6 * GB) is None
+    shared, words = planning.fit(args, Place(cpu=False), 4 * GB)
+    assert "--share_backbone" in words
+    assert memory_plan.plan(shared, Place(cpu=False)).peak <= 4 * GB
+    assert planning.fit(args, Place(cpu=False), 0.6 * GB) is None
 
 
 def test_savings_are_named_with_what_they_save(machine, billion):

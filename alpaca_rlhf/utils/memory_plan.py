@@ -22,6 +22,7 @@ from torch import nn
 from alpaca_rlhf.utils import distributed, ds_config, preflight
 from alpaca_rlhf.utils.configs import Step1Config, Step3Config, StepConfig
 from alpaca_rlhf.utils.engine import LARGEST_BUCKET
+from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
 from alpaca_rlhf.utils.generation.kv_cache import SLACK
 from alpaca_rlhf.utils.model import footprint, lora
@@ -184,7 +185,11 @@ def _sizes(model: Planned) -> Sizes:
 
 
 def passes(model: Planned, job: Job) -> Passes:
-    """Return what a micro-batch takes in a model; see `footprint.passes`."""
+    """Return what a micro-batch takes in a model; see `footprint.passes`.
+
+    Raises:
+        UserError: its layers need data to run, as some that choose experts do.
+    """
     return _passes(_key(model), job)
 
 
@@ -199,7 +204,13 @@ def _passes(model: Planned, job: Job) -> Passes:
             return made
         return lora.add_lora(made, lora.match_modules(made, role), role, model.adapters)
 
-    return footprint.passes(preflight.empty(model).to(model.dtype), job, adapted)
+    try:
+        return footprint.passes(preflight.empty(model).to(model.dtype), job, adapted)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise UserError(f"{role.model_name_or_path}: its memory cannot be planned, for its layers "
+                        f"do not run on tensors without data ({reason}); leave out --dry_run"
+                        ) from error
 
 
 class _Model:

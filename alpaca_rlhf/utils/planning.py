@@ -48,8 +48,8 @@ def memory_warning(args: StepConfig) -> str | None:
     place = Place(distributed.world_size(), distributed.on_cpu())
     try:
         found = memory_plan.plan(args, place)
-    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
-        return f"warning: no memory plan can be made of this model ({_first_line(error)})"
+    except UserError as error:
+        return f"warning: {error}"
     device, host = distributed.free_memory()
     if found.peak <= device and (found.peak if place.cpu else 0.0) + found.host <= host:
         return None
@@ -72,10 +72,6 @@ def _remedy(args: StepConfig, place: Place, limits: tuple[float, float]) -> str:
     if flags:
         return f"try {flags[1]}"
     return "take a smaller model, or more ranks and --zero_stage 3"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def _largest(phase: Phase) -> str:

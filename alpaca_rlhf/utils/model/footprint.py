@@ -11,6 +11,7 @@ layers, attention kernels and checkpoints count.
 
 import contextlib
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -189,6 +190,7 @@ def trace(model: Any, job: Job) -> Passes:
             one; it is used up.
         job: the micro-batch.
     """
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # errors raise
     with FakeTensorMode(), _one_sequence_in_a_row():
         _leave_meta(model)
         model.train()
