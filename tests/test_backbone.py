@@ -198,6 +198,22 @@ def test_another_base_is_found_by_its_content(adapted, tmp_path, dtype):
         require_shareable(roles(given), AdapterConfig())
 
 
+def test_quantized_weights_are_compared_as_they_are_stored(adapted, tmp_path):
+    given, name = copied(adapted, tmp_path), "model.layers.1.mlp.up_proj.weight"
+
+    def store(role, number):
+        path = tmp_path / role / "adapter" / SAMPLE_FILE
+        save_file(load_file(path) | {name: torch.tensor([7, number], dtype=torch.uint8)}, path)
+
+    store("actor", 1)
+    require_shareable(roles(given), AdapterConfig())  # only one of the two is quantized
+    store("critic", 1)
+    require_shareable(roles(given), AdapterConfig())
+    store("critic", 2)
+    with pytest.raises(UserError, match=f"different bases .{name} differs"):
+        require_shareable(roles(given), AdapterConfig())
+
+
 def test_a_base_that_was_replaced_is_refused(adapted, small, tmp_path):
     given = copied(adapted, tmp_path)
     for role in ("actor", "critic"):

@@ -409,7 +409,7 @@ def test_a_role_without_lora_is_not_quantized_and_a_line_says_so(small):
         "--actor_lora_dim", "4", "--load_in_4bit"])
     assert arguments.notices(args) == [
         "--load_in_4bit has no effect on the critic: --critic_lora_dim is 0"]
-    assert [model.bits for model in step3.planned(args)] == [4, None]
+    assert [model.bits for model in preflight.planned(args)] == [4, None]
 
 
 @pytest.mark.parametrize("bits", [None, 4])

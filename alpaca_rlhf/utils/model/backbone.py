@@ -47,7 +47,7 @@ def sample_base(model: nn.Module, on_this_rank: bool) -> dict[str, Tensor]:
     """Return some elements of each weight under the adapters; all ranks must call it."""
     sample = {}
     for name, tensor, *_ in plain_weights(model, on_this_rank, merge=False):
-        if tensor.is_floating_point() and tensor.numel():
+        if tensor.numel():
             flat = tensor.flatten()
             sample[name] = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].clone()
     return sample
@@ -131,9 +131,11 @@ def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
     """Return the first weight of which two samples differ by more than rounding to a precision."""
     for name in one.keys() & other.keys():
         a, b = one[name], other[name]
-        narrow = min(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).bits)
-        if a.dtype == b.dtype:
-            narrow = a.dtype
+        narrow = a.dtype
+        if a.dtype != b.dtype:
+            if not (a.is_floating_point() and b.is_floating_point()):
+                continue  # only one of them is quantized
+            narrow = min(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).bits)
         if a.shape != b.shape or not torch.equal(a.to(narrow).float(), b.to(narrow).float()):
             return name
     return None
