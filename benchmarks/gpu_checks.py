@@ -50,7 +50,7 @@ from alpaca_rlhf.training_model.step1_supervised_finetuning import main as step1
 from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as step2
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import main as step3
 from alpaca_rlhf.training_model.step3_rlhf_finetuning.hybrid_engine import HybridEngine
-from alpaca_rlhf.utils import console, distributed, memory_plan, optimizer, preflight
+from alpaca_rlhf.utils import console, distributed, optimizer, preflight
 from alpaca_rlhf.utils.configs import (
     AdapterConfig,
     EngineConfig,
@@ -77,6 +77,7 @@ from alpaca_rlhf.utils.generation.steps import ForwardStep
 from alpaca_rlhf.utils.logging import records
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, Alarms
 from alpaca_rlhf.utils.logging.tracker import Tracker
+from alpaca_rlhf.utils.memory import memory_plan
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import save_statistics
 from alpaca_rlhf.utils.training_loop import accumulate, global_weight

@@ -329,7 +329,7 @@ def with_adapter(model: Any, names: str | None = None, only_lora: bool = True) -
 
 def snapshot(model: Any) -> dict[str, Any]:
     """A copy of every weight, whole also under ZeRO-3."""
-    from alpaca_rlhf.utils.model.lora import gathered_state_dict
+    from alpaca_rlhf.utils.model.weights.whole import gathered_state_dict
 
     return gathered_state_dict(model, on_this_rank=True)
 

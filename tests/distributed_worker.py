@@ -47,7 +47,8 @@ from alpaca_rlhf.utils.errors import TrainingStopped
 from alpaca_rlhf.utils.generation.vllm_engine import VLLMEngine
 from alpaca_rlhf.utils.generation.vllm_server import VLLMServer
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.ema import Ema
+from alpaca_rlhf.utils.model.weights.ema import Ema
+from alpaca_rlhf.utils.model.weights.whole import merged_state_dict
 from alpaca_rlhf.utils.run import export
 
 STAGES = (0, 1, 2, 3)
@@ -121,7 +122,7 @@ def weights(engine: Any, on_this_rank: bool = True) -> dict[str, torch.Tensor]:
     model = engine.module.model if hasattr(engine.module, "model") and hasattr(
         lora.unwrapped(engine.module.model), "score"
     ) else engine.module
-    return lora.merged_state_dict(model, on_this_rank)[0]
+    return merged_state_dict(model, on_this_rank)[0]
 
 
 def save(folder: Path, name: str, engine: Any, record: Any = None) -> dict[str, Any]:

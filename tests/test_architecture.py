@@ -32,8 +32,7 @@ FLOORS = {
     "utils/supervised.py": 3,
     "utils/training_loop.py": 2,
     "utils/engine.py": 2,
-    "utils/memory_plan.py": 3,
-    "utils/planning.py": 3,
+    "utils/memory": 3,
     "utils/preflight.py": 2,
     "utils/run": 2,
     "utils/generation": 2,
@@ -64,6 +63,7 @@ ALLOWED_SIDEWAYS = {
     ("demo", "utils/data"),
     ("utils/data", "demo"),
     ("utils/generation", "utils/generation/cpu"),  # one of its decoding steps
+    ("utils/model", "utils/model/weights"),  # quantized as they are loaded
 }
 # Third-party packages that modules of floor 0 may import.
 THIRD_PARTY = {

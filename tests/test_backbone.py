@@ -18,9 +18,9 @@ from alpaca_rlhf.training_model.step2_reward_model_finetuning import main as ste
 from alpaca_rlhf.training_model.step3_rlhf_finetuning import main as step3
 from alpaca_rlhf.utils.configs import AdapterConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
-from alpaca_rlhf.utils.model.backbone import SAMPLE_FILE, Backbone, require_shareable
-from alpaca_rlhf.utils.model.lora import merged_state_dict
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
+from alpaca_rlhf.utils.model.weights.backbone import SAMPLE_FILE, Backbone, require_shareable
+from alpaca_rlhf.utils.model.weights.whole import merged_state_dict
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints
 from alpaca_rlhf.utils.run.export import export
 

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from alpaca_rlhf.demo import assistant_world
 from alpaca_rlhf.utils import rl_math
 from alpaca_rlhf.utils.data.batches import collate_prompts
+from alpaca_rlhf.utils.model.weights.whole import gathered_state_dict
 
 pytestmark = pytest.mark.timeout(600)
 STAGES = worker.STAGES
@@ -71,7 +72,7 @@ def same_weights(folder, name, engine, start):
     assert given.keys() == expected.keys()
     for key, weight in expected.items():
         assert_close(given[key], weight, rtol=1e-4, atol=3e-6, msg=lambda m, k=key: f"{k}: {m}")
-    before = worker.lora.gathered_state_dict(start, on_this_rank=True)
+    before = gathered_state_dict(start, on_this_rank=True)
     assert max((expected[key] - before[key]).abs().max() for key in expected) > 1e-3
 
 

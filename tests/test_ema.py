@@ -6,7 +6,7 @@ from conftest import moved, snapshot
 from torch import nn
 from torch.testing import assert_close
 
-from alpaca_rlhf.utils.model.ema import Ema
+from alpaca_rlhf.utils.model.weights.ema import Ema
 
 
 @pytest.fixture

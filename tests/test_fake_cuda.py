@@ -33,8 +33,8 @@ from alpaca_rlhf.utils.generation import decoder
 from alpaca_rlhf.utils.generation.sampling import sample
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import at_labels
-from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
+from alpaca_rlhf.utils.model.weights.ema import Ema
 from alpaca_rlhf.utils.projection import Head
 
 GPU = "cuda"

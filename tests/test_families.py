@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from alpaca_rlhf.utils import memory_plan, preflight
+from alpaca_rlhf.utils import preflight
 from alpaca_rlhf.utils.configs import AdapterConfig, EngineConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.data.chat_template import jinja
 from alpaca_rlhf.utils.data.encode import (
@@ -29,9 +29,11 @@ from alpaca_rlhf.utils.data.encode import (
 from alpaca_rlhf.utils.data.samples import Sample
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
+from alpaca_rlhf.utils.memory import memory_plan
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import load_reward_model
+from alpaca_rlhf.utils.model.weights import whole
 from alpaca_rlhf.utils.preflight import Planned
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -355,12 +357,12 @@ def check_merged(made, plain):
     """Folded and merged weights give the adapter's logits, and folding is undone."""
     ids = torch.arange(24).view(2, 12)
     expected, base = made(ids).logits, plain(ids).logits
-    before = lora.gathered_state_dict(made, on_this_rank=True)
+    before = whole.gathered_state_dict(made, on_this_rank=True)
     with lora.folded(made):
         assert_close(made(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    after = lora.gathered_state_dict(made, on_this_rank=True)
+    after = whole.gathered_state_dict(made, on_this_rank=True)
     assert all(after[name].equal(before[name]) for name in before)
-    plain.load_state_dict(lora.merged_state_dict(made, on_this_rank=True)[0], strict=False)
+    plain.load_state_dict(whole.merged_state_dict(made, on_this_rank=True)[0], strict=False)
     assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert (expected - base).abs().max() > 0.05
 

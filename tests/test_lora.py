@@ -9,6 +9,7 @@ from alpaca_rlhf.utils.configs import RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.reward_model import TokenScorer
+from alpaca_rlhf.utils.model.weights import whole
 
 ROLES = ["actor", "critic"]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -28,7 +29,7 @@ def logits(model, batch):
 
 
 def merged(model):
-    return lora.merged_state_dict(model, on_this_rank=True)[0]
+    return whole.merged_state_dict(model, on_this_rank=True)[0]
 
 
 # --- matched modules -----------------------------------------------------------------------------
@@ -152,8 +153,8 @@ def test_a_plain_model_with_the_merged_weights_gives_the_adapters_logits(small):
 
 def test_only_the_rank_that_writes_holds_the_gathered_weights(small):
     model = with_adapter(small.causal_lm())
-    assert lora.gathered_state_dict(model, on_this_rank=False) == {}
-    assert lora.merged_state_dict(model, on_this_rank=False) == ({}, 0.0)
+    assert whole.gathered_state_dict(model, on_this_rank=False) == {}
+    assert whole.merged_state_dict(model, on_this_rank=False) == ({}, 0.0)
 
 
 def test_folding_gives_the_same_logits_and_restores_every_weight_bit_for_bit(small):

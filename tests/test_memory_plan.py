@@ -24,18 +24,16 @@ from alpaca_rlhf.utils import (
     arguments,
     distributed,
     losses,
-    memory_plan,
-    planning,
     preflight,
     projection,
 )
 from alpaca_rlhf.utils.configs import Step1Config, Step2Config, Step3Config
 from alpaca_rlhf.utils.data.batches import TokenBatch
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.memory_plan import Place, Speed
-from alpaca_rlhf.utils.model import footprint
+from alpaca_rlhf.utils.memory import footprint, memory_plan, planning
+from alpaca_rlhf.utils.memory.footprint import Job
+from alpaca_rlhf.utils.memory.memory_plan import Place, Speed
 from alpaca_rlhf.utils.model.causal_lm import at_labels
-from alpaca_rlhf.utils.model.footprint import Job
 from alpaca_rlhf.utils.model.reward_model import ScoreHead
 from alpaca_rlhf.utils.training_loop import accumulate, global_weight
 

@@ -26,8 +26,9 @@ from alpaca_rlhf.utils.engine import build_frozen
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
-from alpaca_rlhf.utils.model.ema import Ema
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, scores
+from alpaca_rlhf.utils.model.weights import whole
+from alpaca_rlhf.utils.model.weights.ema import Ema
 from alpaca_rlhf.utils.run import engine_state
 from alpaca_rlhf.utils.run.engine_state import CheckpointFiles
 from alpaca_rlhf.utils.run.export import export
@@ -154,7 +155,7 @@ def test_an_fp16_overflow_of_one_model_skips_both_with_align_overflow(small, sta
     # Another average than the weights: an update would move it.
     average = [torch.ones_like(one) for one in trainer.ema.state_dict()["average"]]
     trainer.ema.load_state_dict({"average": average})
-    before = [lora.gathered_state_dict(role.module, on_this_rank=True)
+    before = [whole.gathered_state_dict(role.module, on_this_rank=True)
               for role in (engine.actor, engine.critic)]
     scaler = engine.critic.optimizer.loss_scaler
     scaler.cur_scale, scaler.cur_hysteresis = 2.0**40, 1
@@ -164,7 +165,7 @@ def test_an_fp16_overflow_of_one_model_skips_both_with_align_overflow(small, sta
     assert scaler.cur_scale == 2.0**39
     assert engine.actor.optimizer.loss_scaler.cur_scale == scale
     for role, weights in zip((engine.actor, engine.critic), before, strict=True):
-        after = lora.gathered_state_dict(role.module, on_this_rank=True)
+        after = whole.gathered_state_dict(role.module, on_this_rank=True)
         assert all(after[name].equal(weights[name]) for name in weights)
     assert all(map(torch.equal, average, trainer.ema.state_dict()["average"]))
     scaler.cur_scale = 2.0**10

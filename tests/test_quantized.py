@@ -24,8 +24,9 @@ from alpaca_rlhf.utils.configs import (
 )
 from alpaca_rlhf.utils.errors import TrainingStopped, UserError
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
-from alpaca_rlhf.utils.model import lora, quantized
+from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
+from alpaca_rlhf.utils.model.weights import quantized
 from alpaca_rlhf.utils.preflight import Planned
 from alpaca_rlhf.utils.run import engine_state
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints

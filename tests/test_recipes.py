@@ -14,7 +14,7 @@ from alpaca_rlhf.utils import arguments
 from alpaca_rlhf.utils.arguments import notices
 from alpaca_rlhf.utils.configs import Step1Config, Step2Config, Step3Config
 from alpaca_rlhf.utils.data import formats
-from alpaca_rlhf.utils.memory_plan import Place, plan
+from alpaca_rlhf.utils.memory.memory_plan import Place, plan
 
 CONFIGS = REPOSITORY / "configs"
 RECORDS = {1: Step1Config, 2: Step2Config, 3: Step3Config}

@@ -29,7 +29,6 @@ from alpaca_rlhf.utils.data.batches import PromptBatch, pad
 from alpaca_rlhf.utils.data.tokenizer import ChatFormat, Message, eos_ids, load_tokenizer
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.decoder import Decoder
-from alpaca_rlhf.utils.model.backbone import base_model
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import (
     TokenScorer,
@@ -37,6 +36,7 @@ from alpaca_rlhf.utils.model.reward_model import (
     load_reward_model,
     scores,
 )
+from alpaca_rlhf.utils.model.weights.backbone import base_model
 from alpaca_rlhf.utils.run.run_folder import read_json
 
 # The part of DeepSpeed's configuration that loading reads: the whole model on one device.

@@ -32,8 +32,8 @@ from alpaca_rlhf.utils.files import pointer_problem
 from alpaca_rlhf.utils.logging import tracker
 from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.causal_lm import attention, is_multimodal, load_config
-from alpaca_rlhf.utils.model.quantized import require_quantizer
 from alpaca_rlhf.utils.model.reward_model import require_reward_model
+from alpaca_rlhf.utils.model.weights.quantized import require_quantizer
 
 # What is read of a hub id besides weights: configuration, tokenizer and chat template.
 DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]

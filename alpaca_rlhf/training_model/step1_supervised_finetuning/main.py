@@ -12,12 +12,13 @@ import torch
 
 from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.evaluation.report import page
-from alpaca_rlhf.utils import arguments, console, distributed, losses, planning, supervised
+from alpaca_rlhf.utils import arguments, console, distributed, losses, supervised
 from alpaca_rlhf.utils.configs import Step1Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import TokenBatch, collate_tokens
 from alpaca_rlhf.utils.data.tokenizer import load_chat
 from alpaca_rlhf.utils.engine import Engine, build_trained
+from alpaca_rlhf.utils.memory import planning
 from alpaca_rlhf.utils.model.causal_lm import at_labels, load_causal_lm
 from alpaca_rlhf.utils.run import checkpoints, export
 from alpaca_rlhf.utils.training_loop import Stats

@@ -13,13 +13,14 @@ import torch
 from alpaca_rlhf.demo import tiny_llama
 from alpaca_rlhf.evaluation.report import page
 from alpaca_rlhf.evaluation.statistics import wilson_interval
-from alpaca_rlhf.utils import arguments, console, distributed, losses, planning, supervised
+from alpaca_rlhf.utils import arguments, console, distributed, losses, supervised
 from alpaca_rlhf.utils.configs import Step2Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import PairBatch, collate_pairs, length_groups
 from alpaca_rlhf.utils.data.tokenizer import load_chat
 from alpaca_rlhf.utils.engine import Engine, build_trained
 from alpaca_rlhf.utils.logging import records
+from alpaca_rlhf.utils.memory import planning
 from alpaca_rlhf.utils.model.reward_model import (
     TokenScorer,
     load_reward_model,

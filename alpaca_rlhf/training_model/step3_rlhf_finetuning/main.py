@@ -31,7 +31,7 @@ from alpaca_rlhf.training_model.step3_rlhf_finetuning.rollout import (
     mean_over_ranks,
     token_rewards,
 )
-from alpaca_rlhf.utils import arguments, console, distributed, planning
+from alpaca_rlhf.utils import arguments, console, distributed
 from alpaca_rlhf.utils.configs import Step3Config
 from alpaca_rlhf.utils.data import prepare
 from alpaca_rlhf.utils.data.batches import collate_prompts, text_batches
@@ -42,6 +42,7 @@ from alpaca_rlhf.utils.generation.vllm_engine import PROBES, VLLMEngine, connect
 from alpaca_rlhf.utils.generation.vllm_server import VLLMServer
 from alpaca_rlhf.utils.logging.alarms import CLOSE, EXACT, HALF, MAX_KL, Alarms
 from alpaca_rlhf.utils.logging.tracker import Tracker
+from alpaca_rlhf.utils.memory import planning
 from alpaca_rlhf.utils.reward_function import RewardFunction, load_reward_function
 from alpaca_rlhf.utils.run import export
 from alpaca_rlhf.utils.run.checkpoints import Checkpoints, Found, open_run

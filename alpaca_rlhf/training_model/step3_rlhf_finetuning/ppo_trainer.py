@@ -23,7 +23,7 @@ from alpaca_rlhf.utils.configs import (
 )
 from alpaca_rlhf.utils.data.batches import Rollout, TokenBatch, micro_batches, shuffled
 from alpaca_rlhf.utils.model.causal_lm import at_labels
-from alpaca_rlhf.utils.model.ema import Ema
+from alpaca_rlhf.utils.model.weights.ema import Ema
 from alpaca_rlhf.utils.run.nonfinite import NonFiniteGuard
 from alpaca_rlhf.utils.training_loop import (
     Stats,

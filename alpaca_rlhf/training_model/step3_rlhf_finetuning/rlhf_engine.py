@@ -28,9 +28,9 @@ from alpaca_rlhf.utils.data.batches import Rollout
 from alpaca_rlhf.utils.data.tokenizer import eos_ids
 from alpaca_rlhf.utils.engine import Load, build_frozen, build_trained
 from alpaca_rlhf.utils.model import lora
-from alpaca_rlhf.utils.model.backbone import Backbone
 from alpaca_rlhf.utils.model.causal_lm import at_labels, load_causal_lm
 from alpaca_rlhf.utils.model.reward_model import TokenScorer, load_reward_model
+from alpaca_rlhf.utils.model.weights.backbone import Backbone
 
 # Adam's default of 1e-8 lets the first, tiny gradients of a critic take full steps ("N
 # implementation details of RLHF with PPO", 2023).

@@ -46,12 +46,8 @@ from alpaca_rlhf.utils.generation.decoder import Response, as_rollout
 from alpaca_rlhf.utils.generation.rollout_engine import RolloutEngine
 from alpaca_rlhf.utils.generation.vllm_server import SHAPE, Served, ServerError, VLLMServer
 from alpaca_rlhf.utils.model.causal_lm import at_labels, load_config
-from alpaca_rlhf.utils.model.lora import (
-    PlainWeight,
-    adapter_state_dict,
-    plain_weights,
-    unwrapped,
-)
+from alpaca_rlhf.utils.model.lora import unwrapped
+from alpaca_rlhf.utils.model.weights.whole import PlainWeight, adapter_state_dict, plain_weights
 
 PAUSES = (1.0, 2.0, 4.0)  # seconds before another attempt at a request
 MOST_REQUESTS = 256  # that a rank waits for at the same time

@@ -18,8 +18,8 @@ from alpaca_rlhf.utils import console, distributed
 from alpaca_rlhf.utils.configs import LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.losses import IGNORE_INDEX
-from alpaca_rlhf.utils.model import quantized
 from alpaca_rlhf.utils.model.lora import unwrapped
+from alpaca_rlhf.utils.model.weights import quantized
 from alpaca_rlhf.utils.projection import Head
 
 # Names of weights in a multimodal model, and in a causal LM that is its text part.

@@ -16,8 +16,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from alpaca_rlhf.utils import distributed
 from alpaca_rlhf.utils.data.tokenizer import eos_ids
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.backbone import ADAPTER_FOLDER, sample_base, save_adapter
-from alpaca_rlhf.utils.model.lora import adapter_state_dict, merged_state_dict, unwrapped
+from alpaca_rlhf.utils.model.lora import unwrapped
+from alpaca_rlhf.utils.model.weights.backbone import ADAPTER_FOLDER, sample_base, save_adapter
+from alpaca_rlhf.utils.model.weights.whole import adapter_state_dict, merged_state_dict
 from alpaca_rlhf.utils.run.run_folder import ARGUMENTS_FILE
 
 MERGED_EXACTLY = 1e-3  # share of the adapter's update up to which rounding is not mentioned

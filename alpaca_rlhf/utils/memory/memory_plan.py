@@ -25,8 +25,9 @@ from alpaca_rlhf.utils.engine import LARGEST_BUCKET
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.generation.cpu.llama_step import LlamaStep
 from alpaca_rlhf.utils.generation.kv_cache import SLACK
-from alpaca_rlhf.utils.model import footprint, lora
-from alpaca_rlhf.utils.model.footprint import Job, Moment, Passes
+from alpaca_rlhf.utils.memory import footprint
+from alpaca_rlhf.utils.memory.footprint import Job, Moment, Passes
+from alpaca_rlhf.utils.model import lora
 from alpaca_rlhf.utils.model.reward_model import ScoreHead
 from alpaca_rlhf.utils.preflight import Planned
 

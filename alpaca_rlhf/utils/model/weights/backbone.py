@@ -25,9 +25,9 @@ from alpaca_rlhf.utils import console, distributed, ds_config
 from alpaca_rlhf.utils.configs import AdapterConfig, LoadingConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.model.causal_lm import load_causal_lm, recompute_activations
-from alpaca_rlhf.utils.model.lora import plain_weights
-from alpaca_rlhf.utils.model.quantized import mark_like, twin
 from alpaca_rlhf.utils.model.reward_model import ScoreHead
+from alpaca_rlhf.utils.model.weights.quantized import mark_like, twin
+from alpaca_rlhf.utils.model.weights.whole import plain_weights
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"

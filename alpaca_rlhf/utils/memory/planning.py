@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from alpaca_rlhf.utils import console, distributed, memory_plan, preflight
+from alpaca_rlhf.utils import console, distributed, preflight
 from alpaca_rlhf.utils.configs import RoleConfig, Step3Config, StepConfig, groups, options
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.memory_plan import Parts, Phase, Place, Plan, Speed
-from alpaca_rlhf.utils.model.backbone import require_shareable
+from alpaca_rlhf.utils.memory import memory_plan
+from alpaca_rlhf.utils.memory.memory_plan import Parts, Phase, Place, Plan, Speed
+from alpaca_rlhf.utils.model.weights.backbone import require_shareable
 
 GB = 1e9
 WORTH_A_FLAG = 0.01  # share of the peak that a flag must save to be named
