@@ -31,6 +31,9 @@ STEPS = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning",
 LORA1, LORA3 = "--lora_dim 16", "--actor_lora_dim 16 --critic_lora_dim 16"
 PPO = ("--per_device_generation_batch_size 8 --per_device_training_batch_size 8 --eval_prompts 0 "
        "--enable_hybrid_engine")
+LEAN = ("--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --eval_prompts 0 "
+        "--gradient_accumulation_steps 2 --enable_hybrid_engine --actor_gradient_checkpointing "
+        "--critic_gradient_checkpointing")
 
 
 class Setting(NamedTuple):
@@ -60,6 +63,8 @@ SETTINGS = {
     "ppo-lora": Setting(3, "given", 1, f"{PPO} {LORA3}"),
     "ppo-lora-z2-2": Setting(3, "given", 2, f"{PPO} {LORA3} {_stage(2)}"),
     "ppo-shared": Setting(3, "given", 1, f"{PPO} {LORA3} --share_backbone", shares=True),
+    "lean-full": Setting(3, "given", 1, LEAN),
+    "lean-shared": Setting(3, "given", 1, f"{LEAN} {LORA3} --share_backbone", shares=True),
 }
 LENGTHS = {1: "--max_seq_len 256 --per_device_train_batch_size 4 --eval_iters 1",
            2: "--max_seq_len 256 --per_device_train_batch_size 2 --per_device_eval_batch_size 4 "

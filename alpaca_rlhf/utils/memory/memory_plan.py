@@ -28,8 +28,10 @@ from alpaca_rlhf.utils.generation.kv_cache import SLACK
 from alpaca_rlhf.utils.memory import footprint
 from alpaca_rlhf.utils.memory.footprint import Job, Moment, Passes
 from alpaca_rlhf.utils.model import lora
+from alpaca_rlhf.utils.model.causal_lm import load_config
 from alpaca_rlhf.utils.model.reward_model import ScoreHead
 from alpaca_rlhf.utils.preflight import Planned
+from alpaca_rlhf.utils.projection import MOST_LOGITS
 
 # Bytes per trained parameter, in fp32: Adam's moments; master weights; sums of gradients.
 MOMENTS, MASTER_COPY, GRADIENT = 8, 4, 4
@@ -39,6 +41,7 @@ GATHERED, PREFETCHED, KEPT_WHOLE = 1e9, 5e7, 1e5
 # Bytes per quantized weight: NF4 with a scale in 8 bits for 64 of them and an fp32 one for 256 of
 # these; LLM.int8.
 NF4, INT8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
+AMPLE = 100  # times its width: more numbers than a layer keeps of a token
 CONTEXT = 0.5e9  # of an accelerator's runtime on the device
 
 Parts = dict[str, float]  # name of a part -> bytes
@@ -376,6 +379,27 @@ def plan(args: StepConfig, place: Place) -> Plan:
                 "export": sum(model.export() for model in models)}
     total = sum(sum(part.values()) for part in loaded) - sum(own.values())
     return Plan(phases, disk, total)
+
+
+def bound(args: Any, place: Place) -> float:
+    """Return bytes that a rank never exceeds, far more than it needs, without tracing a pass."""
+    models = [_Model(planned, place) for planned in preflight.planned(args)]
+    if isinstance(args, Step3Config):
+        rows = args.rollout.per_device_generation_batch_size
+    else:
+        rows = 2 * args.batches.per_device_eval_batch_size
+    total = place.process if place.cpu else CONTEXT
+    for model in models:
+        job = _job(model, args)
+        config = load_config(model.planned.role, model.planned.loading).get_text_config()
+        layers, width = config.num_hidden_layers, config.hidden_size
+        if model.planned.loading.attn_implementation == "eager":
+            width += config.num_attention_heads * job.length
+        kept = width * (AMPLE * layers * job.rows + (2 * AMPLE + 2 * layers) * rows)
+        weights = 4 * model.sizes.base * GRADIENT  # a copy, gathered or folded, exported
+        trained = model.sizes.trained * (MOMENTS + MASTER_COPY + 4 * GRADIENT)
+        total += weights + trained + job.length * kept * GRADIENT
+    return total + 8 * MOST_LOGITS * GRADIENT
 
 
 def activations(args: StepConfig, place: Place) -> list[float]:

@@ -47,11 +47,13 @@ def memory_warning(args: StepConfig) -> str | None:
         UserError: not even the weights fit.
     """
     place = Place(distributed.world_size(), distributed.on_cpu())
+    device, host = distributed.free_memory()
     try:
+        if memory_plan.bound(args, place) < min(device, host):
+            return None
         found = memory_plan.plan(args, place)
     except UserError as error:
         return f"warning: {error}"
-    device, host = distributed.free_memory()
     if found.peak <= device and (found.peak if place.cpu else 0.0) + found.host <= host:
         return None
     free = f"{device / GB:.1f} GB are free"
