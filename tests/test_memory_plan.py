@@ -355,6 +355,16 @@ def test_what_fits_is_not_mentioned(machine, billion):
     assert planning.memory_warning(step1(billion / "actor", "--max_seq_len", 64)) is None
 
 
+@pytest.mark.parametrize("flags", [
+    (), ("--max_seq_len", 2048), ("--zero_stage", 2), ("--per_device_eval_batch_size", 64),
+    ("--attn_implementation", "eager", "--max_seq_len", 2048)])
+def test_the_bound_that_spares_a_plan_is_never_below_it(machine, billion, flags):
+    machine(60 * GB, 60 * GB)
+    for args in (step1(billion / "actor", *flags), step3(billion, dtype="fp32")):
+        for place in (Place(), Place(2), Place(1, cpu=False)):
+            assert memory_plan.plan(args, place).peak < memory_plan.bound(args, place)
+
+
 def test_a_run_that_runs_out_by_its_activations_is_warned_of(machine, billion):
     machine(24 * GB, 40 * GB)
     warning = planning.memory_warning(step1(billion / "actor", "--max_seq_len", 1024))

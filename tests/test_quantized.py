@@ -96,6 +96,8 @@ def test_no_head_is_quantized(small, bits):
 @BITS
 def test_training_evaluation_and_no_gradient_give_the_same_bits(small, bits):
     model, ids = small.trained("actor", lora=4, bits=bits).module, small.prompts(4).input_ids
+    for layer in model.modules():
+        layer.support_avx512bf16_for_cpu = True  # on such a CPU evaluation lays weights out anew
     before = snapshot(model)
     trained = model.train()(input_ids=ids).logits
     with torch.no_grad():
@@ -169,9 +171,12 @@ def test_ppo_starts_at_ratios_of_1_and_a_kl_of_0(small, tmp_path, bits, shared):
     assert metrics["rollout/decoding_difference_max"] < 1e-4
     metrics = learn(trainer, experience)
     assert metrics["policy/first_log_ratio_max"] == 0
-    weights = {weight.data_ptr() for module in (engine.actor.module, engine.critic.module)
-               for weight in module.parameters() if quantized.is_quantized(weight)}
-    assert len(weights) == (1 if shared else 2) * PROJECTIONS
+    layers = [layer for module in (engine.actor.module, engine.critic.module)
+              for layer in module.modules() if isinstance(layer, quantized._Frozen)]
+    weights = {layer.weight.data_ptr() for layer in layers}
+    scales = {(layer.quant_state.absmax if bits == 4 else layer.state.SCB).data_ptr()
+              for layer in layers}
+    assert len(weights) == len(scales) == (1 if shared else 2) * PROJECTIONS
     whole = made.roles(2, 4, places={"share_backbone": shared})
     expected, _ = made.maker(whole).score(experience)
     found, mask = made.maker(made.roles(
@@ -411,6 +416,7 @@ def test_a_role_without_lora_is_not_quantized_and_a_line_says_so(small):
     assert arguments.notices(args) == [
         "--load_in_4bit has no effect on the critic: --critic_lora_dim is 0"]
     assert [model.bits for model in preflight.planned(args)] == [4, None]
+    assert not stored(small.trained("critic", bits=4, only_lora=False).module)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
