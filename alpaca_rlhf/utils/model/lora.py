@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alpaca_rlhf.utils.configs import AdapterConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.quantized import is_quantized, originals, whole_shape
+from alpaca_rlhf.utils.model.quantized import is_quantized
 
 ADAPTER = "default"  # peft's name for the only adapter there is
 
@@ -61,7 +61,8 @@ def match_modules(model: PreTrainedModel, role: RoleConfig) -> list[str]:
 
 def _shape(weight: nn.Parameter) -> torch.Size:
     """Return the whole shape, also of a weight that ZeRO-3 has sharded or that is quantized."""
-    return getattr(weight, "ds_shape", whole_shape(weight))
+    state = getattr(weight, "quant_state", None)  # two elements are in a byte
+    return getattr(weight, "ds_shape", weight.shape) if state is None else state.shape
 
 
 def _holds_module(model: nn.Module, target: str) -> bool:
@@ -235,10 +236,10 @@ def plain_weights(
         merge: False leaves the adapter out, and quantized weights as they are stored.
         tied: give tied weights under each of their names.
     """
-    plain = unwrapped(model)
+    plain: Any = unwrapped(model)
     layers = {id(base_weight(layer)): layer for layer in lora_layers(plain) if merge}
     reads = merge and on_this_rank and any(map(is_quantized, plain.parameters()))
-    before = originals(plain) if reads else {}
+    before = dict(plain.load_originals().named_parameters()) if reads else {}
     named = plain.named_parameters(remove_duplicate=not tied)
     for name, tensor in [*named, *_persistent_buffers(plain)]:
         if ".lora_" in name or ".original_module." in name:

@@ -53,7 +53,7 @@ class LlamaStep:
         if model.get_input_embeddings().weight.device.type != "cpu":
             return "it is for CPUs"
         if {p.dtype for p in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
-            return "it is for fp32 and bf16"
+            return "it is for weights in fp32 and bf16"
         if getattr(model.config, "sliding_window", None) is not None:
             return "the model attends to a sliding window"
         layers = list(getattr(getattr(model, "model", None), "layers", []))
