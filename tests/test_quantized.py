@@ -156,7 +156,7 @@ def test_decoding_folds_nothing_and_leaves_the_compiled_step(small, bits):
     with lora.folded(model):
         assert logprobs(model, small).equal(expected)
         assert moved(before, model) == set()
-    assert LlamaStep.objection(lora.unwrapped(model)) == "it is for fp32 and bf16"
+    assert LlamaStep.objection(lora.unwrapped(model)) == "it is for weights in fp32 and bf16"
 
 
 @BITS

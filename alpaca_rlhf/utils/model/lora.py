@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from alpaca_rlhf.utils.configs import AdapterConfig, RoleConfig
 from alpaca_rlhf.utils.errors import UserError
-from alpaca_rlhf.utils.model.weights.quantized import whole_shape
 
 ADAPTER = "default"  # peft's name for the only adapter there is
 
@@ -59,7 +58,8 @@ def match_modules(model: PreTrainedModel, role: RoleConfig) -> list[str]:
 
 def _shape(weight: nn.Parameter) -> torch.Size:
     """Return the whole shape, also of a weight that ZeRO-3 has sharded or that is quantized."""
-    return getattr(weight, "ds_shape", whole_shape(weight))
+    state = getattr(weight, "quant_state", None)  # two elements are in a byte
+    return getattr(weight, "ds_shape", weight.shape) if state is None else state.shape
 
 
 def _holds_module(model: nn.Module, target: str) -> bool:

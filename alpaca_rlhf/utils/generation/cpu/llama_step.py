@@ -52,7 +52,7 @@ class LlamaStep:
     def objection(model: PreTrainedModel) -> str | None:
         """Return the reason why there is no such step for a model, or None."""
         if {p.dtype for p in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
-            return "it is for fp32 and bf16"
+            return "it is for weights in fp32 and bf16"
         if getattr(model.config, "sliding_window", None) is not None:
             return "the model attends to a sliding window"
         layers = list(getattr(getattr(model, "model", None), "layers", []))

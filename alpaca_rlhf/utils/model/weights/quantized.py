@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +20,7 @@ from alpaca_rlhf.utils.errors import UserError
 
 # Of a product of normal numbers, relative; rounding gives 0.09 and 0.008.
 LARGEST_ERROR = {4: 0.13, 8: 0.03}
-# What tells peft and transformers about quantization, and what `originals` calls.
+# What tells peft and transformers about quantization, and how to load what was quantized.
 _MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "load_originals")
 _STATES = ("state", "quant_state")  # in a layer, beside its weight
 
@@ -34,6 +34,8 @@ def require_quantizer(bits: int, dtype: torch.dtype, model: nn.Module) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--load_in_{bits}bit: bitsandbytes is not installed; pip install "
                         "bitsandbytes")
+    # It says for every product of 8 bits that inputs are rounded to fp16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     reason = ""
     for inputs in sorted({layer.weight.shape[isinstance(layer, nn.Linear)]
                           for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D)}):
@@ -53,19 +55,14 @@ def product_error(bits: int, dtype: torch.dtype, inputs: int) -> float:
     """Return the relative error of a product with a quantized weight and of its gradient."""
     import bitsandbytes
 
-    nn_, settings = bitsandbytes.nn, config(bits, dtype)
     random = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(64, inputs, generator=random).to(dtype) for _ in range(2))
     given = torch.randn(64, 64, generator=random).to(distributed.device(), dtype)
-    layer: Any
-    if bits == 4:
-        layer = nn_.Linear4bit(inputs, 64, bias=False, compute_dtype=dtype)
-        layer.weight = nn_.Params4bit(weight, requires_grad=False, compress_statistics=True,
-                                      quant_type=settings.bnb_4bit_quant_type)
-    else:
-        layer = nn_.Linear8bitLt(inputs, 64, bias=False, has_fp16_weights=False,
-                                 threshold=settings.llm_int8_threshold)
-        layer.weight = nn_.Int8Params(weight, requires_grad=False)
+    layer: Any = bitsandbytes.nn.Linear8bitLt(
+        inputs, 64, bias=False, has_fp16_weights=False, threshold=6.0,
+    ) if bits == 8 else bitsandbytes.nn.Linear4bit(
+        inputs, 64, bias=False, quant_type="nf4", compute_dtype=dtype)
+    layer.load_state_dict({"weight": weight})
     x = x.to(distributed.device()).requires_grad_()
     product = layer.to(x.device)(x)
     product.backward(given)
@@ -77,8 +74,6 @@ def product_error(bits: int, dtype: torch.dtype, inputs: int) -> float:
 
 def config(bits: int, dtype: torch.dtype, scores: bool = False) -> BitsAndBytesConfig:
     """Return how the linear layers of a causal LM, or of one that `scores`, are quantized."""
-    # It says for every product of 8 bits that inputs are rounded to fp16.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     skipped = ["score"] if scores else None  # the default: the head, whatever its name
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
@@ -120,18 +115,6 @@ def settle(model: PreTrainedModel, load_originals: Callable[[], PreTrainedModel]
 def is_quantized(weight: Any) -> bool:
     """Return whether a weight is stored in 4 or 8 bits."""
     return isinstance(weight, nn.Parameter) and not weight.is_floating_point()
-
-
-def whole_shape(weight: Any) -> torch.Size:
-    """Return the shape of a weight, also of one that holds two elements in a byte."""
-    state = getattr(weight, "quant_state", None)
-    return weight.shape if state is None else state.shape
-
-
-def originals(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Load the weights of a quantized model as they were before, in host memory."""
-    load: Any = model.load_originals
-    return dict(load().named_parameters())
 
 
 def twin(module: nn.Module) -> Any:

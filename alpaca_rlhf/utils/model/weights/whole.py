@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from alpaca_rlhf.utils.model.lora import ADAPTER, base_weight, lora_layers, unwrapped
-from alpaca_rlhf.utils.model.weights.quantized import is_quantized, originals
+from alpaca_rlhf.utils.model.weights.quantized import is_quantized
 
 
 def gathered_state_dict(
@@ -76,10 +76,10 @@ def plain_weights(
         merge: False leaves the adapter out, and quantized weights as they are stored.
         tied: give tied weights under each of their names.
     """
-    plain = unwrapped(model)
+    plain: Any = unwrapped(model)
     layers = {id(base_weight(layer)): layer for layer in lora_layers(plain) if merge}
     reads = merge and on_this_rank and any(map(is_quantized, plain.parameters()))
-    before = originals(plain) if reads else {}
+    before = dict(plain.load_originals().named_parameters()) if reads else {}
     named = plain.named_parameters(remove_duplicate=not tied)
     for name, tensor in [*named, *_persistent_buffers(plain)]:
         if ".lora_" in name or ".original_module." in name:
