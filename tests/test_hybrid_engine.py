@@ -164,6 +164,8 @@ def test_buffers_are_kept_between_rollouts_unless_they_are_to_be_released(
     assert [layers == [] for layers in kept] == [release] * 2
     assert release or kept[0] is kept[1]
     assert bool(emptied) is bool(released) is release
+    hybrid.shutdown()  # before the export
+    assert emptied and released and hybrid._decoder.cache.layers == []
 
 
 def test_the_time_of_every_part_is_measured(small, engine):

@@ -107,10 +107,14 @@ class HybridEngine(RolloutEngine):
             self._fast_step.fill()
         return self._fast_step
 
-    def _release_buffers(self) -> None:
+    def shutdown(self) -> None:
+        """Free the KV cache, and the weights laid out for decoding."""
+        self._release_buffers(at_end=True)
+
+    def _release_buffers(self, at_end: bool = False) -> None:
         """Free what is not kept for the next visit."""
         cache = self._decoder.cache
-        release = self._config.release_inference_cache or (
+        release = at_end or self._config.release_inference_cache or (
             cache.size > distributed.free_memory()[0])
         if self._fast_step and (release or not self._fast_step.reusable):
             self._fast_step.release()
