@@ -521,7 +521,8 @@ def test_a_dry_run_needs_no_weights_checks_all_and_writes_nothing(small, importe
         1: ["--model_name_or_path", actor, "--max_seq_len", 64],
         2: ["--model_name_or_path", actor, "--max_seq_len", 64, "--fit", "2GB"],
         3: ["--actor_model_name_or_path", actor, "--critic_model_name_or_path", critic,
-            "--max_answer_seq_len", 8],
+            "--max_answer_seq_len", 8, "--share_backbone",  # adapters are still to come
+            "--actor_lora_dim", 4, "--critic_lora_dim", 4],
     }
     for step, flags in steps.items():
         run = imported.run([programs.MAINS[step], *flags, *shared], tmp_path)

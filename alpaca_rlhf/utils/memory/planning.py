@@ -16,7 +16,7 @@ from alpaca_rlhf.utils.configs import RoleConfig, Step3Config, StepConfig, group
 from alpaca_rlhf.utils.errors import UserError
 from alpaca_rlhf.utils.memory import memory_plan
 from alpaca_rlhf.utils.memory.memory_plan import Parts, Phase, Place, Plan, Speed
-from alpaca_rlhf.utils.model.weights.backbone import require_shareable
+from alpaca_rlhf.utils.model.weights.backbone import has_adapter, require_shareable
 
 GB = 1e9
 WORTH_A_FLAG = 0.01  # share of the peak that a flag must save to be named
@@ -30,7 +30,8 @@ def check(args: StepConfig) -> None:
     """
     models = preflight.planned(args)
     preflight.check(models, args.tracking.trackers)
-    if isinstance(args, Step3Config) and args.roles.share_backbone:
+    if isinstance(args, Step3Config) and args.roles.share_backbone and not (
+            args.run.dry_run and not has_adapter(args.actor)):
         require_shareable((args.actor, args.critic), args.lora)
     if args.run.dry_run or not all(
             preflight.has_config(model.role.model_name_or_path) for model in models):

@@ -71,6 +71,11 @@ def base_model(path: str, adapter: dict[str, Any]) -> str:
     return found or base
 
 
+def has_adapter(role: RoleConfig) -> bool:
+    """Return whether a role's folder holds an adapter."""
+    return (Path(role.model_name_or_path) / ADAPTER_FOLDER / ADAPTER_CONFIG).exists()
+
+
 def require_shareable(roles: Sequence[RoleConfig], adapters: AdapterConfig) -> None:
     """Check the adapters of roles that are to share a base, before anything is loaded.
 
@@ -82,7 +87,7 @@ def require_shareable(roles: Sequence[RoleConfig], adapters: AdapterConfig) -> N
     for role in roles:
         folder = Path(role.model_name_or_path) / ADAPTER_FOLDER
         given = f"{role.flag('model_name_or_path')} {role.model_name_or_path}"
-        if not (folder / ADAPTER_CONFIG).exists():
+        if not has_adapter(role):
             raise UserError(f"{given}: has no adapter ({ADAPTER_FOLDER}/{ADAPTER_CONFIG}), and "
                             "--share_backbone needs one; run steps 1 and 2 with --lora_dim, or "
                             "leave --share_backbone out")
