@@ -410,6 +410,7 @@ def test_the_search_gives_the_cheapest_flags_that_fit(machine, billion, limit, f
     assert memory_plan.plan(made, Place(cpu=False)).peak <= limit * GB
 
 
+@pytest.mark.slow
 def test_the_search_takes_back_what_was_not_needed(machine, billion, monkeypatch):
     machine(GB, GB, bf16=True)
     monkeypatch.setattr(planning, "CHANGES", (planning._checkpointing, planning._bf16))
@@ -420,6 +421,7 @@ def test_the_search_takes_back_what_was_not_needed(machine, billion, monkeypatch
     assert planning.fit(args, place, limit) == (half, "--dtype bf16")
 
 
+@pytest.mark.slow
 def test_the_search_gives_up_where_nothing_fits(machine, billion):
     machine(GB, GB, bf16=True)
     args = step3(billion, "--actor_lora_dim", 8, "--critic_lora_dim", 8, "--max_prompt_seq_len",

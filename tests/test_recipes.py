@@ -210,7 +210,7 @@ def test_a_recipe_s_models_can_be_configurations_alone(recipe, tmp_path):
             steps[step].model.lora_dim)
 
 
-QUICK = ("smollm2_360m_24gb", "opt_1.3b_8x80gb")  # the others take some seconds a step
+QUICK = ("smollm2_360m_24gb",)  # the others take some seconds a step
 
 
 @pytest.mark.parametrize("recipe", [
