@@ -201,6 +201,42 @@ print(resident() - before)
     assert held < 40 if returned else held > 120
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+@pytest.mark.parametrize(("calls", "chosen", "keeps"), [
+    ("", None, False), ("keep", None, True), ("keep return", None, False),
+    ("return keep", None, False), ("keep", "MALLOC_ARENA_MAX", False)])
+def test_a_large_tensor_that_is_freed_is_kept_for_the_next_one(
+    imported, tmp_path, calls, chosen, keeps
+):
+    script = tmp_path / "memory.py"
+    script.write_text(f"""
+import os, resource, torch
+from alpaca_rlhf.utils import distributed
+if {chosen!r}:
+    os.environ[{chosen!r}] = "2"
+for name in {calls.split()}:
+    getattr(distributed, f"{{name}}_freed_memory")()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50_000_000)  # 200 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+""")
+    done = imported.run([script], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) < 100) is keeps  # else 49,000 pages of 4 kB, or 100 of 2 MB
+
+
+def test_training_keeps_freed_memory_unless_it_recomputes(small, monkeypatch):
+    called = []
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: called.append(1))
+    small.trained("actor", gradient_checkpointing=True)
+    assert not called
+    small.trained("actor")
+    assert called
+
+
 def test_gradient_checkpointing_returns_freed_memory(small, monkeypatch):
     called = []
     monkeypatch.setattr(distributed, "return_freed_memory", lambda: called.append(1))

@@ -39,7 +39,9 @@ DEBUG_RANKS, DEBUG_PORT = "ALPACA_RLHF_DEBUG_RANKS", "ALPACA_RLHF_DEBUG_PORT"
 NO_DEBUGPY = "--debug_ranks needs debugpy: pip install debugpy"
 HOST_TIMEOUT = datetime.timedelta(days=1)  # of waiting for another rank's work on the host
 WORTH_BF16 = 1.5  # times as fast as fp32, from which on `--dtype auto` is bf16 on a CPU
-M_MMAP_THRESHOLD, RETURNED_BYTES = -3, 2**20  # glibc's mallopt: from this size on
+# glibc's mallopt: free memory at the heap's end that is returned; from which size on blocks lie
+# outside the heap; how many may.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 OMPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 
 
@@ -51,11 +53,13 @@ class _Place:
         first_on_node: whether its local rank is 0.
         local_size: number of ranks on its node.
         host_group: the group for work on the host; None if this is the only rank.
+        returns_memory: whether freed memory goes back to the system.
     """
 
     first_on_node: bool = True
     local_size: int = 1
     host_group: dist.ProcessGroup | None = None
+    returns_memory: bool = False
 
 
 _place = _Place()
@@ -396,9 +400,25 @@ def return_freed_memory() -> None:
     glibc keeps blocks of up to 32 MB in its heap once one was freed, and what is allocated between
     them leaves gaps: nearly as much memory again as the tensors that gradient checkpointing keeps.
     """
+    _place.returns_memory = True
+    _mallopt({M_MMAP_MAX: 2**16, M_TRIM_THRESHOLD: 2**17, M_MMAP_THRESHOLD: 2**20})
+
+
+def keep_freed_memory() -> None:
+    """Keep what a CPU's tensors free for those of the next step, unless it is to be returned.
+
+    The system clears fresh memory page by page, which takes longer than many an operation on it.
+    """
+    if not _place.returns_memory:
+        _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def _mallopt(values: dict[int, int]) -> None:
+    if not on_cpu() or any(name.startswith("MALLOC_") for name in os.environ):
+        return  # what the user has chosen stays
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        if on_cpu():
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
+        for name, value in values.items():
+            ctypes.CDLL(None).mallopt(name, value)
 
 
 def memory_gb() -> float:

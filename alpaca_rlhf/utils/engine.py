@@ -50,6 +50,8 @@ def build_trained(
         accumulation_steps=schedule.gradient_accumulation_steps,
         offload=engine.offload, overrides=engine.deepspeed_config,
     )
+    if not role.gradient_checkpointing:
+        distributed.keep_freed_memory()
     bits = adapters.bits if lora.base_is_frozen(role, adapters) else None
     model = load(role, replace(loading, bits=bits), config)
     targets = None
