@@ -346,6 +346,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives the machine this number of ranks, bytes and precisions."""
+    from alpaca_rlhf.utils import distributed
+
+    def make(device: float, host: float, ranks: int = 1, cpu: bool = False, bf16: bool = False):
+        monkeypatch.setattr(distributed, "free_memory", lambda: (device, host))
+        monkeypatch.setattr(distributed, "on_cpu", lambda: cpu)
+        monkeypatch.setattr(distributed, "has_bf16", lambda: bf16)
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def group() -> None:
     """A process group of this process alone."""

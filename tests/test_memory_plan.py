@@ -22,7 +22,6 @@ from transformers import (
 
 from alpaca_rlhf.utils import (
     arguments,
-    distributed,
     losses,
     preflight,
     projection,
@@ -44,19 +43,6 @@ SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 19
 # 32000 x 2048 + 19 x (attention 9,437,184 + MLP 34,603,008 + norms 4,096) + norm 2,048
 BILLION, LAYERS = 902_379_520, 19 * (9_437_184 + 34_603_008)
 HEAD = 2048  # of the reward model
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Gives the machine this number of ranks, bytes and precisions."""
-
-    def make(device: float, host: float, ranks: int = 1, cpu: bool = False, bf16: bool = False):
-        monkeypatch.setattr(distributed, "free_memory", lambda: (device, host))
-        monkeypatch.setattr(distributed, "on_cpu", lambda: cpu)
-        monkeypatch.setattr(distributed, "has_bf16", lambda: bf16)
-        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-
-    return make
 
 
 @pytest.fixture(scope="module")

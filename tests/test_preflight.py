@@ -7,7 +7,6 @@ import os
 import shutil
 import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,19 +20,6 @@ from alpaca_rlhf.utils.preflight import Planned
 
 GB = 10**9
 BF16_GAIN = distributed.bf16_gain.__wrapped__  # before `group` fixes it
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Gives the machine this number of ranks, bytes and precisions."""
-
-    def make(device: float, host: float, ranks: int = 1, cpu: bool = False, bf16: bool = False):
-        monkeypatch.setattr(distributed, "free_memory", lambda: (device, host))
-        monkeypatch.setattr(distributed, "on_cpu", lambda: cpu)
-        monkeypatch.setattr(distributed, "has_bf16", lambda: bf16)
-        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-
-    return make
 
 
 def planned(path, *, stage=0, lora=0, dtype="fp32", offload=False, prefix="", **needs):
