@@ -38,7 +38,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The files that take longest, the longest first. Each goes to one process as a whole: begun last,
 # one would leave the other processes idle.
-LONGEST = ("test_distributed", "test_entry_points", "test_families", "test_golden_curves",
+LONGEST = ("test_distributed", "test_entry_points", "test_memory_plan", "test_families",
+           "test_golden_curves", "test_quantized", "test_backbone", "test_recipes",
            "test_multi_node", "test_precision", "test_killed_runs", "test_debugging",
            "test_my_deepspeed", "test_slow_ranks", "test_check_gpu", "test_ppo_trainer",
            "test_decoder", "test_checkpoints", "test_tokenizer", "test_chat", "test_serve")

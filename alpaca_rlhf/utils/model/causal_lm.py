@@ -234,7 +234,7 @@ def at_labels(
             found = model(input_ids=input_ids, use_cache=False).logits
         finally:
             head.asked = None
-        if given and found.is_set_to(given[0]):
+        if given and found.data_ptr() == given[0].data_ptr():
             return found
         head.applies = False  # the model scales or caps its logits
     logits = model(input_ids=input_ids, use_cache=False).logits
