@@ -264,7 +264,7 @@ SECTIONS = {"All steps": (1, 2, 3), "Steps 1 and 2": (1, 2), "Step 3": (3,)}
 
 
 def mapped() -> dict[int, dict[str, str]]:
-    """What the page's tables say of each flag of a step."""
+    """Return the status of each flag in the page's tables, by step."""
     found: dict[int, dict[str, str]] = {step: {} for step in RECORDS}
     for title, steps in SECTIONS.items():
         section = PAGE.partition(f"\n### {title}\n")[2].partition("\n#")[0]

@@ -27,7 +27,7 @@ FOLDERS = {1: "--output_dir OUT/actor", 2: "--output_dir OUT/critic",
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a recipe is for, as in the name of its folder."""
+    """Hardware of a recipe, as in the name of its folder."""
 
     text: str
     ranks: int

@@ -1,4 +1,4 @@
-"""What step 3 wants of an engine that generates; DeepSpeed's interface has the same names."""
+"""Interface of the engines that generate in step 3; DeepSpeed's interface has the same names."""
 
 from abc import ABC, abstractmethod
 

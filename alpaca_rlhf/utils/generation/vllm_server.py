@@ -38,7 +38,7 @@ class ServerError(Exception):
 
 
 class Served(NamedTuple):
-    """What a server says about itself."""
+    """Description that a server gives of itself."""
 
     name: str  # of the model, in requests
     max_length: int  # tokens of prompt and response

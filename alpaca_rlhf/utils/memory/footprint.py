@@ -52,7 +52,7 @@ class Moment(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """What passes over a micro-batch take, in bytes and FLOPs.
+    """Bytes and FLOPs of the passes over a micro-batch.
 
     Attributes:
         inference: a forward pass without a graph.

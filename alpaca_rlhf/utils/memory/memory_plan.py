@@ -210,11 +210,11 @@ def _passes(model: Planned, job: Job) -> Passes:
 
     try:
         return footprint.passes(preflight.empty(model).to(model.dtype), job, adapted)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise UserError(f"{role.model_name_or_path}: its memory cannot be planned, for its layers "
-                        f"do not run on tensors without data ({reason}); leave out --dry_run"
-                        ) from error
+                        f"do not run on tensors without data ({reason}); the run itself needs "
+                        "no plan") from error
 
 
 class _Model:
@@ -392,7 +392,10 @@ def bound(args: Any, place: Place) -> float:
     for model in models:
         job = _job(model, args)
         config = load_config(model.planned.role, model.planned.loading).get_text_config()
-        layers, width = config.num_hidden_layers, config.hidden_size
+        layers, width = (getattr(config, name, None) for name in (
+            "num_hidden_layers", "hidden_size"))
+        if not layers or not width:
+            return float("inf")  # a configuration of another kind
         if model.planned.loading.attn_implementation == "eager":
             width += config.num_attention_heads * job.length
         kept = width * (AMPLE * layers * job.rows + (2 * AMPLE + 2 * layers) * rows)

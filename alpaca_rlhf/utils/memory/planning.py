@@ -1,4 +1,4 @@
-"""What a run will need, said before it loads any weights: `--dry_run`, `--fit` and a warning.
+"""Needs of a run, said before it loads any weights: `--dry_run`, `--fit` and a warning.
 
     python main.py --dry_run                     # the plan, and what would lower it
     python main.py --dry_run --fit 24GB          # the cheapest flags with which it fits
